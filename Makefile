@@ -1,0 +1,58 @@
+# `make run` and `make test` are all that a fresh machine with Python 3.11+, make and git needs.
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# pip and not uv: uv does not find the CPU wheels of torch that pip finds.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONFIG ?= quickstart
+PORT ?= 5000
+
+.PHONY: help
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@python="$$(for candidate in python3 python3.11 python3.12 python3.13 python; do \
+	    command -v $$candidate >/dev/null 2>&1 && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	      >/dev/null 2>&1 && { echo $$candidate; break; }; done)"; \
+	  [ -n "$$python" ] || { echo "Python 3.11 or newer is needed, and none was found on PATH" >&2; exit 1; }; \
+	  [ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	@echo "Installing the pinned environment into $(VENV) (once; it takes a few minutes) ..."
+	@$(PIP) install -q -r requirements.lock
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+.PHONY: install
+install: $(INSTALLED)  ## Create .venv with the pinned packages
+
+.PHONY: run
+run: $(INSTALLED)  ## Run the whole pipeline (CONFIG=quickstart)
+	@$(BIN)/sae run $(CONFIG)
+
+.PHONY: ui
+ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
+	@$(BIN)/sae ui $(CONFIG) --port $(PORT)
+
+.PHONY: test
+test: $(INSTALLED)  ## Run the tests
+	@$(BIN)/python -m pytest -m "not integration"
+
+.PHONY: test-integration
+test-integration: $(INSTALLED)  ## Run the tests against real servers and the peer library
+	@$(BIN)/python -m pytest -m integration
+
+.PHONY: lint
+lint: $(INSTALLED)  ## Check style, types and import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+.PHONY: lock
+lock:  ## Resolve pyproject.toml anew into requirements.lock
+	@infra/lock.sh
+
+.PHONY: clean
+clean:  ## Remove .venv and caches; data/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

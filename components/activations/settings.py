@@ -1,0 +1,29 @@
+"""What is stored of a language model's activations, and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from components.settings import Settings
+
+
+class ActivationSettings(Settings):
+    hook_points: tuple[str, ...] = Field(default=("resid_post.2",), min_length=1)
+    """Where activations are read, such as `resid_post.2`; several are stored side by side, aligned row by row."""
+
+    split: Literal["train", "held_out"] = "train"
+    """Which documents are stored; training reads `train`."""
+
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format on disk."""
+
+    rows_per_shard: int = Field(default=131_072, ge=1)
+    """Tokens in a shard, on average; one shard is what a worker holds in memory while it shuffles."""
+
+    rows_per_group: int = Field(default=8_192, ge=1)
+    """Tokens in a Parquet row group: the unit of a read."""
+
+    sequences_per_chunk: int = Field(default=256, ge=1)
+    """Sequences that pass through the language model between two commits; what a killed extraction repeats at most."""

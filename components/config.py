@@ -1,0 +1,154 @@
+"""The configuration of a run: one tree, composed of the settings that each component owns.
+
+YAML files, `--set` on the command line, the form in the Prefect UI and the parameters in MLflow are all this tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from components.activations.settings import ActivationSettings
+from components.corpus.settings import CorpusSettings
+from components.evaluation.settings import EvaluationSettings
+from components.language_model.settings import LanguageModelSettings
+from components.sae.settings import SAESettings
+from components.settings import Settings, UserError
+from components.tracking.settings import TrackingSettings
+from components.training.settings import TrainingSettings
+
+
+class StorageSettings(Settings):
+    root: str = Field(default="data", min_length=1)
+    """Folder or `s3://bucket/prefix` under which everything is stored."""
+
+
+class RunConfig(Settings):
+    name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of the run, part of folder names: lower case letters, digits, dots and dashes."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the order of documents, the shuffle and the SAE's first weights."""
+
+    device: str = "auto"
+    """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:0`."""
+
+    storage: StorageSettings = StorageSettings()
+    corpus: CorpusSettings = CorpusSettings()
+    language_model: LanguageModelSettings = LanguageModelSettings()
+    activations: ActivationSettings = ActivationSettings()
+    sae: SAESettings = SAESettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def hook_point(self) -> str:
+        """The hook point that the SAE is trained on."""
+        return self.training.hook_point or self.activations.hook_points[0]
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with the project, by name."""
+    folder = Path(str(resources.files("flows") / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in a YAML file, or of the shipped one of that name, with `field=value` overrides applied.
+
+    Raises a UserError that names the field, the value and what is accepted.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = shipped_configs().get(source, path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        names = ", ".join(shipped_configs())
+        raise UserError(f"CONFIG: cannot read '{source}'; give a YAML file or one of {names}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"CONFIG: '{source}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"CONFIG: '{source}' holds a {type(tree).__name__}; it must be a mapping of fields")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a tree of plain values; a UserError for the first thing that does not fit."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0])) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise UserError(f"--set: '{override}' is not of the form field=value, such as training.tokens=2_000_000")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set: the value of '{field}', '{text}', is not YAML") from error
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3 as a string; people mean the number.
+        with suppress(ValueError):
+            value = float(value)
+    *parents, last = field.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set: '{field}': '{parent}' is a value and has no fields")
+        tree = child
+    tree[last] = value
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as one sentence with the field, the value and what is accepted."""
+    location = [str(part) for part in error["loc"]]
+    field = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f", did you mean '{close[0]}'?" if close else ""
+        return f"{field}: there is no such field{hint} (accepted here: {', '.join(known)})"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{field}: {error['input']!r} is not accepted: {message}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        field = model.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def flattened(config: RunConfig) -> dict[str, Any]:
+    """`{"training.tokens": 2000000, ...}`: the leaves of the tree by their dotted names."""
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            leaves[prefix] = value
+
+    visit("", config.model_dump(mode="json"))
+    return leaves

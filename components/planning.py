@@ -1,0 +1,257 @@
+"""From a configuration to the work: what each step would read and write, and whether it is done already.
+
+Nothing here trains, extracts or writes. `sae plan` prints it, and every step starts from it, so that a plan cannot say
+one thing and a run do another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from components import storage
+from components.activations.extraction import Extraction, dataset_identity
+from components.activations.manifest import Manifest, read_manifest
+from components.activations.schema import DTYPES, TOKEN_BYTES
+from components.config import RunConfig
+from components.corpus.tokens import token_identity
+from components.evaluation.evaluate import evaluation_identity, read_evaluation
+from components.hardware import resolve_device
+from components.language_model.hook_points import HookPoint, parse_hook_point
+from components.language_model.loading import ModelSource, find_model
+from components.settings import UserError, digest
+from components.training.loop import Training, read_training_record, training_identity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, resolved. Properties are computed when they are asked for and then kept."""
+
+    config: RunConfig
+
+    @cached_property
+    def source(self) -> ModelSource:
+        return find_model(self.config.language_model)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return resolve_device(self.config.device)
+
+    @cached_property
+    def point(self) -> HookPoint:
+        return parse_hook_point(self.config.hook_point, self.source.layers, "training.hook_point")
+
+    @property
+    def d_in(self) -> int:
+        return self.source.width
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.sae.features(self.d_in)
+
+    def _url(self, kind: str, key: str) -> str:
+        return storage.join(self.config.storage.root, kind, f"{self.config.name}-{key}")
+
+    # tokens
+
+    @cached_property
+    def token_identity(self) -> dict[str, Any]:
+        return token_identity(self.config.corpus, self.source.tokenizer_identity, self.config.seed)
+
+    @cached_property
+    def token_digest(self) -> str:
+        return digest(self.token_identity)
+
+    @property
+    def token_url(self) -> str:
+        return self._url("tokens", self.token_digest)
+
+    def token_manifest(self) -> dict[str, Any] | None:
+        return storage.read_json_if_present(storage.join(self.token_url, "manifest.json"))
+
+    # activations
+
+    @cached_property
+    def dataset_identity(self) -> dict[str, Any]:
+        return dataset_identity(self.config.activations, self.source, self.token_identity, self.config.seed)
+
+    @cached_property
+    def dataset_digest(self) -> str:
+        return digest(self.dataset_identity)
+
+    @property
+    def dataset_url(self) -> str:
+        return self._url("activations", self.dataset_digest)
+
+    def dataset_manifest(self) -> Manifest | None:
+        return read_manifest(self.dataset_url)
+
+    def extraction(self, token_manifest: dict[str, Any]) -> Extraction:
+        return Extraction(
+            url=self.dataset_url,
+            identity=self.dataset_identity,
+            settings=self.config.activations,
+            source=self.source,
+            token_url=self.token_url,
+            token_manifest=token_manifest,
+            seed=self.config.seed,
+        )
+
+    # SAE
+
+    @cached_property
+    def sae_identity(self) -> dict[str, Any]:
+        return training_identity(
+            self.config.training, self.config.sae, self.dataset_digest, self.config.hook_point, self.config.seed
+        )
+
+    @cached_property
+    def sae_digest(self) -> str:
+        return digest(self.sae_identity)
+
+    @property
+    def sae_url(self) -> str:
+        return self._url("saes", self.sae_digest)
+
+    def training_record(self) -> dict[str, Any] | None:
+        return read_training_record(self.sae_url)
+
+    def training(self, manifest: Manifest) -> Training:
+        corpus = self.config.corpus
+        return Training(
+            url=self.sae_url,
+            identity=self.sae_identity,
+            settings=self.config.training,
+            sae=self.config.sae,
+            dataset_url=self.dataset_url,
+            manifest=manifest,
+            hook_point=self.config.hook_point,
+            seed=self.config.seed,
+            metadata={
+                "model_name": self.config.language_model.name,
+                "hook_name": self.config.hook_point,
+                "context_size": corpus.context_length,
+                "prepend_bos": corpus.prepend_bos,
+                "dataset_path": corpus.dataset or corpus.source,
+            },
+        )
+
+    # evaluation
+
+    def evaluation_identity(self, weights_sha256: str) -> dict[str, Any]:
+        return evaluation_identity(
+            self.config.evaluation, weights_sha256, self.token_digest, self.source.identity, self.config.hook_point
+        )
+
+    def evaluation_record(self) -> dict[str, Any] | None:
+        """The evaluation of the trained SAE, None where either is missing."""
+        record = self.training_record()
+        if record is None:
+            return None
+        return read_evaluation(self.sae_url, self.evaluation_identity(record["weights_sha256"]))
+
+    # registry
+
+    @property
+    def registered_model(self) -> str:
+        name = self.config.tracking.registered_model or f"{self.source.slug}.{self.config.hook_point}"
+        return name.replace("/", "-").replace(":", "-")
+
+    @cached_property
+    def run_digest(self) -> str:
+        """The digest of all that a run's results depend on: where it is stored and tracked is left out."""
+        tracked = {"registered_model": self.registered_model, "experiment": self.config.tracking.experiment}
+        evaluation = self.config.evaluation.model_dump(mode="json", exclude={"batch_sequences"})
+        return digest([self.config.name, self.sae_digest, self.token_digest, evaluation, tracked])
+
+
+def check(plan: Plan, only_data: bool = False) -> None:
+    """Raise a UserError for anything that would stop the run later: model, layer, device, corpus, root.
+
+    only_data: activations are made and nothing is trained on them, so held-out documents are as good as others.
+    """
+    config = plan.config
+    plan.device  # noqa: B018
+    for name in config.activations.hook_points:
+        parse_hook_point(name, plan.source.layers, "activations.hook_points")
+    plan.point  # noqa: B018
+    if config.hook_point not in config.activations.hook_points:
+        stored = ", ".join(config.activations.hook_points)
+        raise UserError(f"training.hook_point: '{config.hook_point}' is not in activations.hook_points, which has {stored}")
+    longest = getattr(plan.source.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.corpus.context_length > longest:
+        raise UserError(
+            f"corpus.context_length: {config.corpus.context_length} is more than the {longest} tokens that "
+            f"'{config.language_model.name}' can read"
+        )
+    if config.activations.split != "train" and not only_data:
+        raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
+    plan.token_identity  # noqa: B018
+    storage.require_writable(config.storage.root, "storage.root")
+
+
+def estimate(plan: Plan) -> dict[str, Any]:
+    """What a run would do and what it would take, as plain JSON."""
+    config, d_in, d_sae = plan.config, plan.d_in, plan.d_sae
+    tokens = plan.token_manifest()
+    manifest = plan.dataset_manifest()
+    record = plan.training_record()
+    stored = manifest.tokens if manifest else (tokens["splits"]["train"]["tokens"] if tokens else config.corpus.train_tokens)
+    held_out = tokens["splits"]["held_out"]["tokens"] if tokens else config.corpus.held_out_tokens
+    row_bytes = TOKEN_BYTES + len(config.activations.hook_points) * d_in * DTYPES[config.activations.dtype].itemsize
+    steps = -(-config.training.tokens // config.training.batch_size)
+    sae_parameters = 2 * d_in * d_sae + d_in + d_sae
+    model_parameters = _parameters(plan.source)
+    share = (plan.point.layer + (not plan.point.reads_input)) / plan.source.layers
+    evaluated = min(config.evaluation.tokens, held_out)
+    shard_bytes = min(stored, config.activations.rows_per_shard) * row_bytes
+    vocabulary = plan.source.config.get_text_config().vocab_size
+    logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * vocabulary * 4
+    # weights, gradients and Adam's two moments; features and their gradients; the reader's window
+    training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 3 * shard_bytes
+    return {
+        "name": config.name,
+        "device": str(plan.device),
+        "language_model": {
+            "name": config.language_model.name, "parameters": model_parameters, "layers": plan.source.layers,
+            "d_model": plan.source.width, "hook_point": config.hook_point,
+        },
+        "tokens": {
+            "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None,
+            "train": stored, "held_out": held_out, "exact": tokens is not None,
+        },
+        "activations": {
+            "digest": plan.dataset_digest, "url": plan.dataset_url, "exists": manifest is not None,
+            "tokens": stored, "bytes": stored * row_bytes, "bytes_per_token": row_bytes,
+            "flops": 2 * model_parameters * share * stored,
+        },
+        "sae": {
+            "digest": plan.sae_digest, "url": plan.sae_url, "exists": record is not None,
+            "architecture": config.sae.architecture, "d_in": d_in, "d_sae": d_sae, "parameters": sae_parameters,
+        },
+        "training": {
+            "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
+            "steps": steps, "flops": 6 * 2 * d_in * d_sae * steps * config.training.batch_size,
+        },
+        "evaluation": {
+            "exists": plan.evaluation_record() is not None, "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
+        },
+        "memory_bytes": {
+            "extraction": 4 * model_parameters + 4 * shard_bytes,
+            "training": training_bytes,
+            "evaluation": 4 * model_parameters + 5 * logit_bytes,
+        },
+        "registered_model": plan.registered_model,
+    }  # fmt: skip
+
+
+def _parameters(source: ModelSource) -> int:
+    """The model's parameter count, from its shapes alone: no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source.config)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,58 @@
+"""Progress of long work: a bar on a terminal, a plain line now and then in a log. Always on standard error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_INTERVAL_SECONDS = 10.0
+
+
+@contextmanager
+def progress(logger: logging.Logger, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Yields `advance(count, note)`: `count` more of `total` units are done, `note` is shown beside the rate."""
+    if sys.stderr.isatty():
+        yield from _bar(title, total, unit)
+    else:
+        yield from _lines(logger, title, total, unit)
+
+
+def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total, note="")
+
+        def advance(count: int, note: str = "") -> None:
+            bar.update(task, advance=count, note=note)
+
+        yield advance
+
+
+def _lines(logger: logging.Logger, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(count: int, note: str = "") -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if now - last >= LINE_INTERVAL_SECONDS:
+            last = now
+            rate = done / (now - started)
+            logger.info("%s: %s of %s %s, %s/s %s", title, f"{done:,}", f"{total:,}", unit, f"{rate:,.0f}", note)
+
+    yield advance
+    seconds = time.monotonic() - started
+    logger.info("%s: %s %s in %.1f s", title, f"{done:,}", unit, seconds)

@@ -1,0 +1,25 @@
+"""The base of every settings class, and the error that means "the user must change something"."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class UserError(ValueError):
+    """A mistake that only the user can mend: one sentence with the field, the value and what is accepted."""
+
+
+class Settings(BaseModel):
+    """Frozen, unknown keys refused; the string under each field is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+def digest(identity: Any) -> str:
+    """16 hexadecimal digits that name everything in `identity` (plain JSON values), whatever the order of its keys."""
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256(canonical.encode("utf-8")).hexdigest()[:16]

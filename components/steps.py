@@ -1,0 +1,185 @@
+"""The steps of the line, one function each: from a plan to what the step leaves behind.
+
+Every step returns at once where its result is there already, and continues where a killed one stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from components import storage
+from components.activations import extraction
+from components.activations.manifest import Manifest
+from components.config import flattened
+from components.corpus import tokens
+from components.evaluation import evaluate as evaluation
+from components.language_model.loading import load_encoder, load_model
+from components.planning import Plan
+from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
+from components.settings import UserError
+from components.training import loop
+from components.training.checkpoint import Point
+
+
+def prepare_tokens(plan: Plan) -> dict[str, Any]:
+    """Corpus -> token dataset; its manifest."""
+    present = plan.token_manifest()
+    if present is not None:
+        return present
+    return tokens.prepare_tokens(plan.config.corpus, load_encoder(plan.source), plan.config.seed, plan.token_url)
+
+
+def extract(plan: Plan) -> Manifest:
+    """Token dataset -> activation dataset; its manifest."""
+    return extraction.extract(plan.extraction(prepare_tokens(plan)), plan.device)
+
+
+def train(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> dict[str, Any]:
+    """Activation dataset -> SAE artifact; its training record."""
+    manifest = plan.dataset_manifest()
+    if manifest is None:
+        raise UserError(f"activations: the dataset {plan.dataset_url} is not there yet; run `sae extract` first")
+    return loop.train(plan.training(manifest), plan.device, on_points)
+
+
+def evaluate(plan: Plan) -> dict[str, Any]:
+    """SAE artifact -> its metrics on held-out documents; the evaluation record."""
+    record, manifest, token_manifest = plan.training_record(), plan.dataset_manifest(), plan.token_manifest()
+    if record is None or manifest is None or token_manifest is None:
+        raise UserError(f"sae: the artifact {plan.sae_url} is not there yet; run `sae train` first")
+    present = plan.evaluation_record()
+    if present is not None:
+        return present
+    with storage.local_copies(plan.sae_url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
+        sae = load_sae(folder, plan.device)
+    metrics, features = evaluation.evaluate(
+        plan.config.evaluation,
+        sae,
+        sae.d_sae,
+        load_model(plan.source, plan.device),
+        plan.point,
+        evaluation.HeldOut(url=plan.token_url, manifest=token_manifest),
+        manifest.column(plan.config.hook_point),
+        plan.device,
+    )
+    identity = plan.evaluation_identity(record["weights_sha256"])
+    return evaluation.write_evaluation(plan.sae_url, identity, metrics, features, plan.device)
+
+
+def tracked(plan: Plan, tags: dict[str, str]) -> AbstractContextManager[Any]:
+    """The open MLflow run of this plan; `tags` beside its own."""
+    from components.tracking.runs import tracked_run
+
+    config = plan.config
+    return tracked_run(
+        config.tracking,
+        config.storage.root,
+        config.name,
+        plan.run_digest,
+        flattened(config),
+        {**tags, "sae.dataset_digest": plan.dataset_digest, "sae.digest": plan.sae_digest},
+    )
+
+
+def register(plan: Plan, run: Any) -> dict[str, Any]:
+    """Everything that is known of the SAE into its MLflow run, and the SAE into the registry with an alias.
+
+    run: the open run that `tracked` gave. Returns version, alias and reason.
+    """
+    from components.tracking import figures, registry
+    from components.tracking.runs import git_tags
+
+    record, measured, manifest = plan.training_record(), plan.evaluation_record(), plan.dataset_manifest()
+    if record is None or measured is None or manifest is None:
+        raise UserError(f"sae: the artifact {plan.sae_url} is not trained and evaluated yet; run `sae evaluate` first")
+    metrics = measured["metrics"]
+    run.add_points(record["curves"])
+    run.flush()
+    run.log_dataset(manifest, plan.dataset_url)
+    run.log_evaluation(metrics)
+    lineage = {
+        "mlflow_run": run.run_id,
+        "sae_digest": plan.sae_digest,
+        "weights_sha256": record["weights_sha256"],
+        "dataset_digest": plan.dataset_digest,
+        "dataset_url": plan.dataset_url,
+        "token_digest": plan.token_digest,
+        "token_url": plan.token_url,
+        "code": git_tags(),
+        "configuration": plan.config.model_dump(mode="json"),
+    }
+    storage.put_json(lineage, storage.join(plan.sae_url, "lineage.json"))
+    with storage.local_copies(plan.sae_url, registry.ARTIFACT_FILES) as folder:
+        density = pq.read_table(folder / "features.parquet")["density"].to_numpy()
+        run.log_figures(
+            {
+                "training": figures.training_figure(record["curves"]),
+                "cross_entropy": figures.loss_figure(metrics),
+                "feature_density": figures.density_figure(density, metrics["evaluation_tokens"]),
+            }
+        )
+        run.log_artifact_folder(folder, "sae")
+        version, decision = registry.register(
+            run.client,
+            plan.registered_model,
+            folder,
+            run.run_id,
+            plan.run_digest,
+            metrics,
+            evaluation_set=f"{plan.token_digest}:{metrics['evaluation_tokens']}",
+            tags={"sae.digest": plan.sae_digest, "sae.dataset_digest": plan.dataset_digest, **git_tags()},
+            l0_tolerance=plan.config.tracking.l0_tolerance,
+        )
+    outcome = {
+        "registered_model": version.name,
+        "model_version": int(version.version),
+        "alias": decision.alias,
+        "alias_reason": decision.reason,
+    }
+    run.set_tags({f"sae.{key}": value for key, value in outcome.items()})
+    return outcome
+
+
+def finished_run(plan: Plan) -> dict[str, Any] | None:
+    """The outcome of an earlier run of this very plan that is whole from tokens to registry, or None."""
+    if plan.dataset_manifest() is None or plan.evaluation_record() is None:
+        return None
+    from components.tracking import registry, runs
+
+    config = plan.config
+    if not runs.database_exists(config.tracking, config.storage.root):
+        return None
+    client = runs.connect(config.tracking, config.storage.root)
+    run = runs.find_run(client, config.tracking.experiment, plan.run_digest)
+    version = registry.find_version(client, plan.registered_model, plan.run_digest, finished=True)
+    if run is None or version is None or run.info.status != "FINISHED":
+        return None
+    return {
+        "mlflow_run": run.info.run_id,
+        "registered_model": version.name,
+        "model_version": int(version.version),
+        "alias": ", ".join(registry.aliases_of(client, version)) or None,
+        "alias_reason": version.tags["sae.alias_reason"],
+    }
+
+
+def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
+    """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
+    from components.tracking.runs import tracking_uri
+
+    measured = plan.evaluation_record()
+    assert measured is not None
+    return {
+        "name": plan.config.name,
+        "reused": reused,
+        "digests": {"tokens": plan.token_digest, "activations": plan.dataset_digest, "sae": plan.sae_digest},
+        "paths": {"tokens": plan.token_url, "activations": plan.dataset_url, "sae": plan.sae_url},
+        "metrics": measured["metrics"],
+        "mlflow_uri": tracking_uri(plan.config.tracking, plan.config.storage.root),
+        **outcome,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }

@@ -1,0 +1,24 @@
+"""Where runs are tracked and SAEs are registered."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from components.settings import Settings
+
+
+class TrackingSettings(Settings):
+    uri: str | None = None
+    """MLflow server or database; the environment's MLFLOW_TRACKING_URI, or else `mlflow.db` under the storage root."""
+
+    experiment: str = Field(default="sae-foundry", min_length=1)
+    """MLflow experiment of the runs."""
+
+    registered_model: str | None = Field(default=None, pattern=r"^[^/:]+$")
+    """Name in the model registry, without slash or colon; `<language model>.<hook point>` where it is not given."""
+
+    l0_tolerance: float = Field(default=1.05, ge=1)
+    """A better SAE may use so many times the champion's L0, at most, to become champion itself."""
+
+    system_metrics_seconds: float = Field(default=5.0, gt=0)
+    """Seconds between two samples of CPU, memory, disk and GPU use."""

@@ -1,0 +1,53 @@
+"""How an SAE is trained. All lengths are in tokens, so that they hold for any batch size."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from components.settings import Settings
+
+
+class TrainingSettings(Settings):
+    hook_point: str | None = None
+    """Column of the dataset to train on; the first of `activations.hook_points` where it is not given."""
+
+    tokens: int = Field(default=2_000_000, ge=1)
+    """Tokens to train on; a dataset with fewer is read more than once."""
+
+    batch_size: int = Field(default=1024, ge=1)
+    """Tokens in a step."""
+
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Adam's step size, constant until the decay (the paper: 5e-5 at its scale)."""
+
+    sparsity_coefficient: float = Field(default=5.0, ge=0)
+    """The paper's lambda: weight of `sum_i f_i ||W_dec_i||` against the squared error, at mean `||x||^2 = d_in`."""
+
+    sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of training over which lambda rises linearly from zero."""
+
+    learning_rate_warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of training over which the learning rate rises linearly from zero."""
+
+    learning_rate_decay: float = Field(default=0.2, ge=0, le=1)
+    """Share of training, at its end, over which the learning rate falls linearly to zero."""
+
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
+
+    clip_gradient_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Number format of the matrix products; weights, optimizer and loss stay in float32."""
+
+    dead_after_tokens: int = Field(default=10_000_000, ge=1)
+    """A feature that has not fired for so many tokens counts as dead in the training curves."""
+
+    checkpoint_tokens: int = Field(default=500_000, ge=1)
+    """Tokens between two checkpoints; it does not change the result."""
+
+    log_tokens: int = Field(default=20_000, ge=1)
+    """Tokens between two points of the training curves; it does not change the result."""

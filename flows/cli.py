@@ -1,0 +1,283 @@
+"""The command `sae`: parses, calls a flow or a step, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from components.config import RunConfig
+    from components.planning import Plan
+
+app = typer.Typer(
+    name="sae",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Sparse autoencoders on language-model activations, from a corpus to a registered model.
+
+    The line is `corpus -> tokens -> activations -> SAE -> evaluation -> registry`. `sae run CONFIG` does all of it;
+    `extract`, `train`, `evaluate` and `register` do one step each, and `plan` says what a run would do. Every
+    result is stored under a digest of all that decides it: what is there is reused, what was interrupted continues.
+
+    CONFIG is a YAML file, or the name of a configuration that ships, such as `quickstart`.
+    """,
+)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run the whole line, as a Prefect flow with an MLflow run.
+
+    Ends with a version in the model registry: `champion` where it is the best one so far, `challenger` otherwise.
+    Run again, it does only what is not done yet; unchanged, it prints the earlier result and starts nothing.
+    """
+    with _command(as_json) as show:
+        started = time.monotonic()
+        plan = _checked_plan(config, overrides)
+        from components import steps
+
+        outcome = steps.finished_run(plan)
+        if outcome is not None:
+            show(steps.summary(plan, outcome, {"total": time.monotonic() - started}, reused=True), _print_summary)
+            return
+        summary = _run_flow(plan.config)
+        summary["seconds"]["total"] = round(time.monotonic() - started, 2)
+        show(summary, _print_summary)
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
+    with _command(as_json) as show:
+        from components.planning import estimate
+
+        show(estimate(_checked_plan(config, overrides)), _print_plan)
+
+
+@app.command()
+def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make the token and activation datasets."""
+    with _command(as_json) as show:
+        _log_to_stderr()
+        from components import steps
+
+        work = _checked_plan(config, overrides, only_data=True)
+        manifest = steps.extract(work)
+        show(
+            {
+                "tokens": {"digest": work.token_digest, "url": work.token_url},
+                "activations": {
+                    "digest": manifest.digest,
+                    "url": work.dataset_url,
+                    "tokens": manifest.tokens,
+                    "documents": manifest.documents,
+                    "shards": len(manifest.shards),
+                    "bytes": sum(shard.bytes for shard in manifest.shards),
+                },
+            },
+            _print_tree,
+        )
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the SAE on the activation dataset (`sae extract` makes it)."""
+    with _command(as_json) as show:
+        _log_to_stderr()
+        from components import steps
+
+        work = _checked_plan(config, overrides)
+        record = steps.train(work)
+        kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
+        show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, _print_tree)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure the trained SAE on held-out documents."""
+    with _command(as_json) as show:
+        _log_to_stderr()
+        from components import steps
+
+        work = _checked_plan(config, overrides)
+        show({"url": work.sae_url, "metrics": steps.evaluate(work)["metrics"]}, _print_tree)
+
+
+@app.command()
+def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Put the evaluated SAE into MLflow: its run, a model version, and an alias."""
+    with _command(as_json) as show:
+        _log_to_stderr()
+        from components import steps
+
+        work = _checked_plan(config, overrides)
+        with steps.tracked(work, {}) as tracked:
+            outcome = steps.register(work, tracked)
+        show({"mlflow_run": tracked.run_id, **outcome}, _print_tree)
+
+
+@app.command()
+def ui(
+    config: Config = "quickstart",
+    overrides: Overrides = None,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+) -> None:
+    """Open the MLflow UI on what CONFIG's runs have made."""
+    with _command(False):
+        from components.config import load_config
+        from components.tracking.runs import quiet_mlflow, tracking_uri
+
+        settings = load_config(config, overrides or ())
+        uri = tracking_uri(settings.tracking, settings.storage.root)
+        if uri.startswith(("http://", "https://")):
+            Console().print(f"The MLflow server of these runs is {uri}")
+            return
+        quiet_mlflow()
+        os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        Console(stderr=True).print(f"MLflow UI of {uri}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
+        os.execv(command[0], command)
+
+
+@contextmanager
+def _command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]]:
+    """Standard output is for the result alone: what libraries print meanwhile goes to standard error.
+
+    A UserError ends in one sentence and exit code 2.
+    """
+    from components.settings import UserError
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+
+    def show(result: dict[str, Any], for_people: Callable[[dict[str, Any]], None]) -> None:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False), flush=True)
+        else:
+            for_people(result)
+
+    try:
+        yield show
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
+    from components.config import load_config
+    from components.planning import Plan, check
+
+    checked = Plan(load_config(config, overrides or ()))
+    check(checked, only_data=only_data)
+    return checked
+
+
+def _run_flow(config: RunConfig) -> dict[str, Any]:
+    # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and the logs of
+    # `components` belong to the flow run.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    _log_to_stderr(handler=False)
+    Console(stderr=True).print("Starting Prefect ...", style="dim")
+    from flows.pipeline import pipeline
+
+    return pipeline(config)
+
+
+def _log_to_stderr(handler: bool = True) -> None:
+    logger = logging.getLogger("components")
+    logger.setLevel(logging.INFO)
+    if handler:
+        from rich.logging import RichHandler
+
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    metrics = summary["metrics"]
+    table = Table(title=f"{summary['name']}: {'unchanged, nothing to do' if summary['reused'] else 'done'}", show_header=False)
+    for name in (
+        "explained_variance", "l0", "loss_recovered", "dead_fraction", "ce_loss_clean", "ce_loss_sae", "ce_loss_mean",
+        "ce_loss_zero", "kl_divergence", "evaluation_tokens",
+    ):  # fmt: skip
+        value = metrics[name]
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
+    table.add_section()
+    table.add_row("SAE", summary["paths"]["sae"])
+    table.add_row("model version", f"models:/{summary['registered_model']}/{summary['model_version']}")
+    table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
+    table.add_row("MLflow run", summary["mlflow_run"])
+    table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
+    Console().print(table)
+
+
+def _print_plan(estimate: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    def state(part: str) -> str:
+        return "there, reused" if estimate[part]["exists"] else "to do"
+
+    tokens, stored, sae = estimate["tokens"], estimate["activations"], estimate["sae"]
+    model, training, memory = estimate["language_model"], estimate["training"], estimate["memory_bytes"]
+    table = Table("step", "state", "what", title=f"{estimate['name']} on {estimate['device']}")
+    counted = "" if tokens["exact"] else "at most "
+    split = f"{counted}{tokens['train']:,} train, {tokens['held_out']:,} held out"
+    table.add_row("tokens", state("tokens"), f"{split}\n{tokens['url']}")
+    table.add_row(
+        "extract",
+        state("activations"),
+        f"{model['name']} ({model['parameters']:,} parameters) at {model['hook_point']}, {stored['tokens']:,} tokens, "
+        f"{stored['bytes'] / 1e6:,.0f} MB ({stored['bytes_per_token']} B/token), {stored['flops']:.2g} FLOPs\n{stored['url']}",
+    )
+    table.add_row(
+        "train",
+        state("sae"),
+        f"{sae['architecture']} {sae['d_in']} -> {sae['d_sae']:,} ({sae['parameters']:,} parameters), "
+        f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs), "
+        f"{training['flops']:.2g} FLOPs\n{sae['url']}",
+    )
+    evaluation = estimate["evaluation"]
+    table.add_row("evaluate", state("evaluation"), f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs")
+    table.add_row("register", "", estimate["registered_model"])
+    table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
+    Console().print(table)
+
+
+def _print_tree(result: dict[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(result, sort_keys=False, allow_unicode=True), end="")

@@ -1,0 +1,76 @@
+"""The whole line as a Prefect flow: `pipeline(config)`, one task per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from components import steps
+from components.config import RunConfig
+from components.planning import Plan, check
+from components.training.checkpoint import Point
+
+# Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
+
+
+@task(name="tokens", cache_policy=NO_CACHE)
+def prepare_tokens(config: RunConfig) -> int:
+    """Corpus -> token dataset; the number of documents."""
+    return int(steps.prepare_tokens(Plan(config))["documents"])
+
+
+@task(name="extract", cache_policy=NO_CACHE)
+def extract(config: RunConfig) -> int:
+    """Token dataset -> activation dataset; the number of stored tokens."""
+    return steps.extract(Plan(config)).tokens
+
+
+@task(name="train", cache_policy=NO_CACHE)
+def train(config: RunConfig, on_points: Callable[[list[Point]], None]) -> str:
+    """Activation dataset -> SAE artifact; the checksum of its weights."""
+    return str(steps.train(Plan(config), on_points)["weights_sha256"])
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(config: RunConfig) -> dict[str, Any]:
+    """SAE artifact -> its metrics on held-out documents."""
+    return dict(steps.evaluate(Plan(config))["metrics"])
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register(config: RunConfig, run: Any) -> dict[str, Any]:
+    """SAE artifact and metrics -> a model version with an alias; version, alias and reason."""
+    return steps.register(Plan(config), run)
+
+
+@flow(name="pipeline", flow_run_name="{config.name}")
+def pipeline(config: RunConfig) -> dict[str, Any]:
+    """From a corpus to a registered SAE; the summary of the run."""
+    plan = Plan(config)
+    check(plan)
+    seconds: dict[str, float] = {}
+    with steps.tracked(plan, {"prefect.flow_run_id": str(flow_run.get_id())}) as run:
+        with _timed(seconds, "tokens"):
+            prepare_tokens(config)
+        with _timed(seconds, "extract"):
+            extract(config)
+        with _timed(seconds, "train"):
+            train(config, run.add_points)
+        with _timed(seconds, "evaluate"):
+            evaluate(config)
+        with _timed(seconds, "register"):
+            outcome = register(config, run)
+    return steps.summary(plan, {"mlflow_run": run.run_id, **outcome}, seconds, reused=False)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - started
