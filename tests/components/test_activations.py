@@ -1,0 +1,203 @@
+"""An activation dataset holds every token once, mixed, whoever worked on it; and is read the same from any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from components import steps, storage
+from components.activations import extraction
+from components.activations.manifest import read_manifest
+from components.activations.reader import ActivationReader
+from components.activations.schema import DTYPES, bytes_from_rows, rows_from_tensor, tensor_from_rows
+from components.activations.shuffle import bucket_of, order_of
+from components.config import parse_config
+from components.corpus.tokens import read_sequences
+from components.language_model.hook_points import HookPoint, capture
+from components.language_model.loading import load_model
+from components.planning import Plan
+from components.settings import UserError
+
+CPU = torch.device("cpu")
+
+
+def shards(url: str) -> pa.Table:
+    manifest = read_manifest(url)
+    return pa.concat_tables(pq.read_table(f"{url}/{shard.name}") for shard in manifest.shards)
+
+
+@pytest.fixture
+def plan(tiny_tree: dict) -> Plan:
+    tiny_tree["activations"]["hook_points"] = ["resid_post.1", "mlp_out.0"]
+    return Plan(parse_config(tiny_tree))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_survive_arrow_bit_for_bit_and_without_a_copy(dtype: str):
+    values = torch.randn(10, 4).to(DTYPES[dtype])
+    column = rows_from_tensor(values)
+    back = tensor_from_rows(column, dtype)
+    assert back.data_ptr() == values.data_ptr()
+    assert torch.equal(back, values)
+    assert torch.equal(tensor_from_rows(column.slice(3, 5), dtype), values[3:8])
+    assert bytes_from_rows(pa.chunked_array([column.slice(0, 2), column.slice(2)])).shape == (10, values.element_size() * 4)
+
+
+def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Plan):
+    manifest = steps.extract(plan)
+    table = shards(plan.dataset_url)
+    tokens = plan.token_manifest()
+    block = read_sequences(plan.token_url, tokens, "train", 0, 10**6)
+    model = load_model(plan.source, CPU)
+    points = [HookPoint("resid_post", 1), HookPoint("mlp_out", 0)]
+    expected = capture(model, points, torch.tensor(block.tokens).long())
+    counted = block.documents >= 0
+    place = {key: row for row, key in enumerate(zip(block.documents[counted], block.positions[counted], strict=True))}
+    rows = [place[key] for key in zip(table["document"].to_numpy(), table["position"].to_numpy(), strict=True)]
+    assert sorted(rows) == list(range(manifest.tokens)) == list(range(int(counted.sum())))
+    assert (table["token"].to_numpy() == block.tokens[counted][rows]).all()
+    for point in points:
+        stored = tensor_from_rows(table[str(point)], "float16").float()
+        wanted = expected[point][torch.tensor(counted)][rows]
+        torch.testing.assert_close(stored, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_plain_pyarrow_and_pandas_read_what_the_manifest_says(plan: Plan):
+    manifest = steps.extract(plan)
+    for shard in manifest.shards:
+        path = Path(plan.dataset_url) / shard.name
+        file = pq.ParquetFile(path)
+        assert file.metadata.num_rows == shard.rows
+        assert path.stat().st_size == shard.bytes
+        assert storage.file_sha256(path) == shard.sha256
+        assert tuple(f"{field.name}: {field.type}" for field in file.schema_arrow) == manifest.arrow_schema
+        assert file.metadata.row_group(0).column(3).compression == "UNCOMPRESSED"
+        frame = pd.read_parquet(path)
+        assert len(frame) == shard.rows
+        assert str(frame.dtypes["document"]) == "int64"
+        first = np.frombuffer(frame["resid_post.1"][0], dtype=np.float16)
+        assert first.shape == (32,)
+    assert sum(shard.rows for shard in manifest.shards) == manifest.tokens
+    assert len(manifest.shards) == 3
+
+
+def test_mean_and_scale_are_those_of_the_stored_values(plan: Plan):
+    manifest = steps.extract(plan)
+    values = tensor_from_rows(shards(plan.dataset_url)["resid_post.1"].combine_chunks(), "float16").double().numpy()
+    column = manifest.column("resid_post.1")
+    np.testing.assert_allclose(column.mean, values.mean(axis=0), rtol=1e-9, atol=1e-12)
+    assert ((values * column.scale) ** 2).sum(axis=1).mean() == pytest.approx(32, rel=1e-9)
+
+
+def test_train_and_held_out_documents_are_disjoint(tiny_tree: dict):
+    documents = {}
+    for split in ("train", "held_out"):
+        tiny_tree["activations"]["split"] = split
+        plan = Plan(parse_config(tiny_tree))
+        steps.extract(plan)
+        documents[split] = set(shards(plan.dataset_url)["document"].to_pylist())
+        assert len(documents[split]) == plan.dataset_manifest().documents
+    assert documents["train"]
+    assert documents["held_out"]
+    assert not documents["train"] & documents["held_out"]
+
+
+def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Plan, tmp_path: Path):
+    manifest = steps.extract(plan)
+    work = plan.extraction(plan.token_manifest())
+    settings = work.settings.model_copy(update={"sequences_per_chunk": 64})
+    other = dataclasses.replace(work, url=str(tmp_path / "other"), settings=settings)
+    model = load_model(plan.source, CPU)
+    for chunk in [*reversed(range(other.chunks)), 0]:
+        extraction.write_chunk(other, chunk, *extraction.run_chunk(other, model, CPU, chunk))
+    for bucket in [2, 0, 1, 2]:
+        extraction.write_shard(other, bucket)
+    assert extraction.extract(other, CPU).shards == manifest.shards
+
+
+def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Plan, tmp_path: Path):
+    manifest = steps.extract(plan)
+    again = dataclasses.replace(plan.extraction(plan.token_manifest()), url=str(tmp_path / "again"))
+    model = load_model(plan.source, CPU)
+    for chunk in (0, 2):
+        extraction.write_chunk(again, chunk, *extraction.run_chunk(again, model, CPU, chunk))
+    assert extraction.extract(again, CPU).shards == manifest.shards
+    names = sorted(path.name for path in Path(again.url).iterdir())
+    assert names == ["manifest.json", *(shard.name for shard in manifest.shards)]
+
+
+def test_activations_that_do_not_fit_the_number_format_are_refused(tiny_tree: dict, tiny_model: str, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    large = tmp_path / "large"
+    shutil.copytree(tiny_model, large)
+    weights = load_file(large / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1e6
+    save_file(weights, large / "model.safetensors", metadata={"format": "pt"})
+    tiny_tree["language_model"]["name"] = str(large)
+    tiny_tree["activations"]["hook_points"] = ["resid_pre.0"]
+    with pytest.raises(UserError, match=r"activations\.dtype.*float16.*bfloat16"):
+        steps.extract(Plan(parse_config(tiny_tree)))
+
+
+def test_a_manifest_of_another_schema_version_is_refused(tmp_path: Path):
+    storage.put_json({"schema_version": 99}, str(tmp_path / "manifest.json"))
+    with pytest.raises(UserError, match=r"manifest\.json.*99"):
+        read_manifest(str(tmp_path))
+
+
+def test_the_shuffle_is_a_uniform_permutation():
+    rows = np.arange(200_000)
+    counts = np.bincount(bucket_of(rows, 16, seed=1).astype(int), minlength=16)
+    assert abs(counts / len(rows) * 16 - 1).max() < 0.03
+    order = order_of(rows, seed=1)
+    assert (np.sort(order) == rows).all()
+    assert abs(np.corrcoef(rows[:-1], order[1:])[0, 1]) < 0.01
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
+    assert (order_of(rows, seed=2) != order).mean() > 0.99
+
+
+def reader(plan: Plan, **changes) -> ActivationReader:
+    manifest = plan.dataset_manifest()
+    values = {"url": plan.dataset_url, "manifest": manifest, "hook_point": "resid_post.1", "batch_size": 300, "seed": 0}
+    return ActivationReader(**{**values, **changes})
+
+
+def take(source: ActivationReader, count: int, start: int = 0) -> list[torch.Tensor]:
+    batches = source.batches(start)
+    try:
+        return [next(batches).clone() for _ in range(count)]
+    finally:
+        batches.close()
+
+
+def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_order(plan: Plan):
+    steps.extract(plan)
+    source = reader(plan, batch_size=100)
+    assert source.tokens == 6_000
+    batches = torch.cat(take(source, 120))
+    stored = tensor_from_rows(shards(plan.dataset_url)["resid_post.1"].combine_chunks(), "float16")
+
+    def sorted_rows(values: torch.Tensor) -> list[bytes]:
+        return sorted(row.tobytes() for row in values.numpy())
+
+    assert sorted_rows(batches[:6000]) == sorted_rows(batches[6000:]) == sorted_rows(stored)
+    assert not torch.equal(batches[:6000], batches[6000:])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 13, 19, 20, 21, 37])
+def test_reading_resumes_at_any_batch(plan: Plan, batch: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("components.activations.reader.WINDOW_ROWS", 1500)
+    steps.extract(plan)
+    whole = take(reader(plan), 40)
+    rest = take(reader(plan), 40 - batch, start=300 * batch)
+    assert all(torch.equal(a, b) for a, b in zip(whole[batch:], rest, strict=True))
+    assert not torch.equal(take(reader(plan, seed=1), 1)[0], whole[0])

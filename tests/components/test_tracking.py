@@ -1,0 +1,168 @@
+"""Runs, versions and aliases in a real MLflow store (SQLite), and the registered model in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from components import steps
+from components.config import parse_config
+from components.planning import Plan
+from components.sae.artifact import load_sae
+from components.settings import UserError
+from components.tracking.registry import CHALLENGER, CHAMPION, champion_of, decide
+from components.tracking.runs import connect, tracking_uri
+from components.tracking.settings import TrackingSettings
+
+
+def complete(tree: dict, **training) -> tuple[Plan, dict]:
+    """The whole line without Prefect."""
+    plan = Plan(parse_config({**tree, "training": {**tree["training"], **training}}))
+    steps.extract(plan)
+    steps.train(plan)
+    steps.evaluate(plan)
+    with steps.tracked(plan, {}) as run:
+        outcome = steps.register(plan, run)
+    return plan, {"run": run.run_id, **outcome}
+
+
+def client_of(plan: Plan) -> MlflowClient:
+    return connect(plan.config.tracking, plan.config.storage.root)
+
+
+@pytest.fixture(autouse=True)
+def _few_samples(tiny_tree: dict):
+    tiny_tree["evaluation"]["tokens"] = 400
+    tiny_tree["training"]["tokens"] = 10_000
+
+
+def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(tiny_tree: dict):
+    plan, outcome = complete(tiny_tree)
+    client = client_of(plan)
+    run = client.get_run(outcome["run"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.sparsity_coefficient"] == "5.0"
+    assert run.data.params["corpus.context_length"] == "32"
+    record, measured = plan.training_record(), plan.evaluation_record()
+    history = client.get_metric_history(outcome["run"], "train/loss")
+    assert [(m.step, m.value) for m in history] == [(int(p["tokens"]), p["loss"]) for p in record["curves"]]
+    for name, value in measured["metrics"].items():
+        if value is not None:
+            assert run.data.metrics[f"eval/{name}"] == pytest.approx(value)
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.digest == plan.dataset_digest
+    assert plan.dataset_url in dataset.dataset.source
+    assert run.data.tags["sae.dataset_digest"] == plan.dataset_digest
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    names = {entry.path for folder in ("figures", "sae") for entry in client.list_artifacts(outcome["run"], folder)}
+    assert {"figures/training.png", "figures/cross_entropy.png", "figures/feature_density.png"} <= names
+    assert {"sae/cfg.json", "sae/sae_weights.safetensors", "sae/evaluation.json", "sae/lineage.json"} <= names
+    lineage = json.loads(Path(plan.sae_url, "lineage.json").read_text())
+    assert lineage["mlflow_run"] == outcome["run"]
+    assert lineage["dataset_digest"] == plan.dataset_digest
+
+
+def test_registering_again_adds_neither_run_nor_version_nor_point(tiny_tree: dict):
+    plan, first = complete(tiny_tree)
+    client = client_of(plan)
+    points = len(client.get_metric_history(first["run"], "train/loss"))
+    _, second = complete(tiny_tree)
+    assert second == first
+    assert len(client.search_model_versions(f"name='{plan.registered_model}'")) == 1
+    assert len(client.search_logged_models([client.get_run(first["run"]).info.experiment_id])) == 1
+    assert len(client.get_metric_history(first["run"], "train/loss")) == points
+
+
+def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_tree: dict):
+    plan, first = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
+    _, second = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
+    assert (first["alias"], second["alias"]) == (CHAMPION, CHALLENGER)
+    client = client_of(plan)
+    assert champion_of(client, plan.registered_model).version == str(first["model_version"])
+    tags = client.get_model_version(plan.registered_model, str(second["model_version"])).tags
+    assert "loss_recovered" in tags["sae.alias_reason"]
+    assert tags["sae.alias"] == CHALLENGER
+
+
+def numbers(recovered: float | None, l0: float, where: str = "set") -> dict:
+    return {"loss_recovered": recovered, "l0": l0, "evaluation_set": where}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "alias", "reason"),
+    [
+        (numbers(0.9, 10), None, CHAMPION, "no champion"),
+        (numbers(0.91, 10.4), numbers(0.9, 10), CHAMPION, "more loss"),
+        (numbers(0.9, 9), numbers(0.9, 10), CHAMPION, "fewer features"),
+        (numbers(0.91, 11), numbers(0.9, 10), CHALLENGER, "1.05x"),
+        (numbers(0.89, 5), numbers(0.9, 10), CHALLENGER, "less loss"),
+        (numbers(0.9, 10), numbers(0.9, 10), CHALLENGER, "equal"),
+        (numbers(0.99, 10, "other"), numbers(0.9, 10), CHALLENGER, "held-out tokens"),
+        (numbers(None, 10), None, CHALLENGER, "not comparable"),
+        (numbers(float("nan"), 10), numbers(0.9, 10), CHALLENGER, "not comparable"),
+    ],
+)
+def test_the_champion_is_beaten_only_at_a_comparable_l0_on_the_same_tokens(candidate, champion, alias, reason):
+    decision = decide(candidate, champion, l0_tolerance=1.05)
+    assert decision.alias == alias
+    assert reason in decision.reason
+
+
+def test_a_failed_run_says_why_and_the_next_one_continues_it(tiny_tree: dict):
+    plan = Plan(parse_config(tiny_tree))
+    with pytest.raises(RuntimeError), steps.tracked(plan, {}) as run:
+        run.add_points([{"tokens": 10.0, "loss": 1.0}])
+        raise RuntimeError("the disk is full")
+    client = client_of(plan)
+    failed = client.get_run(run.run_id)
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["sae.failure"] == "RuntimeError: the disk is full"
+    assert failed.data.metrics["train/loss"] == 1.0
+    with steps.tracked(plan, {}) as again:
+        again.add_points([{"tokens": 10.0, "loss": 1.0}, {"tokens": 20.0, "loss": 0.5}])
+    assert again.run_id == run.run_id
+    assert [m.step for m in client.get_metric_history(run.run_id, "train/loss")] == [10, 20]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert "sae.failure" not in client.get_run(run.run_id).data.tags
+
+
+PREDICT = """
+import json, sys
+sys.path = [entry for entry in sys.path if entry not in ("", sys.argv[4])]
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("components", "flows"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+result = model.predict(np.load(sys.argv[3]))
+np.savez(sys.argv[3] + ".out.npz", **result)
+"""
+
+
+def test_the_registered_model_runs_without_this_project(tiny_tree: dict, tmp_path: Path):
+    plan, _ = complete(tiny_tree)
+    x = np.random.default_rng(0).standard_normal((20, 32)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    uri = tracking_uri(plan.config.tracking, plan.config.storage.root)
+    arguments = [uri, f"models:/{plan.registered_model}@champion", str(tmp_path / "x.npy"), str(Path(__file__).parents[2])]
+    subprocess.run([sys.executable, "-c", PREDICT, *arguments], cwd=tmp_path, check=True)
+    result = np.load(tmp_path / "x.npy.out.npz")
+    sae = load_sae(Path(plan.sae_url), torch.device("cpu"))
+    features = sae.encode(torch.tensor(x))
+    np.testing.assert_allclose(result["features"], features, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result["reconstruction"], sae.decode(features), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_server_a_remote_root_has_no_place_for_the_database():
+    with pytest.raises(UserError, match=r"tracking\.uri.*s3://bucket"):
+        tracking_uri(TrackingSettings(), "s3://bucket/prefix")

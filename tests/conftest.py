@@ -1,0 +1,78 @@
+"""What the tests share: small language models made here, and a corpus of text files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# No test may reach a hub or a server that the environment of whoever runs it happens to name.
+for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE"):
+    os.environ.pop(name, None)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+BUILTIN = Path(__file__).parent.parent / "components" / "language_model" / "builtin" / "stdlib-llama"
+WORDS = "the sparse feature of a model fires where tokens in the residual stream point along its decoder row".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random two-layer Llama of width 32 and the tokenizer that ships."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in BUILTIN.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of 120 short documents, each different."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(1)
+    for number in range(120):
+        picks = torch.randint(len(WORDS), (200,), generator=generator).tolist()
+        (folder / f"{number:03d}.txt").write_text(f"document {number}: " + " ".join(WORDS[pick] for pick in picks))
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_tree(tiny_model: str, text_corpus: str, tmp_path: Path) -> dict:
+    """A configuration, as plain values, that runs in about a second."""
+    return {
+        "name": "tiny",
+        "device": "cpu",
+        "storage": {"root": str(tmp_path / "root")},
+        "corpus": {
+            "source": "files",
+            "paths": [text_corpus],
+            "context_length": 32,
+            "held_out_fraction": 0.2,
+            "train_tokens": 6_000,
+            "held_out_tokens": 1_500,
+        },
+        "language_model": {"name": tiny_model},
+        "activations": {"hook_points": ["resid_post.1"], "rows_per_shard": 2_000, "rows_per_group": 512, "sequences_per_chunk": 32},
+        "sae": {"d_sae": 64},
+        "training": {"tokens": 20_000, "batch_size": 256, "checkpoint_tokens": 4_000, "log_tokens": 2_000},
+        "evaluation": {"tokens": 1_000},
+    }

@@ -1,0 +1,75 @@
+"""The artifact in the peer library itself: SAELens loads it and computes the same.
+
+SAELens asks for another torch than ours, so it goes into a folder of its own without its requirements and runs in a
+process that sees that folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from components.sae.artifact import load_sae, sae_files
+from components.sae.relu import ReLUSAE
+
+pytestmark = pytest.mark.integration
+
+# SAELens 6.54 with what its SAE classes import beyond our own environment.
+PACKAGES = [
+    "sae-lens==6.54.12", "transformer-lens==2.16.1", "einops==0.8.2", "jaxtyping==0.3.11", "wadler-lindig==0.1.8",
+    "fancy-einsum==0.0.3", "beartype==0.14.1", "better-abc==0.0.3", "simple-parsing==0.1.8", "docstring-parser==0.18.0",
+    "babe==0.0.7", "py2store==0.1.24", "dol==0.3.100", "config2py==0.1.76", "nltk==3.9.2", "plotly==6.5.0",
+    "plotly-express==0.4.1", "narwhals==2.29.0", "typeguard==4.6.0", "wandb==0.31.0",
+]  # fmt: skip
+
+PREDICT = """
+import sys, numpy as np, torch
+from sae_lens import SAE
+sae = SAE.load_from_disk(sys.argv[1])
+x = torch.tensor(np.load(sys.argv[2]))
+with torch.no_grad():
+    features = sae.encode(x)
+    np.savez(sys.argv[2] + ".out.npz", features=features, reconstruction=sae.decode(features))
+print(type(sae).__name__, sae.cfg.metadata.hook_name)
+"""
+
+
+@pytest.fixture(scope="session")
+def saelens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with SAELens; skips with pip's words where it cannot be installed."""
+    folder = tmp_path_factory.mktemp("saelens")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *PACKAGES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"SAELens cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def test_saelens_loads_the_artifact_and_computes_the_same(saelens: Path, tmp_path: Path):
+    sae = ReLUSAE(24, 96)
+    sae.initialise(0.5, seed=0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path / "sae"
+    folder.mkdir()
+    metadata = {"model_name": "builtin/stdlib-llama", "hook_name": "resid_post.2", "context_size": 256, "prepend_bos": True}
+    for name, content in sae_files(sae.folded(0.4), metadata).items():
+        (folder / name).write_bytes(content)
+    x = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", PREDICT, str(folder), str(tmp_path / "x.npy")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(saelens)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["StandardSAE", "resid_post.2"]
+    result = np.load(tmp_path / "x.npy.out.npz")
+    ours = load_sae(folder, torch.device("cpu"))
+    features = ours.encode(torch.tensor(x))
+    np.testing.assert_allclose(result["features"], features, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result["reconstruction"], ours.decode(features), rtol=1e-5, atol=1e-5)
