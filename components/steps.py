@@ -169,7 +169,7 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
 
 def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
     """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
-    from components.tracking.runs import tracking_uri
+    from components.tracking.runs import public_uri, tracking_uri
 
     measured = plan.evaluation_record()
     assert measured is not None
@@ -179,7 +179,7 @@ def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reus
         "digests": {"tokens": plan.token_digest, "activations": plan.dataset_digest, "sae": plan.sae_digest},
         "paths": {"tokens": plan.token_url, "activations": plan.dataset_url, "sae": plan.sae_url},
         "metrics": measured["metrics"],
-        "mlflow_uri": tracking_uri(plan.config.tracking, plan.config.storage.root),
+        "mlflow_uri": public_uri(tracking_uri(plan.config.tracking, plan.config.storage.root)),
         **outcome,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }

@@ -143,16 +143,16 @@ def ui(
     """Open the MLflow UI on what CONFIG's runs have made."""
     with _command(False):
         from components.config import load_config
-        from components.tracking.runs import quiet_mlflow, tracking_uri
+        from components.tracking.runs import public_uri, quiet_mlflow, tracking_uri
 
         settings = load_config(config, overrides or ())
         uri = tracking_uri(settings.tracking, settings.storage.root)
         if uri.startswith(("http://", "https://")):
-            Console().print(f"The MLflow server of these runs is {uri}")
+            Console().print(f"The MLflow server of these runs is {public_uri(uri)}")
             return
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-        Console(stderr=True).print(f"MLflow UI of {uri}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
         os.execv(command[0], command)
 
@@ -182,6 +182,9 @@ def _command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
         raise typer.Exit(2) from None
+    except FloatingPointError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)

@@ -71,7 +71,12 @@ def tiny_tree(tiny_model: str, text_corpus: str, tmp_path: Path) -> dict:
             "held_out_tokens": 1_500,
         },
         "language_model": {"name": tiny_model},
-        "activations": {"hook_points": ["resid_post.1"], "rows_per_shard": 2_000, "rows_per_group": 512, "sequences_per_chunk": 32},
+        "activations": {
+            "hook_points": ["resid_post.1"],
+            "rows_per_shard": 2_000,
+            "rows_per_group": 512,
+            "sequences_per_chunk": 32,
+        },
         "sae": {"d_sae": 64},
         "training": {"tokens": 20_000, "batch_size": 256, "checkpoint_tokens": 4_000, "log_tokens": 2_000},
         "evaluation": {"tokens": 1_000},

@@ -25,7 +25,8 @@ ARTIFACT_FILES = (
 )  # fmt: skip
 """The files of a whole SAE artifact, all of which go into the run and the registered model."""
 CHAMPION, CHALLENGER = "champion", "challenger"
-_ARTIFACT_TAG, _DECISION_TAG, _REASON_TAG, _DONE_TAG = "sae.run_digest", "sae.alias", "sae.alias_reason", "sae.registered"
+_ARTIFACT_TAG, _SET_TAG = "sae.run_digest", "sae.evaluation_set"
+_DECISION_TAG, _REASON_TAG, _DONE_TAG = "sae.alias", "sae.alias_reason", "sae.registered"
 COMPARED = ("loss_recovered", "l0", "explained_variance", "dead_fraction")
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,8 @@ def register(
     version = find_version(client, name, run_digest)
     if version is None:
         model = _logged_model(client, folder, run_id, run_digest)
-        numbers = {f"eval.{key}": f"{metrics[key]:.6g}" for key in COMPARED if metrics[key] is not None}
-        everything = {**tags, **numbers, _ARTIFACT_TAG: run_digest, "sae.evaluation_set": evaluation_set}
+        numbers = {f"eval.{key}": repr(metrics[key]) for key in COMPARED if metrics[key] is not None}
+        everything = {**tags, **numbers, _ARTIFACT_TAG: run_digest, _SET_TAG: evaluation_set}
         version = mlflow.register_model(f"models:/{model.model_id}", name, tags=everything)
     tagged = client.get_model_version(name, version.version).tags
     if _DECISION_TAG in tagged:
@@ -126,11 +127,11 @@ def _champion_metrics(client: MlflowClient, name: str) -> dict[str, Any] | None:
     champion = champion_of(client, name)
     if champion is None:
         return None
-    measured = client.get_run(champion.run_id).data.metrics
+    tags = champion.tags
     return {
-        "loss_recovered": measured["eval/loss_recovered"],
-        "l0": measured["eval/l0"],
-        "evaluation_set": champion.tags["sae.evaluation_set"],
+        "loss_recovered": float(tags.get("eval.loss_recovered", "nan")),
+        "l0": float(tags.get("eval.l0", "nan")),
+        "evaluation_set": tags.get(_SET_TAG, "unknown"),
     }
 
 

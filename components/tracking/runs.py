@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -27,6 +28,7 @@ from components.activations.manifest import Manifest
 from components.settings import UserError
 from components.tracking.settings import TrackingSettings
 
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_DIGEST_TAG = "sae.run_digest"
 _FLUSH_POINTS, _FLUSH_SECONDS = 100, 5.0
 _MAXIMUM_METRICS = 1000  # of one log_batch call
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 def tracking_uri(settings: TrackingSettings, root: str) -> str:
     """Settings, then environment, then a SQLite file under a local root; a UserError where none is possible."""
-    uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = settings.uri or os.environ.get(_URI_VARIABLE)
     if uri:
         return uri
     if not storage.is_local(root):
@@ -44,12 +46,24 @@ def tracking_uri(settings: TrackingSettings, root: str) -> str:
     return f"sqlite:///{storage.local_path(root).resolve() / 'mlflow.db'}"
 
 
+def public_uri(uri: str) -> str:
+    """The URI without user and password, fit to be printed."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
 def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     """Point MLflow at the configured store and make sure that the experiment is there."""
     quiet_mlflow()
     uri = tracking_uri(settings, root)
+    environment = os.environ.get(_URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
+    # MLflow writes the variable too; left there, it would decide the next run of this process with another root.
+    if environment is None:
+        os.environ.pop(_URI_VARIABLE, None)
+    else:
+        os.environ[_URI_VARIABLE] = environment
     client = MlflowClient()
     if client.get_experiment_by_name(settings.experiment) is None:
         # A database beside the activations keeps its artifacts there too, not in the working directory.
@@ -89,7 +103,7 @@ class TrackedRun:
     client: MlflowClient
     run_id: str
     _logged: set[int] = field(default_factory=set)
-    _buffer: list[Metric] = field(default_factory=list)
+    _buffer: list[list[Metric]] = field(default_factory=list)
     _flushed_at: float = field(default_factory=time.monotonic)
 
     def add_points(self, points: list[dict[str, float]]) -> None:
@@ -100,16 +114,17 @@ class TrackedRun:
             if step in self._logged:
                 continue
             self._logged.add(step)
-            for name, value in point.items():
-                if name != "tokens" and math.isfinite(value):
-                    self._buffer.append(Metric(f"train/{name}", value, now, step))
+            values = {name: value for name, value in point.items() if name != "tokens" and math.isfinite(value)}
+            self._buffer.append([Metric(f"train/{name}", value, now, step) for name, value in values.items()])
         if len(self._buffer) >= _FLUSH_POINTS and time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
+        # A point is never cut in two: whether it was logged is asked of its loss alone.
         while self._buffer:
-            batch, self._buffer = self._buffer[:_MAXIMUM_METRICS], self._buffer[_MAXIMUM_METRICS:]
-            self.client.log_batch(self.run_id, metrics=batch)
+            count = max(1, _MAXIMUM_METRICS // len(self._buffer[0]))
+            batch, self._buffer = self._buffer[:count], self._buffer[count:]
+            self.client.log_batch(self.run_id, metrics=[metric for point in batch for metric in point])
         self._flushed_at = time.monotonic()
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
@@ -180,7 +195,9 @@ def tracked_run(
         if earlier:
             logger.info("mlflow: continuing run %s", run.run_id)
             run._logged = {metric.step for metric in client.get_metric_history(run.run_id, "train/loss")}
-        mlflow.log_params(parameters)
+        # What changes no result (a batch size, a log interval) may differ from when the run began; MLflow keeps the first.
+        logged = earlier.data.params if earlier else {}
+        mlflow.log_params({name: value for name, value in parameters.items() if name not in logged})
         try:
             yield run
         except BaseException as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
 
 from components.settings import Settings
 
@@ -22,3 +24,11 @@ class TrackingSettings(Settings):
 
     system_metrics_seconds: float = Field(default=5.0, gt=0)
     """Seconds between two samples of CPU, memory, disk and GPU use."""
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, uri: str | None) -> str | None:
+        # The configuration is stored with every run and artifact.
+        if uri is not None and urlsplit(uri).password:
+            raise ValueError("tracking.uri holds a password; leave it out and set MLFLOW_TRACKING_URI or _PASSWORD instead")
+        return uri

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -118,9 +119,11 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
     log_steps = max(1, settings.log_tokens // settings.batch_size)
     mean = torch.tensor(column.mean, device=device) * column.scale
     started, started_step = time.monotonic(), state.step
-    batches = reader.batches(state.step * settings.batch_size)
     total = (work.steps - state.step) * settings.batch_size
-    with progress(logger, "train", total, "tokens") as advance:
+    with (
+        closing(reader.batches(state.step * settings.batch_size)) as batches,
+        progress(logger, "train", total, "tokens") as advance,
+    ):
         for step in range(state.step, work.steps):
             x = next(batches).to(device, non_blocking=True).float() * column.scale
             measured = (step + 1) % log_steps == 0 or step + 1 == work.steps
@@ -134,7 +137,6 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
             advance(settings.batch_size, note)
             if state.step % checkpoint_steps == 0 and state.step < work.steps:
                 save_checkpoint(state, work.url)
-    batches.close()
     return _finish(work, state, column, device, time.monotonic() - started, work.steps - started_step)
 
 

@@ -33,6 +33,7 @@ def test_every_shipped_configuration_is_valid():
         ("corpus: {source: files}", ["corpus.paths", "files"]),
         ("corpus: {held_out_fraction: 1.5}", ["corpus.held_out_fraction", "1.5", "less than 1"]),
         ("activations: {dtype: float8}", ["activations.dtype", "float8", "bfloat16"]),
+        ("tracking: {uri: 'http://user:secret@host'}", ["tracking.uri", "password"]),
         ("- a list", ["mapping"]),
         ("name: [", ["not YAML"]),
         ("training: 5", ["training", "5"]),
@@ -43,6 +44,7 @@ def test_bad_input_is_one_sentence_with_the_field(tmp_path: Path, text: str, par
         load_config(write(tmp_path, text))
     message = str(caught.value)
     assert "\n" not in message
+    assert "secret" not in message
     for part in parts:
         assert part in message
 
@@ -54,7 +56,9 @@ def test_a_missing_file_names_what_ships():
 
 def test_overrides_reach_nested_fields_with_yaml_values(tmp_path: Path):
     path = write(tmp_path, "training: {tokens: 5}")
-    config = load_config(path, ["training.tokens=2_000_000", "training.learning_rate=1e-4", "activations.hook_points=[mlp_out.0]"])
+    config = load_config(
+        path, ["training.tokens=2_000_000", "training.learning_rate=1e-4", "activations.hook_points=[mlp_out.0]"]
+    )
     assert config.training.tokens == 2_000_000
     assert config.training.learning_rate == 1e-4
     assert config.activations.hook_points == ("mlp_out.0",)

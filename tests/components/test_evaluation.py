@@ -159,8 +159,6 @@ def test_a_zero_sae_recovers_nothing(case):
 def test_the_mean_predictor_explains_no_variance(case):
     _, _, column = case
     identity = measure(case, Identity())
-    # the mean of the evaluation set itself, found by predicting zero: variance = mse(0) - mse(mean)
-    plan, model, _ = case
     seen = []
 
     class Recorder(Identity):

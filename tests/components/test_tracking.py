@@ -85,7 +85,7 @@ def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_t
     _, second = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
     assert (first["alias"], second["alias"]) == (CHAMPION, CHALLENGER)
     client = client_of(plan)
-    assert champion_of(client, plan.registered_model).version == str(first["model_version"])
+    assert int(champion_of(client, plan.registered_model).version) == first["model_version"]
     tags = client.get_model_version(plan.registered_model, str(second["model_version"])).tags
     assert "loss_recovered" in tags["sae.alias_reason"]
     assert tags["sae.alias"] == CHALLENGER
@@ -125,6 +125,8 @@ def test_a_failed_run_says_why_and_the_next_one_continues_it(tiny_tree: dict):
     assert failed.info.status == "FAILED"
     assert failed.data.tags["sae.failure"] == "RuntimeError: the disk is full"
     assert failed.data.metrics["train/loss"] == 1.0
+    tiny_tree["language_model"]["batch_sequences"] = 7  # changes no result, so it is the same run
+    plan = Plan(parse_config(tiny_tree))
     with steps.tracked(plan, {}) as again:
         again.add_points([{"tokens": 10.0, "loss": 1.0}, {"tokens": 20.0, "loss": 0.5}])
     assert again.run_id == run.run_id

@@ -127,7 +127,9 @@ def test_schedules_rise_stay_and_fall():
 
 
 def test_dead_features_are_counted_in_tokens(tiny_tree: dict):
-    tiny_tree["training"].update({"learning_rate": 1e-2, "sparsity_coefficient": 1000.0, "dead_after_tokens": 6_000, "tokens": 30_000})
+    tiny_tree["training"].update(
+        {"learning_rate": 1e-2, "sparsity_coefficient": 1000.0, "dead_after_tokens": 6_000, "tokens": 30_000}
+    )
     plan = Plan(parse_config(tiny_tree))
     steps.extract(plan)
     curves = steps.train(plan)["curves"]
