@@ -234,7 +234,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         },
         "training": {
             "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
-            "steps": steps, "flops": 6 * 2 * d_in * d_sae * steps * config.training.batch_size,
+            "steps": steps, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
             "exists": plan.evaluation_record() is not None, "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
