@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 LINE_INTERVAL_SECONDS = 10.0
 
 
 @contextmanager
 def progress(logger: logging.Logger, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Yields `advance(count, note)`: `count` more of `total` units are done, `note` is shown beside the rate."""
+    """Yields `advance(count, note)`: `count` more of `total` units are done; a `note` is shown until the next one."""
     if sys.stderr.isatty():
         yield from _bar(title, total, unit)
     else:
@@ -35,23 +36,26 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], Non
         task = bar.add_task(title, total=total, note="")
 
         def advance(count: int, note: str = "") -> None:
-            bar.update(task, advance=count, note=note)
+            fields: dict[str, Any] = {"note": note} if note else {}
+            bar.update(task, advance=count, **fields)
 
         yield advance
 
 
 def _lines(logger: logging.Logger, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     started = last = time.monotonic()
-    done = 0
+    done, shown = 0, ""
 
     def advance(count: int, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, last, shown
         done += count
+        shown = f", {note}" if note else shown
         now = time.monotonic()
         if now - last >= LINE_INTERVAL_SECONDS:
             last = now
-            rate = done / (now - started)
-            logger.info("%s: %s of %s %s, %s/s %s", title, f"{done:,}", f"{total:,}", unit, f"{rate:,.0f}", note)
+            left = (total - done) * (now - started) / done
+            state = f"{done:,} of {total:,} {unit}, {done / (now - started):,.0f}/s, {left:.0f} s left"
+            logger.info("%s: %s%s", title, state, shown)
 
     yield advance
     seconds = time.monotonic() - started

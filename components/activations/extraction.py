@@ -136,24 +136,34 @@ def _all_tokens(work: Extraction) -> int:
 def run_chunk(
     work: Extraction, model: torch.nn.Module, device: torch.device, chunk: int
 ) -> tuple[Sequences, dict[HookPoint, Tensor]]:
-    """A chunk's sequences, and `[n, length, d_in]` on the CPU for each hook point, in the number format on disk."""
+    """A chunk's sequences, and for each hook point the activations of its counted tokens, `[n, d_in]` on the CPU in the
+    number format on disk."""
     start = chunk * work.settings.sequences_per_chunk
     stop = start + work.settings.sequences_per_chunk
     sequences = read_sequences(work.token_url, work.token_manifest, work.settings.split, start, stop)
     parts: dict[HookPoint, list[Tensor]] = {point: [] for point in work.points}
-    for tokens in torch.tensor(sequences.tokens).split(work.source.settings.batch_sequences):
-        captured = capture(model, work.points, tokens.to(device).long())
-        for point, activation in captured.items():
-            parts[point].append(activation.to(DTYPES[work.settings.dtype]).cpu())
+    size = work.source.settings.batch_sequences
+    counted = torch.tensor(sequences.documents >= 0, device=device)
+    for tokens, kept in zip(torch.tensor(sequences.tokens).split(size), counted.split(size), strict=True):
+        for point, activation in capture(model, work.points, tokens.to(device).long()).items():
+            values = activation[kept].to(DTYPES[work.settings.dtype])
+            if not torch.isfinite(values).all():
+                raise UserError(
+                    f"activations.dtype: '{work.settings.dtype}' cannot hold the activations at {point}, which overflow; "
+                    "use bfloat16 or float32"
+                )
+            parts[point].append(values.cpu())
     return sequences, {point: torch.cat(blocks) for point, blocks in parts.items()}
 
 
 def write_chunk(work: Extraction, chunk: int, sequences: Sequences, columns: dict[HookPoint, Tensor]) -> None:
-    """Scatter a chunk's counted tokens over the buckets and put the file."""
+    """Scatter a chunk's counted tokens over the buckets and put the file.
+
+    Runs beside the language model, so it computes nothing in torch (see the reader for what that would cost).
+    """
     counted = sequences.documents >= 0
     first = chunk * work.settings.sequences_per_chunk * sequences.tokens.shape[1]
     rows = (first + np.flatnonzero(counted)).astype(np.int64)
-    kept = torch.from_numpy(counted)
     arrays: list[pa.Array] = [
         pa.array(sequences.documents[counted]),
         pa.array(sequences.positions[counted]),
@@ -161,14 +171,8 @@ def write_chunk(work: Extraction, chunk: int, sequences: Sequences, columns: dic
     ]
     widths = {}
     for point, activations in columns.items():
-        values = activations[kept]
-        if not torch.isfinite(values).all():
-            raise UserError(
-                f"activations.dtype: '{work.settings.dtype}' cannot hold the activations at {point}, which overflow; "
-                "use bfloat16 or float32"
-            )
-        arrays.append(rows_from_tensor(values))
-        widths[str(point)] = values.shape[1]
+        arrays.append(rows_from_tensor(activations))
+        widths[str(point)] = activations.shape[1]
     table = pa.Table.from_arrays(arrays, schema=dataset_schema(widths, work.settings.dtype))
     with storage.whole_file(work.chunk_url(chunk)) as path:
         write_scattered(table, rows, work.buckets, work.seed, path)

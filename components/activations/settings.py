@@ -10,7 +10,7 @@ from components.settings import Settings
 
 
 class ActivationSettings(Settings):
-    hook_points: tuple[str, ...] = Field(default=("resid_post.2",), min_length=1)
+    hook_points: tuple[str, ...] = Field(default=("resid_post.1",), min_length=1)
     """Where activations are read, such as `resid_post.2`; several are stored side by side, aligned row by row."""
 
     split: Literal["train", "held_out"] = "train"

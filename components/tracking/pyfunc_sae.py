@@ -21,7 +21,7 @@ class SAE(PythonModel):
         assert not config["apply_b_dec_to_input"], config
         self.weights = load_file(folder / "sae_weights.safetensors")
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: np.ndarray, params=None):
         x = np.asarray(model_input, dtype=np.float32)
         features = np.maximum(x @ self.weights["W_enc"] + self.weights["b_enc"], 0.0)
         return {"features": features, "reconstruction": features @ self.weights["W_dec"] + self.weights["b_dec"]}

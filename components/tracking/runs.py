@@ -91,9 +91,7 @@ def quiet_mlflow() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.utils.environment", "mlflow.system_metrics", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Both are about choices made on purpose: an explicit signature, and a plain path as the source of a dataset.
-    for message in (".*Add type hints to the `predict` method", "The specified dataset source can be interpreted"):
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted in multiple ways")
 
 
 @dataclass
