@@ -36,11 +36,15 @@ ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests
-	@$(BIN)/python -m pytest -m "not integration"
+	@$(BIN)/python -m pytest -m "not integration and not soak"
 
 .PHONY: test-integration
 test-integration: $(INSTALLED)  ## Run the tests against real servers and the peer library
 	@$(BIN)/python -m pytest -m integration
+
+.PHONY: soak
+soak: $(INSTALLED)  ## Run the long campaigns (kill -9 at every moment that can be told apart)
+	@$(BIN)/python -m pytest -m soak
 
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style, types and import rules

@@ -125,13 +125,24 @@ def everything(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(kept)}
 
 
+LATER_ONLY = {  # left to `make soak`: each kill costs a start of 10 seconds
+    "the MLflow run is open",
+    "four chunks are there",
+    "the second shard is there",
+    "weights are there",
+    "lineage is there",
+    "the decision is tagged",
+}
+
+
+@pytest.mark.parametrize("left_out", [LATER_ONLY, pytest.param(set(), marks=pytest.mark.soak, id="every moment")])
 def test_killed_at_many_moments_the_line_ends_as_if_it_had_never_been(
-    config: Path, tiny_tree: dict, tmp_path: Path, prefect_environment: dict
+    config: Path, tiny_tree: dict, tmp_path: Path, prefect_environment: dict, left_out: set[str]
 ):
     root = tmp_path / "root"
     kills = []
     for moment, reached in milestones(root).items():
-        if reached():
+        if moment in left_out or reached():
             continue  # the run before was quick and passed it
         if killed_at(config, prefect_environment, reached):
             kills.append(moment)
@@ -152,10 +163,10 @@ def test_killed_at_many_moments_the_line_ends_as_if_it_had_never_been(
         def count(query: str) -> int:
             return database.execute(query).fetchone()[0]
 
-        assert count("select count(*) from runs where status = 'FINISHED'") == count("select count(*) from runs") == 1
+        assert count("select count(*) from runs") == count("select count(*) from runs where status = 'FINISHED'") == 1
         assert count("select count(*) from model_versions") == 1
         assert count("select count(*) from logged_models where lifecycle_stage = 'active'") == 1
-        assert count("select count(*) from inputs") == 1
+        assert count("select count(*) from inputs where source_type = 'DATASET'") == 1
         twice = "select count(*) from (select 1 from metrics where key like 'train/%' group by key, step having count(*) > 1)"
         assert count(twice) == 0
         points = len(json.loads(Path(last["paths"]["sae"], "training.json").read_text())["curves"])
