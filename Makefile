@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	    command -v $$candidate >/dev/null 2>&1 && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	      >/dev/null 2>&1 && { echo $$candidate; break; }; done)"; \
 	  [ -n "$$python" ] || { echo "Python 3.11 or newer is needed, and none was found on PATH" >&2; exit 1; }; \
-	  [ -x $(BIN)/python ] || "$$python" -m venv $(VENV)
+	  $(PIP) --version >/dev/null 2>&1 || "$$python" -m venv --clear $(VENV)
 	@echo "Installing the pinned environment into $(VENV) (once; it takes a few minutes) ..."
 	@$(PIP) install -q -r requirements.lock
 	@$(PIP) install -q --no-deps --no-build-isolation -e .

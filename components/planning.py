@@ -17,11 +17,13 @@ from components.activations.extraction import Extraction, dataset_identity
 from components.activations.manifest import Manifest, read_manifest
 from components.activations.schema import DTYPES, TOKEN_BYTES
 from components.config import RunConfig
+from components.corpus import documents as corpus_documents
 from components.corpus.tokens import token_identity
 from components.evaluation.evaluate import evaluation_identity, read_evaluation
 from components.hardware import resolve_device
-from components.language_model.hook_points import HookPoint, parse_hook_point
-from components.language_model.loading import ModelSource, find_model
+from components.language_model import loading
+from components.language_model.hook_points import HookPoint, module_of, parse_hook_point
+from components.language_model.loading import ModelSource, find_model, load_encoder
 from components.settings import UserError, digest
 from components.training.loop import Training, read_training_record, training_identity
 
@@ -153,6 +155,12 @@ class Plan:
             return None
         return read_evaluation(self.sae_url, self.evaluation_identity(record["weights_sha256"]))
 
+    def evaluation_set(self, tokens: int) -> str:
+        """What two SAEs must share to be compared: held-out text, language model, hook point and way of measuring.
+        How much text was prepared for training is no part of it."""
+        text = {key: value for key, value in self.token_identity.items() if key != "train_tokens"}
+        return digest([self.evaluation_identity("") | {"tokens": digest(text)}, tokens])
+
     # registry
 
     @property
@@ -166,6 +174,12 @@ class Plan:
         tracked = {"registered_model": self.registered_model, "experiment": self.config.tracking.experiment}
         evaluation = self.config.evaluation.model_dump(mode="json", exclude={"batch_sequences"})
         return digest([self.config.name, self.sae_digest, self.token_digest, evaluation, tracked])
+
+
+def pinned(config: RunConfig) -> RunConfig:
+    """The configuration with every Hub revision resolved to a commit: each step of a run sees the same one."""
+    corpus, model = corpus_documents.pinned(config.corpus), loading.pinned(config.language_model)
+    return config.model_copy(update={"corpus": corpus, "language_model": model})
 
 
 def check(plan: Plan, only_data: bool = False) -> None:
@@ -189,7 +203,10 @@ def check(plan: Plan, only_data: bool = False) -> None:
         )
     if config.activations.split != "train" and not only_data:
         raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
+    for name in config.activations.hook_points:
+        module_of(plan.source.skeleton, parse_hook_point(name, plan.source.layers))
     plan.token_identity  # noqa: B018
+    load_encoder(plan.source)
     storage.require_writable(config.storage.root, "storage.root")
 
 
@@ -204,7 +221,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     row_bytes = TOKEN_BYTES + len(config.activations.hook_points) * d_in * DTYPES[config.activations.dtype].itemsize
     steps = -(-config.training.tokens // config.training.batch_size)
     sae_parameters = 2 * d_in * d_sae + d_in + d_sae
-    model_parameters = _parameters(plan.source)
+    model_parameters = sum(parameter.numel() for parameter in plan.source.skeleton.parameters())
     share = (plan.point.layer + (not plan.point.reads_input)) / plan.source.layers
     evaluated = min(config.evaluation.tokens, held_out)
     shard_bytes = min(stored, config.activations.rows_per_shard) * row_bytes
@@ -226,6 +243,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "activations": {
             "digest": plan.dataset_digest, "url": plan.dataset_url, "exists": manifest is not None,
             "tokens": stored, "bytes": stored * row_bytes, "bytes_per_token": row_bytes,
+            # scattered chunks and finished shards stand side by side until the commit
+            "peak_bytes": stored * (2 * row_bytes + 8),
             "flops": 2 * model_parameters * share * stored,
         },
         "sae": {
@@ -246,12 +265,3 @@ def estimate(plan: Plan) -> dict[str, Any]:
         },
         "registered_model": plan.registered_model,
     }  # fmt: skip
-
-
-def _parameters(source: ModelSource) -> int:
-    """The model's parameter count, from its shapes alone: no weight is read."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(source.config)
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from hashlib import sha256
 from typing import Any
 
@@ -16,7 +17,14 @@ class UserError(ValueError):
 class Settings(BaseModel):
     """Frozen, unknown keys refused; the string under each field is its documentation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a full commit hash already, and nothing has to be asked of a hub."""
+    return re.fullmatch("[0-9a-f]{40}", revision) is not None
 
 
 def digest(identity: Any) -> str:

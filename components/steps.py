@@ -85,6 +85,14 @@ def tracked(plan: Plan, tags: dict[str, str]) -> AbstractContextManager[Any]:
     )
 
 
+def require_evaluated(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], Manifest]:
+    """Training record, evaluation record and dataset manifest; a UserError unless all three are there."""
+    record, measured, manifest = plan.training_record(), plan.evaluation_record(), plan.dataset_manifest()
+    if record is None or measured is None or manifest is None:
+        raise UserError(f"sae: the artifact {plan.sae_url} is not trained and evaluated yet; run `sae evaluate` first")
+    return record, measured, manifest
+
+
 def register(plan: Plan, run: Any) -> dict[str, Any]:
     """Everything that is known of the SAE into its MLflow run, and the SAE into the registry with an alias.
 
@@ -93,9 +101,7 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
     from components.tracking import figures, registry
     from components.tracking.runs import git_tags
 
-    record, measured, manifest = plan.training_record(), plan.evaluation_record(), plan.dataset_manifest()
-    if record is None or measured is None or manifest is None:
-        raise UserError(f"sae: the artifact {plan.sae_url} is not trained and evaluated yet; run `sae evaluate` first")
+    record, measured, manifest = require_evaluated(plan)
     metrics = measured["metrics"]
     run.add_points(record["curves"])
     run.flush()
@@ -130,7 +136,8 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
             run.run_id,
             plan.run_digest,
             metrics,
-            evaluation_set=f"{plan.token_digest}:{metrics['evaluation_tokens']}",
+            weights_sha256=record["weights_sha256"],
+            evaluation_set=plan.evaluation_set(metrics["evaluation_tokens"]),
             tags={"sae.digest": plan.sae_digest, "sae.dataset_digest": plan.dataset_digest, **git_tags()},
             l0_tolerance=plan.config.tracking.l0_tolerance,
         )
@@ -146,7 +153,8 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
 
 def finished_run(plan: Plan) -> dict[str, Any] | None:
     """The outcome of an earlier run of this very plan that is whole from tokens to registry, or None."""
-    if plan.dataset_manifest() is None or plan.evaluation_record() is None:
+    record = plan.training_record()
+    if plan.dataset_manifest() is None or record is None or plan.evaluation_record() is None:
         return None
     from components.tracking import registry, runs
 
@@ -155,7 +163,7 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
         return None
     client = runs.connect(config.tracking, config.storage.root)
     run = runs.find_run(client, config.tracking.experiment, plan.run_digest)
-    version = registry.find_version(client, plan.registered_model, plan.run_digest, finished=True)
+    version = registry.find_version(client, plan.registered_model, plan.run_digest, record["weights_sha256"], finished=True)
     if run is None or version is None or run.info.status != "FINISHED":
         return None
     return {

@@ -129,6 +129,7 @@ def register(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
         from components import steps
 
         work = _checked_plan(config, overrides)
+        steps.require_evaluated(work)
         with steps.tracked(work, {}) as tracked:
             outcome = steps.register(work, tracked)
         show({"mlflow_run": tracked.run_id, **outcome}, _print_tree)
@@ -199,9 +200,9 @@ def _escaped(text: str) -> str:
 
 def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
     from components.config import load_config
-    from components.planning import Plan, check
+    from components.planning import Plan, check, pinned
 
-    checked = Plan(load_config(config, overrides or ()))
+    checked = Plan(pinned(load_config(config, overrides or ())))
     check(checked, only_data=only_data)
     return checked
 
@@ -264,7 +265,9 @@ def _print_plan(estimate: dict[str, Any]) -> None:
         "extract",
         state("activations"),
         f"{model['name']} ({model['parameters']:,} parameters) at {model['hook_point']}, {stored['tokens']:,} tokens, "
-        f"{stored['bytes'] / 1e6:,.0f} MB ({stored['bytes_per_token']} B/token), {stored['flops']:.2g} FLOPs\n{stored['url']}",
+        f"{stored['bytes'] / 1e6:,.0f} MB ({stored['bytes_per_token']} B/token; "
+        f"{stored['peak_bytes'] / 1e6:,.0f} MB while shuffling), "
+        f"{stored['flops']:.2g} FLOPs\n{stored['url']}",
     )
     table.add_row(
         "train",

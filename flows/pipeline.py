@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 
 from components import steps
 from components.config import RunConfig
-from components.planning import Plan, check
+from components.planning import Plan, check, pinned
 from components.training.checkpoint import Point
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
@@ -52,6 +52,7 @@ def register(config: RunConfig, run: Any) -> dict[str, Any]:
 @flow(name="pipeline", flow_run_name="{config.name}")
 def pipeline(config: RunConfig) -> dict[str, Any]:
     """From a corpus to a registered SAE; the summary of the run."""
+    config = pinned(config)
     plan = Plan(config)
     check(plan)
     seconds: dict[str, float] = {}

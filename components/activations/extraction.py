@@ -94,13 +94,16 @@ def extract(work: Extraction, device: torch.device) -> Manifest:
 
     Raises a UserError when an activation does not fit the number format on disk.
     """
-    manifest = read_manifest(work.url)
-    if manifest is None:
-        _scatter_all(work, device)
-        _gather_all(work)
-        manifest = _commit(work)
-    storage.delete(storage.join(work.url, "scatter"))
-    storage.sweep(work.url)
+    # Two processes on one machine take turns; the second finds the work done. (Workers that share the work call
+    # `run_chunk`, `write_chunk` and `write_shard` themselves.)
+    with storage.exclusive(work.url):
+        manifest = read_manifest(work.url)
+        if manifest is None:
+            _scatter_all(work, device)
+            _gather_all(work)
+            manifest = _commit(work)
+        storage.delete(storage.join(work.url, "scatter"))
+        storage.sweep(work.url)
     return manifest
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 
 from components.corpus.settings import CorpusSettings
-from components.settings import UserError, digest
+from components.settings import UserError, digest, is_commit
 from components.storage import file_sha256, is_local, resolve
 
 # Tests are repetitive fixtures, site-packages is whatever the user installed, and the codec tables of `encodings` are
@@ -91,15 +91,18 @@ def _is_jsonl(url: str) -> bool:
 
 def _read_files(settings: CorpusSettings, urls: list[str]) -> Iterator[Document]:
     for url in urls:
-        with fsspec.open(url, "rt", encoding="utf-8", compression="infer") as stream:
-            if not _is_jsonl(url):
-                text = stream.read()
-                if text.strip():
-                    yield Document(name=url, text=text)
-                continue
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield Document(name=f"{url}:{number}", text=_jsonl_text(line, settings.text_column, f"{url}:{number}"))
+        try:
+            with fsspec.open(url, "rt", encoding="utf-8", compression="infer") as stream:
+                if not _is_jsonl(url):
+                    text = stream.read()
+                    if text.strip():
+                        yield Document(name=url, text=text)
+                    continue
+                for number, line in enumerate(stream, start=1):
+                    if line.strip():
+                        yield Document(name=f"{url}:{number}", text=_jsonl_text(line, settings.text_column, f"{url}:{number}"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"corpus.paths: '{url}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _jsonl_text(line: str, column: str, where: str) -> str:
@@ -109,6 +112,10 @@ def _jsonl_text(line: str, column: str, where: str) -> str:
         raise UserError(f"corpus.text_column: {where} is not a JSON object with the key '{column}'") from error
     if not isinstance(text, str):
         raise UserError(f"corpus.text_column: '{column}' in {where} is a {type(text).__name__}; it must be a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"corpus.text_column: '{column}' in {where} holds a lone surrogate, which is no text") from error
     return text
 
 
@@ -162,17 +169,26 @@ def _file_fingerprint(url: str) -> str:
     return file_sha256(Path(path)) if is_local(url) else str(filesystem.ukey(path))
 
 
+def pinned(settings: CorpusSettings) -> CorpusSettings:
+    """The same corpus with its Hub revision resolved to a commit, so that no later step can see another one."""
+    if settings.source != "huggingface":
+        return settings
+    return settings.model_copy(update={"revision": _huggingface_commit(settings)})
+
+
 def _huggingface_commit(settings: CorpusSettings) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if is_commit(settings.revision):
+        return settings.revision
     try:
         return HfApi().dataset_info(settings.dataset, revision=settings.revision).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(
             f"corpus.dataset: the Hub has no dataset '{settings.dataset}' at revision '{settings.revision}'"
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # every transport has its own exceptions, and all mean that the Hub is out of reach
         raise UserError(
             f"corpus.dataset: cannot reach the Hugging Face Hub for '{settings.dataset}' ({type(error).__name__}); "
             "use source 'files' or 'standard_library' where there is no network"

@@ -39,7 +39,7 @@ class HookPoint:
 def parse_hook_point(name: str, layers: int, field: str = "activations.hook_point") -> HookPoint:
     """The hook point of that name in a model of so many layers, or a UserError that names `field`."""
     kind, _, layer = name.partition(".")
-    if kind not in KINDS or not layer.isdecimal():
+    if kind not in KINDS or not layer.isdecimal() or layer != str(int(layer)):
         raise UserError(f"{field}: '{name}' is not a hook point; write one of {', '.join(KINDS)}, a dot and a layer")
     if int(layer) >= layers:
         raise UserError(f"{field}: '{name}' asks for layer {layer}, but the model has layers 0 to {layers - 1}")

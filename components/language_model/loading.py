@@ -11,7 +11,7 @@ import torch
 
 from components.corpus.tokens import Encoder
 from components.language_model.settings import LanguageModelSettings
-from components.settings import UserError, digest
+from components.settings import UserError, digest, is_commit
 from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
@@ -46,6 +46,14 @@ class ModelSource:
         """Width of the residual stream, `d_model`."""
         return self.config.get_text_config().hidden_size
 
+    @cached_property
+    def skeleton(self) -> torch.nn.Module:
+        """The model without its weights: shapes and modules only."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config)
+
     @property
     def slug(self) -> str:
         """The model's name as part of a file or registry name."""
@@ -76,6 +84,12 @@ def find_model(settings: LanguageModelSettings) -> ModelSource:
     return ModelSource(settings, settings.name, _hub_commit(settings))
 
 
+def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
+    """The same model with its Hub revision resolved to a commit, so that no later step can see another one."""
+    commit = find_model(settings).commit
+    return settings if commit is None else settings.model_copy(update={"revision": commit})
+
+
 def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     """The causal language model, in evaluation mode and without gradients."""
     from transformers import AutoModelForCausalLM
@@ -103,9 +117,14 @@ def load_encoder(source: ModelSource) -> Encoder:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer; a UserError where there is none."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source.location, revision=source.commit)
+    try:
+        return AutoTokenizer.from_pretrained(source.location, revision=source.commit)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"language_model.name: '{source.settings.name}' has no usable tokenizer: {reason}") from error
 
 
 def _hub_commit(settings: LanguageModelSettings) -> str:
@@ -113,6 +132,8 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if is_commit(settings.revision):
+        return settings.revision
     accepted = "give a Hub name, an existing local folder, or 'builtin/stdlib-llama'"
     try:
         return str(HfApi().model_info(settings.name, revision=settings.revision).sha)

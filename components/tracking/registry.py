@@ -25,7 +25,7 @@ ARTIFACT_FILES = (
 )  # fmt: skip
 """The files of a whole SAE artifact, all of which go into the run and the registered model."""
 CHAMPION, CHALLENGER = "champion", "challenger"
-_ARTIFACT_TAG, _SET_TAG = "sae.run_digest", "sae.evaluation_set"
+_ARTIFACT_TAG, _WEIGHTS_TAG, _SET_TAG = "sae.run_digest", "sae.weights_sha256", "sae.evaluation_set"
 _DECISION_TAG, _REASON_TAG, _DONE_TAG = "sae.alias", "sae.alias_reason", "sae.registered"
 COMPARED = ("loss_recovered", "l0", "explained_variance", "dead_fraction")
 
@@ -52,7 +52,9 @@ def decide(metrics: dict[str, Any], champion: dict[str, Any] | None, l0_toleranc
         return Decision(alias=CHAMPION, reason="there was no champion")
     if champion["evaluation_set"] != metrics["evaluation_set"]:
         sets = f"{metrics['evaluation_set']}, not {champion['evaluation_set']}"
-        return Decision(alias=CHALLENGER, reason=f"not measured on the champion's held-out tokens ({sets})")
+        return Decision(
+            alias=CHALLENGER, reason=f"not measured on the champion's held-out tokens, model and hook point ({sets})"
+        )
     before, l0_before = champion["loss_recovered"], champion["l0"]
     compared = f"loss_recovered {recovered:.5f} against {before:.5f}, l0 {l0:.3f} against {l0_before:.3f}"
     if recovered > before and l0 <= l0_tolerance * l0_before:
@@ -65,12 +67,16 @@ def decide(metrics: dict[str, Any], champion: dict[str, Any] | None, l0_toleranc
     return Decision(alias=CHALLENGER, reason=f"{why}: {compared}")
 
 
-def find_version(client: MlflowClient, name: str, run_digest: str, finished: bool = False) -> ModelVersion | None:
-    """The version made by the run of that digest; with `finished`, only one whose registration came to its end."""
-    condition = f"name = '{name}' and tags.`{_ARTIFACT_TAG}` = '{run_digest}'"
-    if finished:
-        condition += f" and tags.`{_DONE_TAG}` = 'true'"
-    found = client.search_model_versions(condition)
+def find_version(
+    client: MlflowClient, name: str, run_digest: str, weights_sha256: str, finished: bool = False
+) -> ModelVersion | None:
+    """The version of these weights made by the run of that digest (another kind of device gives other weights); with
+    `finished`, only one whose registration came to its end."""
+    found = [
+        version
+        for version in client.search_model_versions(f"name = '{name}' and tags.`{_ARTIFACT_TAG}` = '{run_digest}'")
+        if version.tags.get(_WEIGHTS_TAG) == weights_sha256 and (_DONE_TAG in version.tags or not finished)
+    ]
     return max(found, key=lambda version: int(version.version)) if found else None
 
 
@@ -95,6 +101,7 @@ def register(
     run_id: str,
     run_digest: str,
     metrics: dict[str, Any],
+    weights_sha256: str,
     evaluation_set: str,
     tags: dict[str, str],
     l0_tolerance: float,
@@ -103,17 +110,25 @@ def register(
 
     Order: model, version, decision as tags, alias, and last the tag that says that all is done.
     """
-    version = find_version(client, name, run_digest)
+    version = find_version(client, name, run_digest, weights_sha256)
     if version is None:
-        model = _logged_model(client, folder, run_id, run_digest)
+        model = _logged_model(client, folder, run_id, run_digest, weights_sha256)
         numbers = {f"eval.{key}": repr(metrics[key]) for key in COMPARED if metrics[key] is not None}
-        everything = {**tags, **numbers, _ARTIFACT_TAG: run_digest, _SET_TAG: evaluation_set}
+        everything = {
+            **tags,
+            **numbers,
+            _ARTIFACT_TAG: run_digest,
+            _WEIGHTS_TAG: weights_sha256,
+            _SET_TAG: evaluation_set,
+        }
         version = mlflow.register_model(f"models:/{model.model_id}", name, tags=everything)
     tagged = client.get_model_version(name, version.version).tags
-    if _DECISION_TAG in tagged:
+    champion = champion_of(client, name)
+    if _DECISION_TAG in tagged and (_DONE_TAG in tagged or _is_same(champion, version)):
         decision = Decision(alias=tagged[_DECISION_TAG], reason=tagged[_REASON_TAG])
     else:
-        decision = decide({**metrics, "evaluation_set": evaluation_set}, _champion_metrics(client, name), l0_tolerance)
+        # Also where a killed call has decided but not acted: another version may have become champion since.
+        decision = decide({**metrics, "evaluation_set": evaluation_set}, _recorded_metrics(champion), l0_tolerance)
         client.set_model_version_tag(name, version.version, _REASON_TAG, decision.reason)
         client.set_model_version_tag(name, version.version, _DECISION_TAG, decision.alias)
     if _DONE_TAG not in tagged:
@@ -123,8 +138,11 @@ def register(
     return client.get_model_version(name, version.version), decision
 
 
-def _champion_metrics(client: MlflowClient, name: str) -> dict[str, Any] | None:
-    champion = champion_of(client, name)
+def _is_same(champion: ModelVersion | None, version: ModelVersion) -> bool:
+    return champion is not None and int(champion.version) == int(version.version)
+
+
+def _recorded_metrics(champion: ModelVersion | None) -> dict[str, Any] | None:
     if champion is None:
         return None
     tags = champion.tags
@@ -135,11 +153,11 @@ def _champion_metrics(client: MlflowClient, name: str) -> dict[str, Any] | None:
     }
 
 
-def _logged_model(client: MlflowClient, folder: Path, run_id: str, run_digest: str) -> LoggedModel:
+def _logged_model(client: MlflowClient, folder: Path, run_id: str, run_digest: str, weights_sha256: str) -> LoggedModel:
     """The run's model in MLflow, logged now unless a killed call has done it."""
     experiment = client.get_run(run_id).info.experiment_id
     for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-        if model.tags.get(_ARTIFACT_TAG) == run_digest and str(model.status) == "READY":
+        if model.tags.get(_WEIGHTS_TAG) == weights_sha256 and str(model.status) == "READY":
             return model
         client.delete_logged_model(model.model_id)
     config = json.loads((folder / "cfg.json").read_text())
@@ -161,6 +179,6 @@ def _logged_model(client: MlflowClient, folder: Path, run_id: str, run_digest: s
         input_example=np.random.default_rng(0).standard_normal((2, d_in)).astype(np.float32),
         pip_requirements=[f"{package}=={installed_version(package)}" for package in ("mlflow", "numpy", "safetensors")],
         metadata={"d_in": d_in, "d_sae": d_sae},
-        tags={_ARTIFACT_TAG: run_digest},
+        tags={_ARTIFACT_TAG: run_digest, _WEIGHTS_TAG: weights_sha256},
     )
     return client.get_logged_model(info.model_id)

@@ -114,7 +114,7 @@ class TrackedRun:
             self._logged.add(step)
             values = {name: value for name, value in point.items() if name != "tokens" and math.isfinite(value)}
             self._buffer.append([Metric(f"train/{name}", value, now, step) for name, value in values.items()])
-        if len(self._buffer) >= _FLUSH_POINTS and time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+        if len(self._buffer) >= _FLUSH_POINTS or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from components.settings import Settings
 
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
 
 class TrackingSettings(Settings):
     uri: str | None = None
@@ -27,8 +29,11 @@ class TrackingSettings(Settings):
 
     @field_validator("uri")
     @classmethod
-    def _holds_no_password(cls, uri: str | None) -> str | None:
+    def _is_an_address_without_a_password(cls, uri: str | None) -> str | None:
         # The configuration is stored with every run and artifact.
         if uri is not None and urlsplit(uri).password:
             raise ValueError("tracking.uri holds a password; leave it out and set MLFLOW_TRACKING_URI or _PASSWORD instead")
+        scheme = "" if uri is None else urlsplit(uri).scheme.partition("+")[0]
+        if uri is not None and scheme not in _SCHEMES:
+            raise ValueError(f"tracking.uri: '{uri}' is not an MLflow address; it starts with one of {', '.join(_SCHEMES)}")
         return uri

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from components.settings import Settings
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingSettings(Settings):
@@ -34,7 +36,7 @@ class TrainingSettings(Settings):
     learning_rate_decay: float = Field(default=0.2, ge=0, le=1)
     """Share of training, at its end, over which the learning rate falls linearly to zero."""
 
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[_DecayRate, _DecayRate] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
 
     clip_gradient_norm: float = Field(default=1.0, gt=0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from components import steps, storage
 from components.activations import extraction
@@ -132,6 +136,19 @@ def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Plan, 
     assert extraction.extract(again, CPU).shards == manifest.shards
     names = sorted(path.name for path in Path(again.url).iterdir())
     assert names == ["manifest.json", *(shard.name for shard in manifest.shards)]
+
+
+def test_two_processes_that_extract_the_same_dataset_both_end_with_it(plan: Plan, tmp_path: Path):
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(plan.config.model_dump(mode="json")))
+    command = [str(Path(sys.executable).parent / "sae"), "extract", str(config), "--json"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert json.loads(answers[0][0]) == json.loads(answers[1][0])
+    table = shards(plan.dataset_url)
+    assert len(set(zip(table["document"].to_pylist(), table["position"].to_pylist(), strict=True))) == len(table) == 6_000
+    assert not (Path(plan.dataset_url) / "scatter").exists()
 
 
 def test_activations_that_do_not_fit_the_number_format_are_refused(tiny_tree: dict, tiny_model: str, tmp_path: Path):

@@ -110,6 +110,23 @@ def test_json_lines_plain_and_compressed_are_read(tmp_path: Path):
         list(read_documents(chosen.model_copy(update={"text_column": "other"}), 0))
 
 
+def test_what_is_not_text_is_named(tmp_path: Path):
+    (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
+    with pytest.raises(UserError, match=r"corpus\.paths.*binary\.txt.*UTF-8"):
+        list(read_documents(CorpusSettings(source="files", paths=(str(tmp_path / "binary.txt"),)), 0))
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}')
+    with pytest.raises(UserError, match=r"half\.jsonl:1.*surrogate"):
+        list(read_documents(CorpusSettings(source="files", paths=(str(tmp_path / "half.jsonl"),)), 0))
+
+
+@pytest.mark.parametrize("dataset", ["a/b/c", "nobody/nothing"])
+def test_a_hub_corpus_that_cannot_be_had_is_named(dataset: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=rf"corpus\.dataset.*{dataset}"):
+        corpus_identity(CorpusSettings(source="huggingface", dataset=dataset))
+
+
 def test_a_missing_corpus_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"corpus\.paths.*nowhere"):
         corpus_identity(CorpusSettings(source="files", paths=(str(tmp_path / "nowhere"),)))

@@ -91,6 +91,30 @@ def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_t
     assert tags["sae.alias"] == CHALLENGER
 
 
+def test_more_training_text_does_not_make_saes_incomparable(tiny_tree: dict):
+    first = Plan(parse_config(tiny_tree))
+    tiny_tree["corpus"]["train_tokens"] = 5_000
+    second = Plan(parse_config(tiny_tree))
+    assert first.token_digest != second.token_digest
+    assert first.evaluation_set(400) == second.evaluation_set(400)
+    for section, change in {"corpus": {"held_out_tokens": 900}, "activations": {"hook_points": ["mlp_out.0"]}}.items():
+        other = Plan(parse_config({**tiny_tree, section: {**tiny_tree[section], **change}}))
+        assert other.evaluation_set(400) != first.evaluation_set(400)
+
+
+def test_a_killed_registration_decides_again_against_the_champion_of_now(tiny_tree: dict):
+    plan, first = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
+    client, name = client_of(plan), plan.registered_model
+    # as if the call had been killed between its decision and its alias, and a better version had won meanwhile
+    client.delete_model_version_tag(name, str(first["model_version"]), "sae.registered")
+    client.delete_registered_model_alias(name, CHAMPION)
+    _, second = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
+    assert second["alias"] == CHAMPION
+    with steps.tracked(plan, {}) as run:
+        assert steps.register(plan, run)["alias"] == CHALLENGER
+    assert int(champion_of(client, name).version) == second["model_version"]
+
+
 def numbers(recovered: float | None, l0: float, where: str = "set") -> dict:
     return {"loss_recovered": recovered, "l0": l0, "evaluation_set": where}
 

@@ -134,7 +134,7 @@ def test_dead_features_are_counted_in_tokens(tiny_tree: dict):
     steps.extract(plan)
     curves = steps.train(plan)["curves"]
     assert curves[1]["dead_fraction"] == 0  # fewer than 6,000 tokens yet
-    assert curves[-1]["dead_fraction"] > 0.5
+    assert curves[-1]["dead_fraction"] > 0.2
 
 
 def test_bfloat16_autocast_trains_and_keeps_weights_in_float32(tiny_tree: dict, plan: Plan):

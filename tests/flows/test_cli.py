@@ -47,6 +47,11 @@ def test_help_names_every_command():
         ("device=cuda:7", ["device", "cuda:7"]),
         ("language_model.name=builtin/none", ["language_model.name", "builtin/stdlib-llama"]),
         ("activations.split=held_out", ["activations.split", "train"]),
+        ("activations.hook_points=[resid_post.01]", ["activations.hook_points", "resid_post.01"]),
+        ("device=meta", ["device", "meta", "cuda"]),
+        ("tracking.uri=nonsense://x", ["tracking.uri", "nonsense", "http"]),
+        ("training.adam_betas=[0.9,1.0]", ["training.adam_betas", "1.0", "less than 1"]),
+        ("training.learning_rate=.inf", ["training.learning_rate", "inf", "finite"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2_before_any_work(
@@ -77,6 +82,8 @@ def test_the_steps_one_by_one_hand_over_and_say_what_is_missing(config: str, tmp
     early = sae("train", config)
     assert early.returncode == 2
     assert "sae extract" in early.stderr
+    assert sae("register", config).returncode == 2
+    assert not (tmp_path / "root" / "mlflow.db").exists()
     extracted = json.loads(sae("extract", config, "--json").stdout)
     trained = json.loads(sae("train", config, "--json").stdout)
     evaluated = json.loads(sae("evaluate", config, "--json").stdout)
