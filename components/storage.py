@@ -155,7 +155,9 @@ def list_names(url: str) -> list[str]:
         entries = filesystem.ls(path, detail=True)
     except FileNotFoundError:
         return []
-    names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    # SeaweedFS lists an emptied prefix as an entry of itself.
+    files = (entry["name"] for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != path.rstrip("/"))
+    names = (name.rsplit("/", 1)[-1] for name in files)
     return sorted(name for name in names if not name.startswith(_STAGED_PREFIX))
 
 

@@ -24,6 +24,8 @@ def training_figure(curves: list[dict[str, float]]) -> Figure:
         axes.plot(tokens, [point[key] for point in curves], color=_LINE, linewidth=1.2)
         axes.set(title=title, xlabel="tokens", yscale=scale)
         axes.grid(alpha=0.3)
+        if key == "dead_fraction":
+            axes.set_ylim(0, max(0.01, 1.05 * max(point[key] for point in curves)))
     return figure
 
 

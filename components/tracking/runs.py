@@ -66,8 +66,8 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
         os.environ[_URI_VARIABLE] = environment
     client = MlflowClient()
     if client.get_experiment_by_name(settings.experiment) is None:
-        # A database beside the activations keeps its artifacts there too, not in the working directory.
-        location = storage.join(storage.local_path(root).resolve().as_uri(), "mlflow-artifacts") if _is_file(uri) else None
+        # A database in a file keeps its artifacts beside it, not in the working directory.
+        location = (_file(uri).resolve().parent / "mlflow-artifacts").as_uri() if _is_file(uri) else None
         client.create_experiment(settings.experiment, artifact_location=location)
     mlflow.set_experiment(settings.experiment)
     return client
@@ -76,11 +76,15 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
 def database_exists(settings: TrackingSettings, root: str) -> bool:
     """Whether there is a store to ask; a SQLite file that is not there yet would be created by asking."""
     uri = tracking_uri(settings, root)
-    return not _is_file(uri) or Path(uri.removeprefix("sqlite:///")).is_file()
+    return not _is_file(uri) or _file(uri).is_file()
 
 
 def _is_file(uri: str) -> bool:
     return uri.startswith("sqlite:")
+
+
+def _file(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
 
 
 def quiet_mlflow() -> None:
