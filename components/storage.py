@@ -58,13 +58,6 @@ def exists(url: str) -> bool:
     return filesystem.isfile(path)
 
 
-def size(url: str) -> int | None:
-    """Bytes of the file, or None where there is none."""
-    filesystem, path = resolve(url)
-    filesystem.invalidate_cache()
-    return filesystem.size(path) if filesystem.isfile(path) else None
-
-
 def read_bytes(url: str) -> bytes:
     filesystem, path = resolve(url)
     return filesystem.cat_file(path)
@@ -98,7 +91,7 @@ def whole_file(url: str) -> Iterator[Path]:
 
 
 def put_bytes(content: bytes, url: str) -> None:
-    """As `put_file`, from memory."""
+    """As `whole_file`, from memory."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.pipe_file(path, content)

@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
@@ -157,9 +157,10 @@ def _logged_model(client: MlflowClient, folder: Path, run_id: str, run_digest: s
     """The run's model in MLflow, logged now unless a killed call has done it."""
     experiment = client.get_run(run_id).info.experiment_id
     for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-        if model.tags.get(_WEIGHTS_TAG) == weights_sha256 and str(model.status) == "READY":
+        if model.status != LoggedModelStatus.READY:
+            client.delete_logged_model(model.model_id)  # a killed call's; a finished one may stand behind a version
+        elif model.tags.get(_WEIGHTS_TAG) == weights_sha256:
             return model
-        client.delete_logged_model(model.model_id)
     config = json.loads((folder / "cfg.json").read_text())
     d_in, d_sae = config["d_in"], config["d_sae"]
     signature = ModelSignature(

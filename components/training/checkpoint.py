@@ -70,16 +70,12 @@ def restore_checkpoint(state: TrainingState, url: str) -> bool:
         for name, parameter in state.sae.named_parameters():
             parameter.copy_(tensors[f"weight.{name}"])
             state.optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to("cpu" if key == "step" and not _fused(state) else parameter.device)
+                key: tensors[f"adam.{key}.{name}"].to(parameter.device)  # fused Adam keeps `step` there too
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         state.silent_tokens.copy_(tensors["silent_tokens"])
     state.step, state.curves = header["step"], header["curves"]
     return True
-
-
-def _fused(state: TrainingState) -> bool:
-    return bool(state.optimizer.defaults["fused"])
 
 
 def _header(content: bytes) -> Any:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
 
-from components import steps
+from components import steps, storage
 from components.config import parse_config
 from components.planning import Plan
 from components.sae.artifact import load_sae
@@ -89,6 +90,18 @@ def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_t
     tags = client.get_model_version(plan.registered_model, str(second["model_version"])).tags
     assert "loss_recovered" in tags["sae.alias_reason"]
     assert tags["sae.alias"] == CHALLENGER
+
+
+def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_tree: dict):
+    plan, first = complete(tiny_tree)
+    # as if the same configuration had been trained on another kind of device
+    record = storage.read_json(f"{plan.sae_url}/training.json")
+    storage.put_json({**record, "weights_sha256": "0" * 64}, f"{plan.sae_url}/training.json")
+    again, second = complete(tiny_tree)
+    assert (second["run"], second["model_version"]) == (first["run"], 2)
+    client_of(again)
+    for version in (1, 2):
+        mlflow.pyfunc.load_model(f"models:/{plan.registered_model}/{version}")
 
 
 def test_more_training_text_does_not_make_saes_incomparable(tiny_tree: dict):
