@@ -29,6 +29,12 @@ class StorageSettings(Settings):
     root: str = Field(default="data", min_length=1)
     """Folder or `s3://bucket/prefix` under which everything is stored."""
 
+    cache: str | None = None
+    """Local folder that keeps activations read from an object store for the next epoch or run; none where not given."""
+
+    cache_bytes: int = Field(default=50_000_000_000, ge=0)
+    """Largest size of the cache folder in bytes; what was used longest ago is removed."""
+
 
 class RunConfig(Settings):
     name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from components import storage
+from components.activations.cache import DiskCache
 from components.activations.extraction import Extraction, dataset_identity
 from components.activations.manifest import Manifest, read_manifest
 from components.activations.schema import DTYPES, TOKEN_BYTES
@@ -95,12 +96,19 @@ class Plan:
         return Extraction(
             url=self.dataset_url,
             identity=self.dataset_identity,
+            configuration=self.config.model_dump(
+                mode="json", include={"name", "seed", "corpus", "language_model", "activations"}
+            ),
             settings=self.config.activations,
             source=self.source,
             token_url=self.token_url,
             token_manifest=token_manifest,
             seed=self.config.seed,
         )
+
+    def cache(self) -> DiskCache | None:
+        settings = self.config.storage
+        return None if settings.cache is None else DiskCache(settings.cache, settings.cache_bytes)
 
     # SAE
 
@@ -139,6 +147,7 @@ class Plan:
                 "prepend_bos": corpus.prepend_bos,
                 "dataset_path": corpus.dataset or corpus.source,
             },
+            cache=self.cache(),
         )
 
     # evaluation

@@ -2,17 +2,22 @@
 
 Everything is staged on local scratch and put in one piece. Writing straight into an object-store stream is avoided on
 purpose: a stream that an exception closes leaves a valid but truncated object behind.
+
+A store that is away for a while (a restart, a 503, "slow down") is waited for; see `components/patience.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import platform
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -24,11 +29,16 @@ from filelock import BaseFileLock, FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from components.patience import patience, patiently
 from components.settings import UserError
 
 logger = logging.getLogger(__name__)
 
 _STAGED_PREFIX = ".staged-"  # a leftover of a killed process under this prefix is never read
+_PARALLEL_READS = 16
+PROBE_SECONDS = 5.0
+"""How long a store may be away before a run that is about to start says so."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def join(url: str, *parts: str) -> str:
@@ -52,15 +62,56 @@ def local_path(url: str) -> Path:
     return Path(path)
 
 
-def exists(url: str) -> bool:
+def _call(url: str, operation: str, *arguments: Any, **named: Any) -> Any:
+    """`filesystem.operation(path, ...)` for the file system and path of `url`, waiting for a store that is away."""
     filesystem, path = resolve(url)
     filesystem.invalidate_cache()
-    return filesystem.isfile(path)
+    return patiently(filesystem, operation, path, *arguments, **named)
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or a folder at `url`. (fsspec's own `isfile` takes a store that is away for a no.)"""
+    try:
+        _call(url, "info")
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def read_bytes(url: str) -> bytes:
-    filesystem, path = resolve(url)
-    return filesystem.cat_file(path)
+    return _call(url, "cat_file")
+
+
+def read_range(url: str, start: int, length: int) -> bytes:
+    """`length` bytes from byte `start` on; an EOFError that names the file where it is shorter."""
+    content: bytes = b"" if length == 0 else _call(url, "cat_file", start=start, end=start + length)
+    if len(content) != length:
+        raise EOFError(f"{url} ends before byte {start + length}")
+    return content
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, memoryview]]) -> None:
+    """Fill each memoryview with the bytes of its file from the given one on; in parallel where that helps.
+
+    An EOFError that names the file where one is shorter.
+    """
+
+    def fill(item: tuple[str, int, memoryview]) -> None:
+        url, start, target = item
+        filesystem, path = resolve(url)
+        if isinstance(filesystem, LocalFileSystem):
+            with open(path, "rb", buffering=0) as stream:
+                if os.preadv(stream.fileno(), [target], start) != len(target):
+                    raise EOFError(f"{url} ends before byte {start + len(target)}")
+        else:
+            target[:] = read_range(url, start, len(target))
+
+    if all(is_local(url) for url, _, _ in ranges):
+        for item in ranges:
+            fill(item)
+        return
+    with ThreadPoolExecutor(_PARALLEL_READS) as threads:
+        list(threads.map(fill, ranges))
 
 
 def read_json(url: str) -> Any:
@@ -77,24 +128,77 @@ def read_json_if_present(url: str) -> Any | None:
 @contextmanager
 def whole_file(url: str) -> Iterator[Path]:
     """A scratch path to write to; on a clean exit its content is at `url` in one step, on an exception nothing is."""
-    filesystem, path = resolve(url)
-    if isinstance(filesystem, LocalFileSystem):
-        with _staged_beside(Path(path)) as staged:
-            yield staged
-            _synchronise(staged)
-            os.replace(staged, path)
-        return
-    with tempfile.TemporaryDirectory(prefix="sae-staged-") as scratch:
-        staged = Path(scratch) / "file"
+    with scratch(url) as staged:
         yield staged
-        filesystem.put_file(str(staged), path)
+        put_file(staged, url)
+
+
+def put_file(staged: Path, url: str) -> None:
+    """Put a scratch file at `url` in one step, in place of what is there."""
+    if is_local(url):
+        _synchronise(staged)
+        os.replace(staged, local_path(url))
+    else:
+        filesystem, path = resolve(url)
+        patiently(filesystem, "put_file", str(staged), path)
+
+
+def put_file_once(staged: Path, url: str) -> bool:
+    """Put a scratch file at `url` if nothing is there; False when another writer was first."""
+    if is_local(url):
+        _synchronise(staged)
+        try:
+            os.link(staged, local_path(url))
+        except FileExistsError:
+            return False
+        return True
+    filesystem, path = resolve(url)
+    return _created(url, filesystem, "put_file", str(staged), path)
+
+
+@contextmanager
+def scratch(url: str) -> Iterator[Path]:
+    """A path to write what will be put at `url`: beside it on a local disk, in a temporary folder otherwise."""
+    with _naming_a_full_disk(url):
+        if is_local(url):
+            with _staged_beside(local_path(url)) as staged:
+                yield staged
+        else:
+            with tempfile.TemporaryDirectory(prefix="sae-staged-") as folder:
+                yield Path(folder) / "file"
+
+
+@contextmanager
+def local_copy(url: str) -> Iterator[Path]:
+    """The file at `url` on this machine: itself, or a copy for as long as the block."""
+    if is_local(url):
+        yield local_path(url)
+        return
+    with tempfile.TemporaryDirectory(prefix="sae-copies-") as folder:
+        copy = Path(folder) / url.rsplit("/", 1)[-1]
+        filesystem, path = resolve(url)
+        patiently(filesystem, "get_file", path, str(copy))
+        yield copy
+
+
+@contextmanager
+def _naming_a_full_disk(url: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        folder = local_path(url).parent if is_local(url) else tempfile.gettempdir()
+        raise UserError(
+            f"storage.root: the disk of '{folder}' is full and '{url}' could not be written; free some space and run "
+            "again, which continues from here"
+        ) from error
 
 
 def put_bytes(content: bytes, url: str) -> None:
     """As `whole_file`, from memory."""
-    filesystem, path = resolve(url)
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(path, content)
+    if not is_local(url):
+        _call(url, "pipe_file", content)
         return
     with whole_file(url) as staged:
         staged.write_bytes(content)
@@ -110,18 +214,19 @@ def put_json_once(value: Any, url: str) -> bool:
     An exclusive link on a local disk, `If-None-Match: *` on S3.
     """
     content = _json_bytes(value)
-    filesystem, path = resolve(url)
-    if isinstance(filesystem, LocalFileSystem):
-        with _staged_beside(Path(path)) as staged:
+    if is_local(url):
+        with scratch(url) as staged:
             staged.write_bytes(content)
-            _synchronise(staged)
-            try:
-                os.link(staged, path)
-            except FileExistsError:
-                return False
-        return True
+            return put_file_once(staged, url)
+    filesystem, path = resolve(url)
+    # A put whose answer was lost is sent again and refused then: what counts is whose content is there.
+    return _created(url, filesystem, "pipe_file", path, content) or read_bytes(url) == content
+
+
+def _created(url: str, filesystem: AbstractFileSystem, operation: str, *arguments: Any) -> bool:
+    """Put with `If-None-Match: *`; False where something is there already."""
     try:
-        filesystem.pipe_file(path, content, mode="create")
+        patiently(filesystem, operation, *arguments, mode="create")
     except OSError:  # SeaweedFS's refusal reaches us as EINVAL, others' as FileExistsError
         if not exists(url):
             raise
@@ -132,8 +237,8 @@ def put_json_once(value: Any, url: str) -> bool:
 @contextmanager
 def local_copies(url: str, names: Sequence[str]) -> Iterator[Path]:
     """A folder on this machine that holds copies of these files under `url`, and nothing else."""
-    with tempfile.TemporaryDirectory(prefix="sae-copies-") as scratch:
-        folder = Path(scratch) / url.rstrip("/").rsplit("/", 1)[-1]
+    with tempfile.TemporaryDirectory(prefix="sae-copies-") as parent:
+        folder = Path(parent) / url.rstrip("/").rsplit("/", 1)[-1]
         folder.mkdir()
         for name in names:
             (folder / name).write_bytes(read_bytes(join(url, name)))
@@ -142,24 +247,49 @@ def local_copies(url: str, names: Sequence[str]) -> Iterator[Path]:
 
 def list_names(url: str) -> list[str]:
     """Sorted names of the files directly under `url`; none where it does not exist."""
-    filesystem, path = resolve(url)
-    filesystem.invalidate_cache()
+    return [name for name, kind in _entries(url) if kind == "file"]
+
+
+def list_folders(url: str) -> list[str]:
+    """Sorted names of the folders directly under `url`; none where it does not exist."""
+    return [name for name, kind in _entries(url) if kind == "directory"]
+
+
+def _entries(url: str) -> list[tuple[str, str]]:
+    path = resolve(url)[1]
     try:
-        entries = filesystem.ls(path, detail=True)
+        entries = _call(url, "ls", detail=True)
     except FileNotFoundError:
         return []
     # SeaweedFS lists an emptied prefix as an entry of itself.
-    files = (entry["name"] for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != path.rstrip("/"))
-    names = (name.rsplit("/", 1)[-1] for name in files)
-    return sorted(name for name in names if not name.startswith(_STAGED_PREFIX))
+    kept = (entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/"))
+    found = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in kept)
+    return sorted((name, kind) for name, kind in found if not name.startswith(_STAGED_PREFIX))
+
+
+def size(url: str) -> int:
+    """Bytes of a file; FileNotFoundError where there is none."""
+    return int(_call(url, "info")["size"])
 
 
 def delete(url: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens where there is none."""
-    filesystem, path = resolve(url)
-    filesystem.invalidate_cache()
-    if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
+    try:
+        if exists(url):
+            _call(url, "rm", recursive=True)
+    except FileNotFoundError:  # another process was quicker
+        if exists(url):
+            raise
+
+
+def free_bytes(url: str) -> int | None:
+    """What is left on the disk of a local folder (or of its nearest parent that exists); None for an object store."""
+    if not is_local(url):
+        return None
+    folder = local_path(url).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 @contextmanager
@@ -213,8 +343,9 @@ def require_writable(url: str, field: str) -> None:
     """Raise a UserError naming `field` unless a file can be written and removed under `url`."""
     probe = join(url, ".write-probe")
     try:
-        put_bytes(b"", probe)
-        delete(probe)
+        with patience(PROBE_SECONDS):
+            put_bytes(b"", probe)
+            delete(probe)
     except Exception as error:  # each file system has its own exceptions; all mean the same to the user
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{field}: cannot write to '{url}' ({reason}); name a folder or s3:// prefix that you own") from error

@@ -1,38 +1,41 @@
 """Extraction: token sequences -> language model -> a shuffled activation dataset.
 
 The work is a list of chunks (forward pass, scatter) and then a list of buckets (shuffle, write a shard). Each item
-writes one file whole, with the same bytes whoever does it; what is already there is not done again. So any number of
-workers may share the list, and a killed extraction continues where it was.
+writes one file whole, the same rows whoever does it; what is already there is not done again. So any number of workers
+may share the list, and a killed extraction continues where it was.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
-from concurrent.futures import Future, ThreadPoolExecutor
+import random
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from components import storage
+from components.activations.forward import Chunk, run_chunk
 from components.activations.manifest import SCHEMA_VERSION, Column, Manifest, Shard, manifest_url, read_manifest
-from components.activations.schema import DTYPES, dataset_schema, rows_from_tensor, tensor_from_rows
+from components.activations.schema import Layout
 from components.activations.settings import ActivationSettings
+from components.activations.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
 from components.activations.shuffle import read_bucket, write_scattered
-from components.corpus.tokens import Sequences, read_sequences
-from components.language_model.hook_points import HookPoint, capture, parse_hook_point
+from components.corpus.tokens import read_sequences
+from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.loading import ModelSource, load_model
 from components.progress import progress
 from components.settings import UserError, digest
 
 logger = logging.getLogger(__name__)
+
+_CHUNKS_AT_ONCE = 2  # being written while the language model runs on the next one
 
 
 def dataset_identity(
@@ -46,7 +49,7 @@ def dataset_identity(
         "model": source.identity,
         "tokens": token_identity,
         "seed": seed,
-        **settings.model_dump(mode="json", exclude={"sequences_per_chunk"}),
+        **settings.model_dump(mode="json", exclude={"sequences_per_chunk", "shuffle_workers"}),
     }
 
 
@@ -56,6 +59,7 @@ class Extraction:
 
     url: str
     identity: dict[str, Any]
+    configuration: dict[str, Any]
     settings: ActivationSettings
     source: ModelSource
     token_url: str
@@ -79,184 +83,242 @@ class Extraction:
         field = "activations.hook_points"
         return [parse_hook_point(name, self.source.layers, field) for name in self.settings.hook_points]
 
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout({str(point): self.source.width for point in self.points}, self.settings.dtype)
+
+    @property
+    def scatter_url(self) -> str:
+        """Where scattered chunks wait. Their size is part of the name: it decides what is in them, not what comes of them."""
+        return storage.join(self.url, "scatter", str(self.settings.sequences_per_chunk))
+
+    def chunk_name(self, chunk: int) -> str:
+        return f"chunk-{chunk:06d}.bin"
+
     def chunk_url(self, chunk: int) -> str:
-        return storage.join(self.url, "scatter", f"chunk-{chunk:06d}.parquet")
+        return storage.join(self.scatter_url, self.chunk_name(chunk))
 
     def shard_name(self, bucket: int) -> str:
         return f"shard-{bucket:05d}.parquet"
 
-    def shard_record_url(self, bucket: int) -> str:
-        return storage.join(self.url, "scatter", f"shard-{bucket:05d}.json")
+    def record_name(self, bucket: int) -> str:
+        return f"shard-{bucket:05d}.json"
+
+    def record_url(self, bucket: int) -> str:
+        return storage.join(self.scatter_url, self.record_name(bucket))
 
 
 def extract(work: Extraction, device: torch.device) -> Manifest:
-    """Do what is left of the work and commit the dataset. Memory: two chunks or one shard, whatever the corpus.
+    """Do what is left of the work and commit the dataset. Memory: a few chunks or `shuffle_workers` shards.
 
-    Raises a UserError when an activation does not fit the number format on disk.
+    Raises a UserError when an activation does not fit the number format on disk, or the data does not fit the disk.
     """
-    # Two processes on one machine take turns; the second finds the work done. (Workers that share the work call
-    # `run_chunk`, `write_chunk` and `write_shard` themselves.)
+    # Two processes on one machine take turns; the second finds the work done. Under s3:// they share it.
     with storage.exclusive(work.url):
-        manifest = read_manifest(work.url)
+        manifest = finish(work)
         if manifest is None:
-            _scatter_all(work, device)
-            _gather_all(work)
-            manifest = _commit(work)
+            prepare(work)
+            scatter(work, device, range(work.chunks))
+            gather(work, range(work.buckets))
+            manifest = commit(work)
+    return manifest
+
+
+def finish(work: Extraction) -> Manifest | None:
+    """The manifest of the dataset if it is committed, with what is no longer needed cleared away; else None."""
+    manifest = read_manifest(work.url)
+    if manifest is not None:
         storage.delete(storage.join(work.url, "scatter"))
         storage.sweep(work.url)
     return manifest
 
 
-def _scatter_all(work: Extraction, device: torch.device) -> None:
-    done = set(storage.list_names(storage.join(work.url, "scatter")))
-    missing = [chunk for chunk in range(work.chunks) if work.chunk_url(chunk).rsplit("/", 1)[-1] not in done]
+def prepare(work: Extraction) -> None:
+    """Raise a UserError for what would stop the work later: a page that is too large, a disk that is too small."""
+    for name, width in work.layout.widths.items():
+        largest = LARGEST_PAGE // work.layout.column_bytes[name]
+        if work.settings.rows_per_group > largest:
+            raise UserError(
+                f"activations.rows_per_group: {work.settings.rows_per_group} rows of {name} ({width} wide) are more than "
+                f"a Parquet page holds; at most {largest} are accepted"
+            )
+    free = storage.free_bytes(work.url)
+    if free is None:
+        return
+    # Scattered chunks and finished shards stand side by side until the commit.
+    stored = sum(path.stat().st_size for path in storage.local_path(work.url).rglob("*") if path.is_file())
+    needed = 2 * work.split["tokens"] * work.layout.row_bytes - stored
+    if needed > free:
+        raise UserError(
+            f"storage.root: extraction needs {needed / 1e9:,.1f} GB more on the disk of '{work.url}', which has "
+            f"{free / 1e9:,.1f} GB left; half of it is freed at the end. Free some, or lower corpus.train_tokens"
+        )
+
+
+def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> None:
+    """Run the language model on those of these chunks that are not there yet, and put each one scattered over buckets."""
+    if _overtaken(work):
+        return
+    done = set(storage.list_names(work.scatter_url))
+    missing = [chunk for chunk in chunks if work.chunk_name(chunk) not in done]
     if not missing:
         return
-    if len(missing) < work.chunks:
-        logger.info("extract: continuing, %d of %d chunks are there", work.chunks - len(missing), work.chunks)
+    if len(missing) < len(chunks):
+        logger.info("extract: continuing, %d of %d chunks are there", len(chunks) - len(missing), len(chunks))
     model = load_model(work.source, device)
-    total = len(missing) * work.settings.sequences_per_chunk * work.token_manifest["context_length"]
+    size = work.settings.sequences_per_chunk
+    total = sum(min(size, work.split["sequences"] - chunk * size) for chunk in missing) * work.token_manifest["context_length"]
     with (
-        progress(logger, "extract", min(total, _all_tokens(work)), "tokens") as advance,
-        ThreadPoolExecutor(max_workers=1) as writer,
+        progress(logger, "extract", total, "tokens") as advance,
+        ThreadPoolExecutor(max_workers=_CHUNKS_AT_ONCE) as writers,
     ):
-        pending: Future[None] | None = None
-        for chunk in missing:
-            sequences, columns = run_chunk(work, model, device, chunk)
-            if pending is not None:
-                pending.result()
-            # The file is written while the model runs on the next chunk.
-            pending = writer.submit(write_chunk, work, chunk, sequences, columns)
+        pending: list[Future[None]] = []
+        for chunk in _apart(work, missing):
+            if _overtaken(work):
+                break
+            if _shared(work) and storage.exists(work.chunk_url(chunk)):
+                continue  # another worker has done it meanwhile
+            sequences = read_sequences(
+                work.token_url, work.token_manifest, work.settings.split, chunk * size, (chunk + 1) * size
+            )
+            scattered = run_chunk(work.source, model, work.points, sequences, work.settings.dtype, device)
+            while len(pending) >= _CHUNKS_AT_ONCE:
+                pending.pop(0).result()
+            # The file is written and uploaded while the model runs on the next chunk.
+            pending.append(writers.submit(write_chunk, work, chunk, scattered))
             advance(sequences.tokens.size, "")
-        if pending is not None:
-            pending.result()
+        for future in pending:
+            future.result()
 
 
-def _all_tokens(work: Extraction) -> int:
-    return work.split["sequences"] * work.token_manifest["context_length"]
+def _shared(work: Extraction) -> bool:
+    """Whether workers that know nothing of each other may be on this dataset: a local one is held by a lock."""
+    return not storage.is_local(work.url)
 
 
-def run_chunk(
-    work: Extraction, model: torch.nn.Module, device: torch.device, chunk: int
-) -> tuple[Sequences, dict[HookPoint, Tensor]]:
-    """A chunk's sequences, and for each hook point the activations of its counted tokens, `[n, d_in]` on the CPU in the
-    number format on disk."""
-    start = chunk * work.settings.sequences_per_chunk
-    stop = start + work.settings.sequences_per_chunk
-    sequences = read_sequences(work.token_url, work.token_manifest, work.settings.split, start, stop)
-    parts: dict[HookPoint, list[Tensor]] = {point: [] for point in work.points}
-    size = work.source.settings.batch_sequences
-    counted = torch.tensor(sequences.documents >= 0, device=device)
-    for tokens, kept in zip(torch.tensor(sequences.tokens).split(size), counted.split(size), strict=True):
-        for point, activation in capture(model, work.points, tokens.to(device).long()).items():
-            values = activation[kept].to(DTYPES[work.settings.dtype])
-            if not torch.isfinite(values).all():
-                raise UserError(
-                    f"activations.dtype: '{work.settings.dtype}' cannot hold the activations at {point}, which overflow; "
-                    "use bfloat16 or float32"
-                )
-            parts[point].append(values.cpu())
-    return sequences, {point: torch.cat(blocks) for point, blocks in parts.items()}
+def _overtaken(work: Extraction) -> bool:
+    """Whether another worker has committed the dataset already, and cleared the chunks away."""
+    return _shared(work) and storage.exists(manifest_url(work.url))
 
 
-def write_chunk(work: Extraction, chunk: int, sequences: Sequences, columns: dict[HookPoint, Tensor]) -> None:
-    """Scatter a chunk's counted tokens over the buckets and put the file.
+def _apart(work: Extraction, items: Iterable[int]) -> list[int]:
+    """The items in the order to do them: each worker its own where several may share them, so that they do not meet."""
+    items = list(items)
+    if _shared(work):
+        random.shuffle(items)
+    return items
 
-    Runs beside the language model, so it computes nothing in torch (see the reader for what that would cost).
-    """
-    counted = sequences.documents >= 0
-    first = chunk * work.settings.sequences_per_chunk * sequences.tokens.shape[1]
-    rows = (first + np.flatnonzero(counted)).astype(np.int64)
-    arrays: list[pa.Array] = [
-        pa.array(sequences.documents[counted]),
-        pa.array(sequences.positions[counted]),
-        pa.array(sequences.tokens[counted]),
-    ]
-    widths = {}
-    for point, activations in columns.items():
-        arrays.append(rows_from_tensor(activations))
-        widths[str(point)] = activations.shape[1]
-    table = pa.Table.from_arrays(arrays, schema=dataset_schema(widths, work.settings.dtype))
+
+def write_chunk(work: Extraction, chunk: int, scattered: Chunk) -> None:
+    """Scatter a chunk's tokens over the buckets and put the file. In numpy alone: it runs beside the language model."""
     with storage.whole_file(work.chunk_url(chunk)) as path:
-        write_scattered(table, rows, work.buckets, work.seed, path)
+        write_scattered(scattered.columns, work.layout, work.buckets, work.seed, path)
 
 
-def _gather_all(work: Extraction) -> None:
-    with progress(logger, "shuffle", work.buckets, "shards") as advance:
-        for bucket in range(work.buckets):
-            if not storage.exists(work.shard_record_url(bucket)):
-                write_shard(work, bucket)
-            advance(1, "")
+def gather(work: Extraction, buckets: Sequence[int]) -> None:
+    """Shuffle those of these buckets that are not there yet into their shards."""
+    try:
+        _gather(work, buckets)
+    except FileNotFoundError:
+        if not _overtaken(work):
+            raise
+
+
+def _gather(work: Extraction, buckets: Sequence[int]) -> None:
+    if _overtaken(work):
+        return
+    done = set(storage.list_names(work.scatter_url))
+    missing = [bucket for bucket in buckets if work.record_name(bucket) not in done]
+    with (
+        progress(logger, "shuffle", len(missing), "shards") as advance,
+        ThreadPoolExecutor(max_workers=work.settings.shuffle_workers) as workers,
+    ):
+        futures = [workers.submit(write_shard, work, bucket) for bucket in _apart(work, missing)]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                advance(1, "")
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def write_shard(work: Extraction, bucket: int) -> None:
-    """Shuffle one bucket into its shard, and record the shard's checksum and sums beside the scattered chunks."""
-    schema = dataset_schema({str(point): work.source.width for point in work.points}, work.settings.dtype)
-    chunks = [work.chunk_url(chunk) for chunk in range(work.chunks)]
-    table = read_bucket(chunks, bucket, work.seed, schema)
-    with storage.whole_file(storage.join(work.url, work.shard_name(bucket))) as path:
-        with pq.ParquetWriter(
-            path,
-            schema,
-            compression="none",
-            use_dictionary=False,
-            write_statistics=["document", "position"],
-            data_page_size=1 << 20,
-        ) as writer:
-            writer.write_table(table, row_group_size=work.settings.rows_per_group)
-        written = pq.read_metadata(path).num_rows
-        assert written == len(table), f"{path} holds {written} rows of {len(table)}"
-        size, sha256 = path.stat().st_size, storage.file_sha256(path)
-    sums = {}
-    for point in work.points:
-        values = tensor_from_rows(table[str(point)], work.settings.dtype).double()
-        squares = values.square().sum(dim=1)
-        sums[str(point)] = {
-            "sum": values.sum(dim=0).tolist(),
-            "squares": squares.sum().item(),
-            "median_norm": squares.median().sqrt().item() if len(values) else 0.0,
-        }
-    record = {
-        "shard": Shard(name=work.shard_name(bucket), rows=len(table), bytes=size, sha256=sha256).model_dump(),
-        "documents": np.unique(table["document"].to_numpy()).tolist(),
-        "sums": sums,
-    }
-    storage.put_bytes(json.dumps(record).encode(), work.shard_record_url(bucket))
+    """Shuffle one bucket into its shard, and record its manifest entry and its sums beside the scattered chunks.
+
+    A shard that is there is taken as it is, and never replaced: another worker's may differ in the last bit of a rounding
+    (another kind of device), and the manifest must be true of the one that is read.
+    """
+    if _shared(work) and storage.exists(work.record_url(bucket)):
+        return
+    name = work.shard_name(bucket)
+    url = storage.join(work.url, name)
+    if not storage.exists(url):
+        records = read_bucket([work.chunk_url(chunk) for chunk in range(work.chunks)], bucket, work.buckets, work.layout)
+        with storage.scratch(url) as path:
+            written = write_shard_file(
+                records,
+                work.layout,
+                seed=work.seed,
+                rows_per_group=work.settings.rows_per_group,
+                compression=work.settings.compression,
+                path=path,
+                name=name,
+            )
+            if storage.put_file_once(path, url):
+                _record(work, bucket, written)
+                return
+    with storage.local_copy(url) as path:
+        _record(work, bucket, describe_shard_file(path, work.layout, name))
 
 
-def _commit(work: Extraction) -> Manifest:
+def _record(work: Extraction, bucket: int, written: Written) -> None:
+    storage.put_json({"shard": written.shard.model_dump(), "sums": written.sums}, work.record_url(bucket))
+
+
+def commit(work: Extraction) -> Manifest:
     """Put the manifest, unless another worker was first; either way, return the one that is there."""
-    records = [storage.read_json(work.shard_record_url(bucket)) for bucket in range(work.buckets)]
+    try:
+        records = [storage.read_json(work.record_url(bucket)) for bucket in range(work.buckets)]
+    except FileNotFoundError:
+        manifest = finish(work)
+        if manifest is None:
+            raise
+        return manifest
     shards = tuple(Shard.model_validate(record["shard"]) for record in records)
     tokens = sum(shard.rows for shard in shards)
-    assert tokens == work.split["tokens"], f"{tokens} rows were written for {work.split['tokens']} tokens"
+    if tokens != work.split["tokens"]:
+        raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split['tokens']} tokens")
     columns = []
-    for point in map(str, work.points):
-        sums = [record["sums"][point] for record in records]
+    for name, width in work.layout.widths.items():
+        sums = [record["sums"][name] for record in records]
         columns.append(
             Column(
-                hook_point=point,
-                d_in=work.source.width,
+                hook_point=name,
+                d_in=width,
                 dtype=work.settings.dtype,
                 mean=tuple((np.sum([entry["sum"] for entry in sums], axis=0) / tokens).tolist()),
                 mean_squared_norm=sum(entry["squares"] for entry in sums) / tokens,
                 median_norm=sums[0]["median_norm"],
             )
         )
-    schema = dataset_schema({column.hook_point: column.d_in for column in columns}, work.settings.dtype)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         digest=digest(work.identity),
         identity=work.identity,
+        configuration=work.configuration,
         versions=_versions(),
-        arrow_schema=tuple(f"{field.name}: {field.type}" for field in schema),
+        arrow_schema=tuple(f"{field.name}: {field.type}" for field in work.layout.arrow),
         tokens=tokens,
-        documents=len({document for record in records for document in record["documents"]}),
+        documents=work.split["documents"],
+        rows_per_group=work.settings.rows_per_group,
+        compression=work.settings.compression,
+        seed=work.seed,
         shards=shards,
         columns=tuple(columns),
     )
     storage.put_json_once(manifest.model_dump(mode="json"), manifest_url(work.url))
-    committed = read_manifest(work.url)
+    committed = finish(work)
     assert committed is not None
     return committed
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from pydantic import Field
 
 from components import storage
+from components.activations.schema import Layout
 from components.settings import Settings, UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Column(Settings):
@@ -29,11 +31,24 @@ class Column(Settings):
         return (self.d_in / self.mean_squared_norm) ** 0.5
 
 
+class RowGroup(Settings):
+    """One column of one row group: where its values are in the shard, and what they are."""
+
+    offset: int
+    """First byte of the values: the column chunk without the header of its one page."""
+    bytes: int
+    """Bytes on disk; without compression, rows times the width of a value."""
+    xxh3: str
+    """XXH3 (64 bits) of the values, uncompressed."""
+
+
 class Shard(Settings):
     name: str
     rows: int
     bytes: int
     sha256: str
+    groups: dict[str, tuple[RowGroup, ...]]
+    """The row groups of each column; all but the last one of a shard hold `rows_per_group` rows."""
 
 
 class Manifest(Settings):
@@ -41,6 +56,8 @@ class Manifest(Settings):
     digest: str
     identity: dict[str, Any]
     """Everything that decides the bytes; `digest` is its digest."""
+    configuration: dict[str, Any]
+    """The configuration that it was made from: name, seed, corpus, language model, activations."""
     versions: dict[str, str]
     """Libraries that wrote it."""
     arrow_schema: tuple[str, ...] = Field(min_length=1)
@@ -48,8 +65,26 @@ class Manifest(Settings):
     tokens: int
     """Rows in all shards."""
     documents: int
+    rows_per_group: int
+    compression: str
+    seed: int
+    """Of the shuffle: which shard a token is in is a hash of it, the document and the position."""
     shards: tuple[Shard, ...]
     columns: tuple[Column, ...]
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout({column.hook_point: column.d_in for column in self.columns}, self.columns[0].dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def group_rows(self, shard: Shard) -> list[int]:
+        """Rows in each of a shard's row groups."""
+        full, rest = divmod(shard.rows, self.rows_per_group)
+        return [self.rows_per_group] * full + ([rest] if rest else [])
 
     def column(self, hook_point: str) -> Column:
         for column in self.columns:

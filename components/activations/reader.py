@@ -1,109 +1,214 @@
 """Read an activation dataset as batches of tensors: the same batches for the same seed, from any point on.
 
-The stream is endless: epoch after epoch, each in another order. Row groups are taken in a random order and rows are
-mixed again within a window of them (on disk they are one global permutation already). A position in the stream is one
-number, the rows read so far.
+The stream is endless: epoch after epoch, each in another order. On disk the rows are one global random permutation
+already. An epoch takes the row groups in a random order, a window of them at a time, cuts each into short pieces of
+neighbouring rows at a random phase, and mixes the pieces of the window. Every piece is read straight to where it belongs
+in the batch, so that mixing costs no copy. A position in the stream is one number, the rows read so far.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from components import storage
-from components.activations.manifest import Manifest
-from components.activations.schema import DTYPES, bytes_from_rows
+from components.activations.cache import DiskCache
+from components.activations.manifest import Manifest, Shard
+from components.activations.schema import memory
+from components.activations.values import Values
 
-WINDOW_ROWS = 131_072
+PIECE_ROWS = 128
+_WINDOWS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationReader:
-    """Batches `[batch_size, d_in]` of one hook point, in the number format on disk."""
+    """Batches of some columns, aligned row by row, in the number format on disk.
+
+    With `ranks` readers, each with another `rank`, every row of an epoch is read by exactly one. Memory: four windows.
+    Neither `threads`, `pin_memory` nor `cache` changes what is read.
+    """
 
     url: str
     manifest: Manifest
-    hook_point: str
+    columns: tuple[str, ...]
+    """Hook points, and `document`, `position` or `token` where they are wanted."""
     batch_size: int
     seed: int
+    rank: int = 0
+    ranks: int = 1
+    window_groups: int = 8
+    threads: int = 4
+    pin_memory: bool = False
+    """Read into page-locked memory, for copies to a GPU that do not wait; needs CUDA."""
+    cache: DiskCache | None = None
+    """Where row groups of a dataset on an object store are kept."""
 
     @property
     def tokens(self) -> int:
         return self.manifest.tokens
 
-    @property
-    def _dtype(self) -> str:
-        return self.manifest.column(self.hook_point).dtype
+    def batches(self, start: int = 0) -> Generator[dict[str, Tensor]]:
+        """Batches from row `start` of this rank's stream on, without end; `[batch_size, d_in]` for a hook point.
 
-    @cached_property
-    def _groups(self) -> list[tuple[int, int, int]]:
-        """(shard, row group, rows) of every row group, from the shards' footers."""
-        found = []
-        for number, shard in enumerate(self.manifest.shards):
-            filesystem, path = storage.resolve(storage.join(self.url, shard.name))
-            metadata = pq.read_metadata(path, filesystem=filesystem)
-            found += [(number, group, metadata.row_group(group).num_rows) for group in range(metadata.num_row_groups)]
-        return found
+        The next windows are read while this one is used. Raises a DamagedDatasetError that names the shard where one is
+        not what the manifest says.
+        """
+        for column in self.columns:
+            if column not in self.manifest.layout.column_bytes:
+                self.manifest.column(column)  # says which there are
+        held: dict[str, Tensor] = {}
+        rows_held = 0
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="activations") as threads:
+            windows = self._loaded(threads, start)
+            try:
+                for window, rows in windows:
+                    first = 0
+                    if held:
+                        first = min(self.batch_size - rows_held, rows)
+                        held = {name: torch.cat([held[name], window[name][:first]]) for name in self.columns}
+                        rows_held += first
+                        if rows_held == self.batch_size:
+                            yield held
+                            held, rows_held = {}, 0
+                    while first + self.batch_size <= rows:
+                        yield {name: window[name][first : first + self.batch_size] for name in self.columns}
+                        first += self.batch_size
+                    if first < rows:
+                        held, rows_held = {name: window[name][first:].clone() for name in self.columns}, rows - first
+            finally:
+                windows.close()
+                threads.shutdown(cancel_futures=True)
 
-    def batches(self, start: int = 0) -> Generator[Tensor]:
-        """Batches from row `start` of the stream on, without end. The next window is read while this one is used."""
-        epoch, skip = divmod(start, self.tokens)
-        held: list[Tensor] = []
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            windows = self._windows(epoch, skip)
-            following = thread.submit(next, windows)
-            while True:
-                window = following.result()
-                following = thread.submit(next, windows)
-                held.append(window)
-                rows = sum(map(len, held))
-                if rows < self.batch_size:
-                    continue
-                joined = torch.cat(held) if len(held) > 1 else held[0]
-                full = rows // self.batch_size * self.batch_size
-                yield from joined[:full].split(self.batch_size)
-                held = [joined[full:]] if full < rows else []
+    def _loaded(self, threads: ThreadPoolExecutor, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
+        """Windows of mixed rows from row `start` on, read ahead of use."""
+        buffers = _Buffers(self.pin_memory)
+        values = Values(self.url, self.manifest, self.cache)
+        coming: deque[tuple[_Window, dict[str, np.ndarray], list[Future[None]], int]] = deque()
+        for plan, skip in self._plans(start):
+            raw = {name: buffers.take(plan.rows, self.manifest.layout.column_bytes[name]) for name in self.columns}
+            coming.append((plan, raw, list(self._read(threads, values, plan, raw)), skip))
+            while len(coming) > _WINDOWS_AHEAD:
+                yield self._ready(*coming.popleft())
 
-    def _windows(self, epoch: int, skip: int) -> Iterator[Tensor]:
-        """Windows of mixed rows from row `skip` of `epoch` on."""
+    def _ready(
+        self, plan: _Window, raw: dict[str, np.ndarray], reads: list[Future[None]], skip: int
+    ) -> tuple[dict[str, Tensor], int]:
+        for read in reads:
+            read.result()
+        layout = self.manifest.layout
+        return {name: layout.tensor(name, raw[name])[skip:] for name in self.columns}, plan.rows - skip
+
+    def _read(
+        self, threads: ThreadPoolExecutor, values: Values, plan: _Window, raw: dict[str, np.ndarray]
+    ) -> Iterator[Future[None]]:
+        # In numpy on purpose: torch would start a second team of OpenMP threads for such a thread, and with more of them
+        # than cores every parallel region of the training thread waits in the kernel (measured: half the speed of its
+        # matrix products on two cores).
+        for name, whole in raw.items():
+            width = self.manifest.layout.column_bytes[name]
+            raw_bytes = memory(whole)
+            for (shard, group), pieces in zip(plan.groups, plan.pieces, strict=True):
+                targets = [raw_bytes[first * width : stop * width] for first, stop in pieces]
+                yield threads.submit(values.read_into, shard, group, name, targets)
+
+    def _plans(self, start: int) -> Iterator[tuple[_Window, int]]:
+        """What each window holds, and how many of its rows to skip, from row `start` on."""
+        epoch = 0
         while True:
-            for number, window in enumerate(self._epoch_plan(epoch)):
-                rows = sum(self._groups[group][2] for group in window)
-                if skip >= rows:
-                    skip -= rows
-                    continue
-                # In numpy on purpose: torch would start a second team of OpenMP threads for this thread, and with more
-                # of them than cores every parallel region of the training thread waits in the kernel (measured: half
-                # the speed of its matrix products on two cores).
-                values = np.concatenate([self._read(group) for group in window])
-                order = np.random.default_rng((self.seed, epoch, number)).permutation(rows)[skip:]
-                yield torch.from_numpy(values[order]).view(DTYPES[self._dtype])
-                skip = 0
+            groups = self._epoch(epoch)
+            rows = sum(rows for _, _, rows in groups)
+            if start >= rows:
+                start -= rows
+            else:
+                for number in range(0, len(groups), self.window_groups):
+                    some = groups[number : number + self.window_groups]
+                    rows = sum(rows for _, _, rows in some)
+                    if start < rows:
+                        mixing = np.random.default_rng((self.seed, epoch, self.rank, number))
+                        yield _window(some, mixing), start
+                        start = 0
+                    else:
+                        start -= rows
             epoch += 1
 
-    def _epoch_plan(self, epoch: int) -> list[list[int]]:
-        """The epoch's row groups in random order, cut into windows of about `WINDOW_ROWS` rows."""
-        plan: list[list[int]] = [[]]
-        rows = 0
-        for group in np.random.default_rng((self.seed, epoch)).permutation(len(self._groups)).tolist():
-            if rows >= WINDOW_ROWS:
-                plan.append([])
-                rows = 0
-            plan[-1].append(group)
-            rows += self._groups[group][2]
-        return plan
+    @cached_property
+    def _groups(self) -> list[tuple[Shard, int, int]]:
+        """(shard, row group, rows) of every row group."""
+        return [
+            (shard, group, rows) for shard in self.manifest.shards for group, rows in enumerate(self.manifest.group_rows(shard))
+        ]
 
-    def _read(self, group: int) -> np.ndarray:
-        """A row group's activations as bytes, `[rows, d_in * itemsize]`."""
-        shard, row_group, _ = self._groups[group]
-        filesystem, path = storage.resolve(storage.join(self.url, self.manifest.shards[shard].name))
-        with pq.ParquetFile(path, filesystem=filesystem) as file:
-            table = file.read_row_group(row_group, columns=[self.hook_point])
-        return bytes_from_rows(table[self.hook_point])
+    def _epoch(self, epoch: int) -> list[tuple[Shard, int, int]]:
+        """This rank's row groups of an epoch, in its order."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self._groups))
+        mine = [self._groups[group] for group in order[self.rank :: self.ranks].tolist()]
+        if not mine:
+            raise ValueError(f"{self.url} has {len(self._groups)} row groups, too few for {self.ranks} ranks")
+        return mine
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Row groups, and for each the rows of the window, (first, stop), that its pieces go to in turn."""
+
+    groups: list[tuple[Shard, int]]
+    pieces: list[list[tuple[int, int]]]
+    rows: int
+
+
+def _window(groups: list[tuple[Shard, int, int]], mixing: np.random.Generator) -> _Window:
+    lengths, owners = [], []
+    for owner, (_, _, rows) in enumerate(groups):
+        phase = int(mixing.integers(1, PIECE_ROWS + 1))
+        edges = [0, *range(phase, rows, PIECE_ROWS), rows]
+        own = np.diff(edges)
+        lengths.append(own)
+        owners.append(np.full(len(own), owner))
+    length, owner_of = np.concatenate(lengths), np.concatenate(owners)
+    order = mixing.permutation(len(length))
+    first = np.empty(len(length), dtype=np.int64)
+    first[order] = np.cumsum(length[order]) - length[order]
+    pieces: list[list[tuple[int, int]]] = [[] for _ in groups]
+    for own, begin, rows in zip(owner_of.tolist(), first.tolist(), length.tolist(), strict=True):
+        pieces[own].append((begin, begin + rows))
+    return _Window([(shard, group) for shard, group, _ in groups], pieces, int(length.sum()))
+
+
+class _Buffers:
+    """Memory for windows, used again when nobody holds a tensor on it any more: fresh pages cost a fault each."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.pin_memory = pin_memory
+        self._free: dict[int, list[tuple[np.ndarray, Any]]] = {}
+
+    def take(self, rows: int, width: int) -> np.ndarray:
+        """uint8 `[rows, width]`, of any content."""
+        free = self._free.setdefault(width, [])
+        for index, (whole, copied) in enumerate(free):
+            if len(whole) >= rows:
+                del free[index]
+                if copied is not None:
+                    copied.synchronize()  # a copy to the GPU may still be reading it
+                break
+        else:
+            whole = torch.empty((rows, width), dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
+        view = whole[:rows]
+        # Tensors made of it hold `view`; when the last one is gone, so is it.
+        weakref.finalize(view, self._give_back, width, whole).atexit = False
+        return view
+
+    def _give_back(self, width: int, whole: np.ndarray) -> None:
+        copied = None
+        if self.pin_memory:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._free[width].append((whole, copied))

@@ -19,11 +19,17 @@ class ActivationSettings(Settings):
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Number format on disk."""
 
+    compression: Literal["none", "lz4", "zstd"] = "none"
+    """Of the shards. Activations hardly shrink (zstd: 7% at a sixth of the speed), so it is off."""
+
     rows_per_shard: int = Field(default=131_072, ge=1)
     """Tokens in a shard, on average; one shard is what a worker holds in memory while it shuffles."""
 
-    rows_per_group: int = Field(default=8_192, ge=1)
+    rows_per_group: int = Field(default=8_192, ge=1, le=1 << 20)
     """Tokens in a Parquet row group: the unit of a read."""
 
     sequences_per_chunk: int = Field(default=256, ge=1)
     """Sequences that pass through the language model between two commits; what a killed extraction repeats at most."""
+
+    shuffle_workers: int = Field(default=2, ge=1)
+    """Shards shuffled at the same time in one process, each in its own memory; it does not change the result."""

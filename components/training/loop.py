@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from components import storage
+from components.activations.cache import DiskCache
 from components.activations.manifest import Column, Manifest
 from components.activations.reader import ActivationReader
 from components.hardware import keep_freed_memory
@@ -37,7 +38,7 @@ from components.training.schedule import learning_rate, sparsity_coefficient
 from components.training.settings import TrainingSettings
 
 # Raised when the same settings and data would no longer give the same weights.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class Training:
     seed: int
     metadata: dict[str, Any]
     """What SAELens shows beside the SAE."""
+    cache: DiskCache | None = None
+    """Where what is read from an object store is kept."""
 
     @property
     def steps(self) -> int:
@@ -111,9 +114,11 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
     reader = ActivationReader(
         url=work.dataset_url,
         manifest=work.manifest,
-        hook_point=work.hook_point,
+        columns=(work.hook_point,),
         batch_size=settings.batch_size,
         seed=work.seed,
+        pin_memory=device.type == "cuda",
+        cache=work.cache,
     )
     checkpoint_steps = max(1, settings.checkpoint_tokens // settings.batch_size)
     log_steps = max(1, settings.log_tokens // settings.batch_size)
@@ -125,7 +130,7 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
         progress(logger, "train", total, "tokens") as advance,
     ):
         for step in range(state.step, work.steps):
-            x = next(batches).to(device, non_blocking=True).float() * column.scale
+            x = next(batches)[work.hook_point].to(device, non_blocking=True).float() * column.scale
             measured = (step + 1) % log_steps == 0 or step + 1 == work.steps
             point = _step(state, settings, x, mean, step, work.steps, measured)
             state.step = step + 1

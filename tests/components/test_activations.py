@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,9 @@ import yaml
 
 from components import steps, storage
 from components.activations import extraction
+from components.activations.forward import run_chunk
 from components.activations.manifest import read_manifest
 from components.activations.reader import ActivationReader
-from components.activations.schema import DTYPES, bytes_from_rows, rows_from_tensor, tensor_from_rows
 from components.activations.shuffle import bucket_of, order_of
 from components.config import parse_config
 from components.corpus.tokens import read_sequences
@@ -38,21 +39,22 @@ def shards(url: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(f"{url}/{shard.name}") for shard in manifest.shards)
 
 
+def put_chunk(work: extraction.Extraction, model: torch.nn.Module, chunk: int) -> None:
+    size = work.settings.sequences_per_chunk
+    block = read_sequences(work.token_url, work.token_manifest, "train", chunk * size, (chunk + 1) * size)
+    extraction.write_chunk(work, chunk, run_chunk(work.source, model, work.points, block, work.settings.dtype, CPU))
+
+
 @pytest.fixture
 def plan(tiny_tree: dict) -> Plan:
     tiny_tree["activations"]["hook_points"] = ["resid_post.1", "mlp_out.0"]
     return Plan(parse_config(tiny_tree))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_values_survive_arrow_bit_for_bit_and_without_a_copy(dtype: str):
-    values = torch.randn(10, 4).to(DTYPES[dtype])
-    column = rows_from_tensor(values)
-    back = tensor_from_rows(column, dtype)
-    assert back.data_ptr() == values.data_ptr()
-    assert torch.equal(back, values)
-    assert torch.equal(tensor_from_rows(column.slice(3, 5), dtype), values[3:8])
-    assert bytes_from_rows(pa.chunked_array([column.slice(0, 2), column.slice(2)])).shape == (10, values.element_size() * 4)
+def values_of(table: pa.Table, hook_point: str, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """`[n, d_in]`, by plain Arrow and torch."""
+    array = table[hook_point].combine_chunks()
+    return torch.frombuffer(bytearray(array.buffers()[1]), dtype=dtype).reshape(len(array), -1)
 
 
 def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Plan):
@@ -69,7 +71,7 @@ def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Pla
     assert sorted(rows) == list(range(manifest.tokens)) == list(range(int(counted.sum())))
     assert (table["token"].to_numpy() == block.tokens[counted][rows]).all()
     for point in points:
-        stored = tensor_from_rows(table[str(point)], "float16").float()
+        stored = values_of(table, str(point)).float()
         wanted = expected[point][torch.tensor(counted)][rows]
         torch.testing.assert_close(stored, wanted, rtol=1e-3, atol=1e-4)
 
@@ -95,7 +97,7 @@ def test_plain_pyarrow_and_pandas_read_what_the_manifest_says(plan: Plan):
 
 def test_mean_and_scale_are_those_of_the_stored_values(plan: Plan):
     manifest = steps.extract(plan)
-    values = tensor_from_rows(shards(plan.dataset_url)["resid_post.1"].combine_chunks(), "float16").double().numpy()
+    values = values_of(shards(plan.dataset_url), "resid_post.1").double().numpy()
     column = manifest.column("resid_post.1")
     np.testing.assert_allclose(column.mean, values.mean(axis=0), rtol=1e-9, atol=1e-12)
     assert ((values * column.scale) ** 2).sum(axis=1).mean() == pytest.approx(32, rel=1e-9)
@@ -121,7 +123,7 @@ def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Plan, tmp_p
     other = dataclasses.replace(work, url=str(tmp_path / "other"), settings=settings)
     model = load_model(plan.source, CPU)
     for chunk in [*reversed(range(other.chunks)), 0]:
-        extraction.write_chunk(other, chunk, *extraction.run_chunk(other, model, CPU, chunk))
+        put_chunk(other, model, chunk)
     for bucket in [2, 0, 1, 2]:
         extraction.write_shard(other, bucket)
     assert extraction.extract(other, CPU).shards == manifest.shards
@@ -132,7 +134,7 @@ def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Plan, 
     again = dataclasses.replace(plan.extraction(plan.token_manifest()), url=str(tmp_path / "again"))
     model = load_model(plan.source, CPU)
     for chunk in (0, 2):
-        extraction.write_chunk(again, chunk, *extraction.run_chunk(again, model, CPU, chunk))
+        put_chunk(again, model, chunk)
     assert extraction.extract(again, CPU).shards == manifest.shards
     names = sorted(path.name for path in Path(again.url).iterdir())
     assert names == ["manifest.json", *(shard.name for shard in manifest.shards)]
@@ -172,28 +174,25 @@ def test_a_manifest_of_another_schema_version_is_refused(tmp_path: Path):
 
 
 def test_the_shuffle_is_a_uniform_permutation():
-    rows = np.arange(200_000)
-    counts = np.bincount(bucket_of(rows, 16, seed=1).astype(int), minlength=16)
-    assert abs(counts / len(rows) * 16 - 1).max() < 0.03
-    order = order_of(rows, seed=1)
-    assert (np.sort(order) == rows).all()
-    assert abs(np.corrcoef(rows[:-1], order[1:])[0, 1]) < 0.01
+    documents, positions = np.arange(200_000) // 500, np.arange(200_000) % 500
+    counts = np.bincount(bucket_of(documents, positions, 16, seed=1), minlength=16)
+    assert abs(counts / 200_000 * 16 - 1).max() < 0.03
+    order = order_of(documents, positions, seed=1)
+    assert (np.sort(order) == np.arange(200_000)).all()
+    assert abs(np.corrcoef(np.arange(199_999), order[1:])[0, 1]) < 0.01
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
-    assert (order_of(rows, seed=2) != order).mean() > 0.99
+    assert (order_of(documents, positions, seed=2) != order).mean() > 0.99
 
 
 def reader(plan: Plan, **changes) -> ActivationReader:
     manifest = plan.dataset_manifest()
-    values = {"url": plan.dataset_url, "manifest": manifest, "hook_point": "resid_post.1", "batch_size": 300, "seed": 0}
+    values = {"url": plan.dataset_url, "manifest": manifest, "columns": ("resid_post.1",), "batch_size": 300, "seed": 0}
     return ActivationReader(**{**values, **changes})
 
 
-def take(source: ActivationReader, count: int, start: int = 0) -> list[torch.Tensor]:
-    batches = source.batches(start)
-    try:
-        return [next(batches).clone() for _ in range(count)]
-    finally:
-        batches.close()
+def take(source: ActivationReader, count: int, start: int = 0, column: str = "resid_post.1") -> list[torch.Tensor]:
+    with closing(source.batches(start)) as batches:
+        return [next(batches)[column].clone() for _ in range(count)]
 
 
 def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_order(plan: Plan):
@@ -201,7 +200,7 @@ def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_or
     source = reader(plan, batch_size=100)
     assert source.tokens == 6_000
     batches = torch.cat(take(source, 120))
-    stored = tensor_from_rows(shards(plan.dataset_url)["resid_post.1"].combine_chunks(), "float16")
+    stored = values_of(shards(plan.dataset_url), "resid_post.1")
 
     def sorted_rows(values: torch.Tensor) -> list[bytes]:
         return sorted(row.tobytes() for row in values.numpy())
@@ -211,10 +210,9 @@ def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_or
 
 
 @pytest.mark.parametrize("batch", [0, 1, 13, 19, 20, 21, 37])
-def test_reading_resumes_at_any_batch(plan: Plan, batch: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("components.activations.reader.WINDOW_ROWS", 1500)
+def test_reading_resumes_at_any_batch_with_any_number_of_threads(plan: Plan, batch: int):
     steps.extract(plan)
-    whole = take(reader(plan), 40)
-    rest = take(reader(plan), 40 - batch, start=300 * batch)
+    whole = take(reader(plan, window_groups=3, threads=1), 40)
+    rest = take(reader(plan, window_groups=3, threads=1 + batch % 5), 40 - batch, start=300 * batch)
     assert all(torch.equal(a, b) for a, b in zip(whole[batch:], rest, strict=True))
-    assert not torch.equal(take(reader(plan, seed=1), 1)[0], whole[0])
+    assert not torch.equal(take(reader(plan, window_groups=3, seed=1), 1)[0], whole[0])

@@ -1,0 +1,80 @@
+"""The forward pass of extraction: a block of token sequences in, the bytes of its counted rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.activations.schema import DTYPES, bytes_from_tensor
+from components.corpus.tokens import Sequences
+from components.language_model.hook_points import HookPoint, capture
+from components.language_model.loading import ModelSource
+from components.settings import UserError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The counted tokens of a block of sequences: the bytes of each column, uint8 `[n, column_bytes]`."""
+
+    columns: dict[str, np.ndarray]
+
+
+def run_chunk(
+    source: ModelSource, model: nn.Module, points: Sequence[HookPoint], sequences: Sequences, dtype: str, device: torch.device
+) -> Chunk:
+    """The activations of the counted tokens of these sequences at each hook point, with the tokens.
+
+    Nothing waits for the device before the last batch is queued: which rows are counted is known beforehand, and what
+    leaves the device goes to pinned memory on a stream of its own.
+    Raises a UserError when an activation does not fit the number format `dtype`.
+    """
+    counted = sequences.documents >= 0
+    kept: dict[HookPoint, Tensor] = {}
+    finite: dict[HookPoint, Tensor] = {point: torch.ones((), dtype=torch.bool, device=device) for point in points}
+    copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+    size = source.settings.batch_sequences
+    start = 0
+    for first in range(0, len(sequences), size):
+        block = sequences[first : first + size]
+        rows = torch.from_numpy(np.flatnonzero(counted[first : first + size])).to(device, non_blocking=True)
+        captured = capture(model, points, torch.tensor(block.tokens).to(device, non_blocking=True).long())
+        stop = start + len(rows)
+        for point, activation in captured.items():
+            values = activation.flatten(0, 1).index_select(0, rows).to(DTYPES[dtype])
+            finite[point] &= torch.isfinite(values).all()
+            if point not in kept:
+                shape = (int(counted.sum()), values.shape[1])
+                kept[point] = torch.empty(shape, dtype=values.dtype, pin_memory=copies is not None)
+            _copy(values, kept[point][start:stop], copies)
+        start = stop
+    if copies is not None:
+        torch.cuda.synchronize(device)
+    for point, whole in finite.items():
+        if not whole:
+            raise UserError(
+                f"activations.dtype: '{dtype}' cannot hold the activations at {point}, which overflow; use bfloat16 or float32"
+            )
+    columns = {
+        "document": _bytes(sequences.documents[counted], np.int64),
+        "position": _bytes(sequences.positions[counted], np.int32),
+        "token": _bytes(sequences.tokens[counted], np.int32),
+    }
+    return Chunk(columns | {str(point): bytes_from_tensor(kept[point]) for point in points})
+
+
+def _copy(values: Tensor, target: Tensor, stream: torch.cuda.Stream | None) -> None:
+    if stream is None:
+        target.copy_(values)
+        return
+    stream.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(stream):
+        target.copy_(values, non_blocking=True)
+    values.record_stream(stream)
+
+
+def _bytes(values: np.ndarray, kind: type) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype=kind).view(np.uint8).reshape(len(values), -1)

@@ -1,0 +1,122 @@
+"""The values of a dataset's columns, row group by row group: one ranged read each, checked against the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import xxhash
+
+from components import storage
+from components.activations.cache import DiskCache
+from components.activations.manifest import Manifest, RowGroup, Shard
+from components.activations.schema import memory
+from components.activations.shard import decoded
+from components.settings import UserError
+
+_IOV_MAX = 1024  # buffers in one preadv; POSIX guarantees 16, Linux has 1024
+
+
+class DamagedDatasetError(UserError):
+    """A dataset whose files are not what its manifest says."""
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """Access to the values of one dataset. Memory: what it hands out."""
+
+    url: str
+    manifest: Manifest
+    cache: DiskCache | None = None
+
+    def read(self, shard: Shard, group: int, column: str) -> np.ndarray:
+        """A row group's values, uint8 `[rows, column_bytes]`."""
+        values = np.empty((self.manifest.group_rows(shard)[group], self.manifest.layout.column_bytes[column]), dtype=np.uint8)
+        self.read_into(shard, group, column, [memory(values)])
+        return values
+
+    def read_into(self, shard: Shard, group: int, column: str, targets: Sequence[memoryview]) -> None:
+        """Fill the targets, one after the other, with a row group's values.
+
+        Raises a DamagedDatasetError that names the shard where it is missing, cut short, or holds anything else.
+        """
+        place = shard.groups[column][group]
+        url = storage.join(self.url, shard.name)
+        try:
+            checksum = self._fill(url, place, targets)
+            if checksum != place.xxh3 and self.cache is not None:
+                self.cache.drop(self._key(url, place))
+                checksum = self._fill(url, place, targets)
+        except FileNotFoundError as error:
+            raise DamagedDatasetError(f"{url} is missing; `sae data check` says what else is") from error
+        except EOFError as error:
+            raise DamagedDatasetError(f"{url} is cut short: it ends within row group {group} of {column}") from error
+        if checksum != place.xxh3:
+            raise DamagedDatasetError(
+                f"{url} is damaged: row group {group} of {column} (bytes {place.offset} to {place.offset + place.bytes}) is "
+                "not what was written; `sae data check` looks at the rest"
+            )
+
+    def read_rows(self, places: Sequence[tuple[Shard, int]], column: str) -> np.ndarray:
+        """Single rows given as (shard, row in it), uint8 `[n, column_bytes]`.
+
+        Without compression just these bytes are read, and so they cannot be checked.
+        """
+        width = self.manifest.layout.column_bytes[column]
+        rows = np.empty((len(places), width), dtype=np.uint8)
+        if self.manifest.compression == "none":
+            raw = memory(rows)
+            ranges = []
+            for number, (shard, row) in enumerate(places):
+                group, index = divmod(row, self.manifest.rows_per_group)
+                start = shard.groups[column][group].offset + index * width
+                ranges.append((storage.join(self.url, shard.name), start, raw[number * width : (number + 1) * width]))
+            storage.read_ranges(ranges)
+            return rows
+        groups: dict[tuple[str, int], np.ndarray] = {}
+        for number, (shard, row) in enumerate(places):
+            group, index = divmod(row, self.manifest.rows_per_group)
+            if (shard.name, group) not in groups:
+                groups = {(shard.name, group): self.read(shard, group, column)}  # one at a time
+            rows[number] = groups[shard.name, group][index]
+        return rows
+
+    def _fill(self, url: str, place: RowGroup, targets: Sequence[memoryview]) -> str:
+        """Fill the targets and return the checksum of what came."""
+        size = sum(map(len, targets))
+        state = xxhash.xxh3_64()
+        if self.manifest.compression == "none" and storage.is_local(url):
+            with open(storage.local_path(url), "rb", buffering=0) as stream:
+                offset = place.offset
+                for first in range(0, len(targets), _IOV_MAX):
+                    some = targets[first : first + _IOV_MAX]
+                    wanted = sum(map(len, some))
+                    if os.preadv(stream.fileno(), some, offset) != wanted:
+                        raise EOFError(url)
+                    offset += wanted
+            for target in targets:
+                state.update(target)
+            return state.hexdigest()
+        raw = self._fetch(url, place)
+        try:
+            values = decoded(raw, size, self.manifest.compression)
+        except OSError:  # not what the codec has written
+            return "undecodable"
+        state.update(values)
+        start = 0
+        for target in targets:
+            target[:] = values[start : start + len(target)]
+            start += len(target)
+        return state.hexdigest()
+
+    def _fetch(self, url: str, place: RowGroup) -> bytes:
+        if self.cache is None or storage.is_local(url):
+            return storage.read_range(url, place.offset, place.bytes)
+        fetch = partial(storage.read_range, url, place.offset, place.bytes)
+        return self.cache.get(self._key(url, place), place.bytes, fetch)
+
+    def _key(self, url: str, place: RowGroup) -> str:
+        return f"{self.manifest.digest}-{url.rsplit('/', 1)[-1]}-{place.offset}-{place.xxh3}"
