@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from flows import data_cli
+from flows.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
 if TYPE_CHECKING:
     from components.config import RunConfig
@@ -34,12 +33,7 @@ app = typer.Typer(
     """,
 )
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+app.add_typer(data_cli.app)
 
 
 @app.command()
@@ -49,7 +43,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     Ends with a version in the model registry: `champion` where it is the best one so far, `challenger` otherwise.
     Run again, it does only what is not done yet; unchanged, it prints the earlier result and starts nothing.
     """
-    with _command(as_json) as show:
+    with command(as_json) as show:
         started = time.monotonic()
         plan = _checked_plan(config, overrides)
         from components import steps
@@ -66,7 +60,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
 @app.command()
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
-    with _command(as_json) as show:
+    with command(as_json) as show:
         from components.planning import estimate
 
         show(estimate(_checked_plan(config, overrides)), _print_plan)
@@ -75,8 +69,8 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
 @app.command()
 def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Make the token and activation datasets."""
-    with _command(as_json) as show:
-        _log_to_stderr()
+    with command(as_json) as show:
+        log_to_stderr()
         from components import steps
 
         work = _checked_plan(config, overrides, only_data=True)
@@ -93,46 +87,46 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
                     "bytes": sum(shard.bytes for shard in manifest.shards),
                 },
             },
-            _print_tree,
+            print_tree,
         )
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Train the SAE on the activation dataset (`sae extract` makes it)."""
-    with _command(as_json) as show:
-        _log_to_stderr()
+    with command(as_json) as show:
+        log_to_stderr()
         from components import steps
 
         work = _checked_plan(config, overrides)
         record = steps.train(work)
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
-        show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, _print_tree)
+        show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
 
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure the trained SAE on held-out documents."""
-    with _command(as_json) as show:
-        _log_to_stderr()
+    with command(as_json) as show:
+        log_to_stderr()
         from components import steps
 
         work = _checked_plan(config, overrides)
-        show({"url": work.sae_url, "metrics": steps.evaluate(work)["metrics"]}, _print_tree)
+        show({"url": work.sae_url, "metrics": steps.evaluate(work)["metrics"]}, print_tree)
 
 
 @app.command()
 def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Put the evaluated SAE into MLflow: its run, a model version, and an alias."""
-    with _command(as_json) as show:
-        _log_to_stderr()
+    with command(as_json) as show:
+        log_to_stderr()
         from components import steps
 
         work = _checked_plan(config, overrides)
         steps.require_evaluated(work)
         with steps.tracked(work, {}) as tracked:
             outcome = steps.register(work, tracked)
-        show({"mlflow_run": tracked.run_id, **outcome}, _print_tree)
+        show({"mlflow_run": tracked.run_id, **outcome}, print_tree)
 
 
 @app.command()
@@ -142,7 +136,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Open the MLflow UI on what CONFIG's runs have made."""
-    with _command(False):
+    with command(False):
         from components.config import load_config
         from components.tracking.runs import public_uri, quiet_mlflow, tracking_uri
 
@@ -154,48 +148,8 @@ def ui(
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
         Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
-        os.execv(command[0], command)
-
-
-@contextmanager
-def _command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]]:
-    """Standard output is for the result alone: what libraries print meanwhile goes to standard error.
-
-    A UserError ends in one sentence and exit code 2.
-    """
-    from components.settings import UserError
-
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-
-    def show(result: dict[str, Any], for_people: Callable[[dict[str, Any]], None]) -> None:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False), flush=True)
-        else:
-            for_people(result)
-
-    try:
-        yield show
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(2) from None
-    except FloatingPointError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(1) from None
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+        server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
+        os.execv(server[0], server)
 
 
 def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
@@ -213,20 +167,11 @@ def _run_flow(config: RunConfig) -> dict[str, Any]:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    _log_to_stderr(handler=False)
+    log_to_stderr(handler=False)
     Console(stderr=True).print("Starting Prefect ...", style="dim")
     from flows.pipeline import pipeline
 
     return pipeline(config)
-
-
-def _log_to_stderr(handler: bool = True) -> None:
-    logger = logging.getLogger("components")
-    logger.setLevel(logging.INFO)
-    if handler:
-        from rich.logging import RichHandler
-
-        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
@@ -281,9 +226,3 @@ def _print_plan(estimate: dict[str, Any]) -> None:
     table.add_row("register", "", estimate["registered_model"])
     table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
     Console().print(table)
-
-
-def _print_tree(result: dict[str, Any]) -> None:
-    import yaml
-
-    print(yaml.safe_dump(result, sort_keys=False, allow_unicode=True), end="")

@@ -33,21 +33,27 @@ class ActivationLookup:
 
         Raises a UserError that names the first token that is not in the dataset.
         """
-        wanted = np.array(documents, dtype=np.int64), np.array(positions, dtype=np.int32)
         if column not in self.manifest.layout.column_bytes:
             self.manifest.column(column)  # says which there are
+        places = []
+        for document, position, place in zip(documents, positions, self.locate(documents, positions), strict=True):
+            if place is None:
+                raise UserError(f"document {document}, position {position}: this token is not in {self.values.url}")
+            places.append(place)
+        return self.manifest.layout.tensor(column, self.values.read_rows(places, column))
+
+    def locate(self, documents: Sequence[int], positions: Sequence[int]) -> list[tuple[Shard, int] | None]:
+        """(shard, row in it) of each token, None where it is not in the dataset."""
+        wanted = np.array(documents, dtype=np.int64), np.array(positions, dtype=np.int32)
         buckets = bucket_of(*wanted, len(self.manifest.shards), self.manifest.seed)
-        places: list[tuple[Shard, int]] = [(self.manifest.shards[bucket], -1) for bucket in buckets]
+        places: list[tuple[Shard, int] | None] = [None] * len(buckets)
         for bucket in np.unique(buckets).tolist():
-            shard = self.manifest.shards[bucket]
             index = _sorted_keys(self.values, bucket)
             for number in np.flatnonzero(buckets == bucket).tolist():
-                document, position = int(wanted[0][number]), int(wanted[1][number])
-                row = index.find(document, position)
-                if row is None:
-                    raise UserError(f"document {document}, position {position}: this token is not in {self.values.url}")
-                places[number] = (shard, row)
-        return self.manifest.layout.tensor(column, self.values.read_rows(places, column))
+                row = index.find(int(wanted[0][number]), int(wanted[1][number]))
+                if row is not None:
+                    places[number] = (self.manifest.shards[bucket], row)
+        return places
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,6 @@ def _key(documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=_SHARDS_KEPT)
 def _sorted_keys(values: Values, bucket: int) -> _Keys:
-    shard = values.manifest.shards[bucket]
-
-    def column(name: str, kind: type) -> np.ndarray:
-        width = values.manifest.layout.column_bytes[name]
-        parts = [values.read(shard, group, name) for group in range(len(shard.groups[name]))]
-        return np.concatenate([np.empty((0, width), dtype=np.uint8), *parts]).view(kind).reshape(-1)
-
-    keys = _key(column("document", np.int64), column("position", np.int32))
+    keys = _key(*values.tokens(values.manifest.shards[bucket]))
     rows = np.argsort(keys)
     return _Keys(keys[rows], rows)

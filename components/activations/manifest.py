@@ -106,6 +106,14 @@ def read_manifest(dataset: str) -> Manifest | None:
     if content.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{manifest_url(dataset)}: schema version {content.get('schema_version')} is not {SCHEMA_VERSION}, "
-            "which this version reads; delete the dataset to make it anew"
+            "which this version reads; delete the dataset (`sae data delete`) to make it anew"
         )
     return Manifest.model_validate(content)
+
+
+def require_manifest(dataset: str) -> Manifest:
+    """The manifest of a finished dataset; a UserError where there is none."""
+    manifest = read_manifest(dataset)
+    if manifest is None:
+        raise UserError(f"{manifest_url(dataset)} is not there: the dataset is not finished; run `sae extract` to finish it")
+    return manifest

@@ -88,7 +88,7 @@ def decoded(raw: bytes | memoryview, size: int, compression: str) -> memoryview:
     """The values of a row group's column from its bytes on disk."""
     if compression == "none":
         return memoryview(raw)
-    return memoryview(pa.decompress(raw, decompressed_size=size, codec=_CODECS[compression]))
+    return memoryview(pa.decompress(raw, decompressed_size=size, codec=_CODECS[compression])).cast("B")
 
 
 def _groups(path: Path, layout: Layout, column: str, checksums: list[str]) -> Iterator[RowGroup]:

@@ -60,6 +60,15 @@ class Values:
                 "not what was written; `sae data check` looks at the rest"
             )
 
+    def tokens(self, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+        """Documents and positions of a shard's rows, int64 `[rows]` each."""
+
+        def column(name: str, kind: type) -> np.ndarray:
+            parts = [self.read(shard, group, name).reshape(-1) for group in range(len(shard.groups[name]))]
+            return np.concatenate([np.empty(0, dtype=np.uint8), *parts]).view(kind).astype(np.int64)
+
+        return column("document", np.int64), column("position", np.int32)
+
     def read_rows(self, places: Sequence[tuple[Shard, int]], column: str) -> np.ndarray:
         """Single rows given as (shard, row in it), uint8 `[n, column_bytes]`.
 

@@ -183,3 +183,9 @@ def _logged_model(client: MlflowClient, folder: Path, run_id: str, run_digest: s
         tags={_ARTIFACT_TAG: run_digest, _WEIGHTS_TAG: weights_sha256},
     )
     return client.get_logged_model(info.model_id)
+
+
+def versions_of_dataset(client: MlflowClient, digest: str) -> list[str]:
+    """`name/version` of every registered version that was trained on the activation dataset of that digest."""
+    found = client.search_model_versions(f"tags.`sae.dataset_digest` = '{digest}'")
+    return sorted(f"{version.name}/{version.version}" for version in found)

@@ -1,0 +1,76 @@
+"""What the commands share: their options, where they print, how a mistake ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+
+
+@contextmanager
+def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]]:
+    """Standard output is for the result alone: what libraries print meanwhile goes to standard error.
+
+    A UserError ends in one sentence and exit code 2.
+    """
+    from components.settings import UserError
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+
+    def show(result: dict[str, Any], for_people: Callable[[dict[str, Any]], None]) -> None:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        if as_json:
+            print(json.dumps(result, indent=2, allow_nan=False), flush=True)
+        else:
+            for_people(result)
+
+    try:
+        yield show
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
+        raise typer.Exit(2) from None
+    except FloatingPointError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def log_to_stderr(handler: bool = True) -> None:
+    logger = logging.getLogger("components")
+    logger.setLevel(logging.INFO)
+    if handler:
+        from rich.logging import RichHandler
+
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))
+
+
+def print_tree(result: dict[str, Any]) -> None:
+    import yaml
+
+    print(yaml.safe_dump(result, sort_keys=False, allow_unicode=True), end="")

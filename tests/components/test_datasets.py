@@ -1,0 +1,301 @@
+"""A finished dataset: tokens are found in it, damage is named, a cache is bounded, and what is listed is what is there."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from components import steps, storage
+from components.activations import catalog, check
+from components.activations.cache import DiskCache
+from components.activations.lookup import ActivationLookup
+from components.activations.manifest import Manifest, read_manifest
+from components.activations.reader import ActivationReader
+from components.activations.values import DamagedDatasetError, Values
+from components.config import parse_config
+from components.planning import Plan
+from components.settings import UserError
+
+
+@pytest.fixture
+def tree(tiny_tree: dict) -> dict:
+    tiny_tree["activations"]["hook_points"] = ["resid_post.1", "mlp_out.0"]
+    return tiny_tree
+
+
+@pytest.fixture
+def dataset(tree: dict) -> tuple[str, Manifest]:
+    plan = Plan(parse_config(tree))
+    return plan.dataset_url, steps.extract(plan)
+
+
+def plain(url: str, manifest: Manifest) -> dict[str, np.ndarray]:
+    """All rows by plain pandas."""
+    import pandas as pd
+
+    frame = pd.concat([pd.read_parquet(f"{url}/{shard.name}") for shard in manifest.shards], ignore_index=True)
+    columns = {name: frame[name].to_numpy() for name in ("document", "position", "token")}
+    return columns | {
+        name: np.stack([np.frombuffer(row, dtype=np.float16) for row in frame[name]]) for name in ("resid_post.1", "mlp_out.0")
+    }
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_reader_gives_what_pyarrow_reads_in_every_format(tree: dict, compression: str, dtype: str):
+    tree["activations"] |= {"compression": compression, "dtype": dtype}
+    plan = Plan(parse_config(tree))
+    manifest = steps.extract(plan)
+    names = ("document", "position", "token", "resid_post.1", "mlp_out.0")
+    reader = ActivationReader(url=plan.dataset_url, manifest=manifest, columns=names, batch_size=500, seed=3)
+    with closing(reader.batches()) as batches:
+        read = [{name: values.clone() for name, values in next(batches).items()} for _ in range(12)]
+    got = {name: torch.cat([batch[name] for batch in read]) for name in names}
+    expected = {}
+    for shard in manifest.shards:
+        metadata = pq.read_metadata(f"{plan.dataset_url}/{shard.name}")
+        wanted = {"none": "UNCOMPRESSED", "lz4": "LZ4", "zstd": "ZSTD"}[compression]
+        assert metadata.row_group(0).column(3).compression == wanted
+        for row in pq.read_table(f"{plan.dataset_url}/{shard.name}").to_pylist():
+            expected[row["document"], row["position"]] = row
+    assert len(expected) == manifest.tokens == 6_000
+    assert got["resid_post.1"].dtype == getattr(torch, dtype)
+    for index in range(6_000):
+        row = expected.pop((int(got["document"][index]), int(got["position"][index])))
+        assert row["token"] == got["token"][index]
+        for name in ("resid_post.1", "mlp_out.0"):
+            assert row[name] == got[name][index].view(torch.uint8).numpy().tobytes()
+    assert not expected
+
+
+def test_ranks_share_an_epoch_without_overlap(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    seen: list[tuple[int, int]] = []
+    groups = 0
+    for rank in range(3):
+        reader = ActivationReader(
+            url=url, manifest=manifest, columns=("document", "position"), batch_size=1, seed=0, rank=rank, ranks=3, threads=2
+        )
+        rows = sum(rows for _, _, rows in reader._epoch(0))
+        groups += len(reader._epoch(0))
+        with closing(reader.batches()) as batches:
+            seen += [(int(b["document"]), int(b["position"])) for b, _ in zip(batches, range(rows), strict=False)]
+    assert len(seen) == len(set(seen)) == manifest.tokens
+    assert groups > 6
+
+
+def test_a_batch_stays_as_it_is_while_somebody_holds_it(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    reader = ActivationReader(url=url, manifest=manifest, columns=("resid_post.1",), batch_size=64, seed=0, window_groups=1)
+    with closing(reader.batches()) as batches:
+        held = [(batch := next(batches)["resid_post.1"], batch.clone()) for _ in range(200)]
+    assert all(torch.equal(batch, copy) for batch, copy in held)
+
+
+def test_memory_is_used_again_when_nobody_holds_it(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    reader = ActivationReader(url=url, manifest=manifest, columns=("resid_post.1",), batch_size=64, seed=0, window_groups=1)
+    with closing(reader.batches()) as batches:
+        places = {next(batches)["resid_post.1"].untyped_storage().data_ptr() for _ in range(1_000)}
+    assert len(places) < 40  # windows of different sizes, and the batches that span two of them
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_token_is_found_by_document_and_position(tree: dict, compression: str):
+    tree["activations"]["compression"] = compression
+    plan = Plan(parse_config(tree))
+    manifest = steps.extract(plan)
+    rows = plain(plan.dataset_url, manifest)
+    lookup = ActivationLookup(Values(plan.dataset_url, manifest))
+    picks = np.random.default_rng(0).permutation(manifest.tokens)[:200]
+    documents, positions = rows["document"][picks].tolist(), rows["position"][picks].tolist()
+    assert lookup(documents, positions, "token").tolist() == rows["token"][picks].tolist()
+    assert (lookup(documents, positions, "mlp_out.0").numpy() == rows["mlp_out.0"][picks]).all()
+    with pytest.raises(UserError, match="document 3, position 100000: this token is not in"):
+        lookup([documents[0], 3], [positions[0], 100_000], "token")
+    with pytest.raises(UserError, match=r"resid_post\.7.*has resid_post\.1, mlp_out\.0"):
+        lookup(documents, positions, "resid_post.7")
+
+
+def read_all(url: str, manifest: Manifest, columns: tuple[str, ...] = ("resid_post.1",)) -> None:
+    reader = ActivationReader(url=url, manifest=manifest, columns=columns, batch_size=100, seed=0)
+    with closing(reader.batches()) as batches:
+        for _ in range(manifest.tokens // 100):
+            next(batches)
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_kind_of_damage_is_named_by_check_and_met_by_the_reader(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    assert list(check.problems(url, manifest)) == []
+    shard = Path(url) / "shard-00001.parquet"
+    whole = shard.read_bytes()
+    group = manifest.shards[1].groups["resid_post.1"][2]
+
+    flip(shard, group.offset + group.bytes - 1)
+    (problem, *_) = check.problems(url, manifest)
+    assert "shard-00001.parquet is damaged: row group 2 of resid_post.1" in problem
+    with pytest.raises(DamagedDatasetError, match=r"shard-00001\.parquet is damaged: row group 2 of resid_post\.1"):
+        read_all(url, manifest)
+    read_all(url, manifest, ("mlp_out.0",))  # which is whole
+
+    shard.write_bytes(whole)
+    flip(shard, len(whole) - 20)  # in the footer
+    assert "shard-00001.parquet is damaged outside of its values" in next(check.problems(url, manifest))
+
+    shard.write_bytes(whole[:-1000])
+    assert f"has {len(whole) - 1000} bytes and not {len(whole)}" in next(check.problems(url, manifest))
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DamagedDatasetError, match=r"shard-00001\.parquet is cut short"):
+        read_all(url, manifest)
+
+    shard.unlink()
+    assert "shard-00001.parquet is missing" in next(check.problems(url, manifest))
+    with pytest.raises(DamagedDatasetError, match=r"shard-00001\.parquet is missing"):
+        read_all(url, manifest)
+
+    shard.write_bytes((Path(url) / "shard-00000.parquet").read_bytes())
+    assert "shard-00001.parquet" in next(check.problems(url, manifest))
+    shard.write_bytes(whole)
+    assert list(check.problems(url, manifest)) == []
+    (Path(url) / "notes.txt").write_text("mine")
+    assert check.strangers(url, manifest) == [f"{url}/notes.txt"]
+
+
+def test_a_token_stored_twice_is_noticed(dataset: tuple[str, Manifest]):
+    """A shard written again by hand, with a row of its own twice and matching checksums."""
+    from components.activations.shard import write_shard_file
+
+    url, manifest = dataset
+    shard = manifest.shards[0]
+    values = Values(url, manifest)
+    parts = [[values.read(shard, group, name) for name in manifest.layout.column_bytes] for group in range(4)]
+    records = np.concatenate([np.concatenate(part, axis=1) for part in parts])[: shard.rows]
+    records[1] = records[0]
+    written = write_shard_file(
+        records, manifest.layout, seed=0, rows_per_group=512, compression="none", path=Path(url) / shard.name, name=shard.name
+    )
+    changed = manifest.model_copy(update={"shards": (written.shard, *manifest.shards[1:])})
+    assert any("holds a token twice" in problem for problem in check.problems(url, changed))
+
+
+def test_mixing_is_that_of_a_random_permutation(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    measured = check.mixing(url, manifest, batch_size=64)
+    assert measured.share == pytest.approx(1.0, abs=0.02)
+    assert abs(measured.autocorrelation) < 4 * measured.autocorrelation_noise
+
+
+def test_the_ideal_of_mixing_is_what_permutations_give():
+    sizes = np.array([1, 1, 5, 40, 200, 3])
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    random = np.random.default_rng(0)
+    drawn = [len(np.unique(random.permutation(owners)[:30])) for _ in range(4_000)]
+    assert check.expected_distinct(sizes, 30) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 4_000**0.5)
+    assert check.expected_distinct(sizes, 250) == pytest.approx(6)
+
+
+def test_the_cache_keeps_to_its_size_and_gives_what_was_fetched(tmp_path: Path):
+    cache = DiskCache(str(tmp_path / "cache"), limit=10_000)
+    fetched: list[int] = []
+
+    def get(key: int) -> bytes:
+        def fetch() -> bytes:
+            fetched.append(key)
+            return bytes([key]) * 1_000
+
+        return cache.get(f"k{key}", 1_000, fetch)
+
+    for key in [*range(8), 0, *range(8, 30), 29]:
+        assert get(key) == bytes([key]) * 1_000
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 10_000
+    assert fetched == list(range(30))  # 0 and 29 were asked for twice
+    (tmp_path / "cache" / "k29").write_bytes(b"cut short")
+    assert get(29) == bytes([29]) * 1_000
+
+
+def test_a_disk_that_is_too_small_is_named_before_the_language_model_runs(tree: dict, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "free_bytes", lambda url: 100_000)
+    plan = Plan(parse_config(tree))
+    with pytest.raises(UserError, match=r"storage\.root: extraction needs 0\.0 GB more .* has 0\.0 GB left"):
+        steps.extract(plan)
+    assert not list(Path(plan.dataset_url).glob("scatter/*/*"))
+
+
+def test_a_disk_that_fills_up_is_one_sentence_and_the_next_run_continues(tree: dict, monkeypatch: pytest.MonkeyPatch):
+    """The error is the system's own, raised where a write reaches the disk: no test may fill the disk it runs on."""
+    import errno
+    import os
+
+    plan = Plan(parse_config(tree))
+    steps.prepare_tokens(plan)
+    synchronise, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"storage\.root: the disk of '.*scatter/32' is full and '.*chunk-.*' could not"):
+        steps.extract(plan)
+    manifest = steps.extract(plan)
+    assert list(check.problems(plan.dataset_url, manifest)) == []
+    assert not list(Path(plan.dataset_url).glob("**/.staged-*"))
+
+
+def test_datasets_are_listed_and_found_by_name_or_digest(dataset: tuple[str, Manifest], tmp_path: Path):
+    url, manifest = dataset
+    root = str(tmp_path / "root")
+    half = Path(root) / "activations" / "tiny-0123456789abcdef" / "scatter"
+    half.mkdir(parents=True)
+    old = Path(root) / "activations" / "tiny-fedcba9876543210"
+    old.mkdir()
+    storage.put_json({"schema_version": 1}, f"{old}/manifest.json")
+    states = {entry.name: entry.state for entry in catalog.list_datasets(root)}
+    assert states == {
+        url.rsplit("/", 1)[-1]: "finished",
+        half.parent.name: "unfinished",
+        old.name: "another schema version",
+    }
+    for reference in (url, url.rsplit("/", 1)[-1], manifest.digest, manifest.digest[:5]):
+        assert catalog.find_dataset(root, reference) == url
+    with pytest.raises(UserError, match=r"'nothing'.*tiny-"):
+        catalog.find_dataset(root, "nothing")
+    catalog.delete_dataset(url)
+    assert not Path(url).exists()
+    assert read_manifest(url) is None
+
+
+def test_the_sample_shows_tokens_with_their_neighbours(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    rows = plain(url, manifest)
+    token_of = dict(
+        zip(zip(rows["document"].tolist(), rows["position"].tolist(), strict=True), rows["token"].tolist(), strict=True)
+    )
+    sample = catalog.sample_tokens(url, manifest, lambda tokens: " ".join(map(str, tokens)), 10)
+    assert len(sample) == 10
+    for token in sample:
+        around = range(token.position - 6, token.position + 7)
+        wanted = [str(token_of[token.document, p]) for p in around if (token.document, p) in token_of]
+        assert " ".join([token.before, token.text, token.after]).split() == wanted
+        row = np.flatnonzero((rows["document"] == token.document) & (rows["position"] == token.position))
+        assert token.norm == pytest.approx(np.linalg.norm(rows["resid_post.1"][row].astype(np.float64)), rel=1e-5)
+
+
+def test_a_moved_dataset_is_read_where_it_is(dataset: tuple[str, Manifest], tmp_path: Path):
+    url, _ = dataset
+    shutil.move(url, tmp_path / "elsewhere")
+    read_all(str(tmp_path / "elsewhere"), read_manifest(str(tmp_path / "elsewhere")))
