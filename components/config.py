@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from components.activations.settings import ActivationSettings
 from components.corpus.settings import CorpusSettings
@@ -36,6 +36,25 @@ class StorageSettings(Settings):
     """Largest size of the cache folder in bytes; what was used longest ago is removed."""
 
 
+class ExecutionSettings(Settings):
+    """How extraction is spread over workers; it does not change the result."""
+
+    runner: Literal["threads", "ray", "dask"] = "threads"
+    """Where the workers are: in this process, or on a Ray or Dask cluster (`pip install sae-foundry[ray]`, `[dask]`)."""
+
+    workers: int = Field(default=1, ge=1)
+    """How many work at the same time, each with a copy of the language model; at most one per GPU is of use."""
+
+    address: str | None = None
+    """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; a local one is started where it is not given."""
+
+    @model_validator(mode="after")
+    def _an_address_is_of_a_cluster(self) -> ExecutionSettings:
+        if self.address is not None and self.runner == "threads":
+            raise ValueError(f"execution.address: '{self.address}' has no meaning with runner 'threads'; use ray or dask")
+        return self
+
+
 class RunConfig(Settings):
     name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$")
     """Name of the run, part of folder names: lower case letters, digits, dots and dashes."""
@@ -54,6 +73,7 @@ class RunConfig(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
+    execution: ExecutionSettings = ExecutionSettings()
 
     @property
     def hook_point(self) -> str:

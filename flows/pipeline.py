@@ -1,4 +1,4 @@
-"""The whole line as a Prefect flow: `pipeline(config)`, one task per step."""
+"""The whole line as a Prefect flow: `pipeline(config)`, one task per step, extraction as a flow of its own."""
 
 from __future__ import annotations
 
@@ -15,20 +15,9 @@ from components import steps
 from components.config import RunConfig
 from components.planning import Plan, check, pinned
 from components.training.checkpoint import Point
+from flows.extraction import extract_on_its_runner, prepare_tokens
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
-
-
-@task(name="tokens", cache_policy=NO_CACHE)
-def prepare_tokens(config: RunConfig) -> int:
-    """Corpus -> token dataset; the number of documents."""
-    return int(steps.prepare_tokens(Plan(config))["documents"])
-
-
-@task(name="extract", cache_policy=NO_CACHE)
-def extract(config: RunConfig) -> int:
-    """Token dataset -> activation dataset; the number of stored tokens."""
-    return steps.extract(Plan(config)).tokens
 
 
 @task(name="train", cache_policy=NO_CACHE)
@@ -60,7 +49,7 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
         with _timed(seconds, "tokens"):
             prepare_tokens(config)
         with _timed(seconds, "extract"):
-            extract(config)
+            extract_on_its_runner(config)
         with _timed(seconds, "train"):
             train(config, run.add_points)
         with _timed(seconds, "evaluate"):
