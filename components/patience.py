@@ -59,7 +59,7 @@ def patiently(filesystem: AbstractFileSystem, operation: str, *arguments: Any, *
 
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
-        wait=wait_exponential_jitter(initial=0.2, max=5.0, jitter=0.5),
+        wait=wait_exponential_jitter(multiplier=0.2, max=5.0, jitter=0.5),
         stop=stop,
         before_sleep=warn,
         reraise=True,

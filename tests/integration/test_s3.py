@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,58 +21,6 @@ from components.planning import Plan
 pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
-KEYS = {"AWS_ACCESS_KEY_ID": "foundry-test", "AWS_SECRET_ACCESS_KEY": "planted-secret-31415", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free, with the one 10,000 above too (SeaweedFS puts gRPC there)."""
-    found: list[int] = []
-    for port in range(18_000, 20_000):
-        try:
-            for candidate in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", candidate))
-        except OSError:
-            continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError("no free ports")
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket's URL; the environment of this process points at its server."""
-    folder = tmp_path_factory.mktemp("seaweed")
-    credentials = [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}]
-    identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "id.json").write_text(json.dumps({"identities": [identity]}))
-    port, master, volume, filer = free_ports(4)
-    command = [
-        str(BIN / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}",
-        f"-s3.config={folder}/id.json", "-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-bucket=acts",
-        f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-filer.localSocket={folder}/f.sock",
-        "-s3.cacheCapacityMB=64",
-    ]  # fmt: skip
-    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(120):
-                try:
-                    storage.put_bytes(b"", "s3://acts/ready")
-                    break
-                except Exception:  # not up yet, in one of many ways
-                    assert server.poll() is None, (folder / "log").read_text()
-                    time.sleep(0.5)
-            else:
-                raise TimeoutError("the S3 server did not come up")
-            yield "s3://acts"
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
 
 
 @pytest.fixture
@@ -123,7 +68,7 @@ def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp
     config.write_text(yaml.safe_dump(tree))
     plan = Plan(parse_config(tree))
     moments = {
-        "a chunk is there": lambda: storage.list_names(f"{plan.dataset_url}/scatter") != [],
+        "a chunk is there": lambda: storage.list_names(f"{plan.dataset_url}/scatter/32") != [],
         "a shard is there": lambda: any(name.startswith("shard-") for name in storage.list_names(plan.dataset_url)),
     }
     for moment, reached in moments.items():
