@@ -49,11 +49,6 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 
-    @property
-    def hook_point(self) -> str:
-        """The hook point that the SAE is trained on."""
-        return self.training.hook_point or self.activations.hook_points[0]
-
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the project, by name."""

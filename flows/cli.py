@@ -69,7 +69,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     with _command(as_json) as show:
         from components.planning import estimate
 
-        show(estimate(_checked_plan(config, overrides)), _print_plan)
+        show(estimate(_checked_plan(config, overrides, evaluated=False)), _print_plan)
 
 
 @app.command()
@@ -104,7 +104,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         _log_to_stderr()
         from components import steps
 
-        work = _checked_plan(config, overrides)
+        work = _checked_plan(config, overrides, evaluated=False)
         record = steps.train(work)
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, _print_tree)
@@ -198,12 +198,12 @@ def _escaped(text: str) -> str:
     return escape(text)
 
 
-def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
+def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Plan:
     from components.config import load_config
     from components.planning import Plan, check, pinned
 
     checked = Plan(pinned(load_config(config, overrides or ())))
-    check(checked, only_data=only_data)
+    check(checked, only_data=only_data, evaluated=evaluated)
     return checked
 
 

@@ -27,8 +27,8 @@ from components.activations.schema import DTYPES, dataset_schema, rows_from_tens
 from components.activations.settings import ActivationSettings
 from components.activations.shuffle import read_bucket, write_scattered
 from components.corpus.tokens import Sequences, read_sequences
-from components.language_model.hook_points import HookPoint, capture, parse_hook_point
-from components.language_model.loading import ModelSource, load_model
+from components.language_model.hook_points import HookPoint, capture, expand_hook_points
+from components.language_model.loading import ModelSource, forward_inputs, load_model
 from components.progress import progress
 from components.settings import UserError, digest
 
@@ -47,6 +47,7 @@ def dataset_identity(
         "tokens": token_identity,
         "seed": seed,
         **settings.model_dump(mode="json", exclude={"sequences_per_chunk"}),
+        "hook_points": [str(point) for point in expand_hook_points(settings.hook_points, source, "activations.hook_points")],
     }
 
 
@@ -76,8 +77,11 @@ class Extraction:
 
     @cached_property
     def points(self) -> list[HookPoint]:
-        field = "activations.hook_points"
-        return [parse_hook_point(name, self.source.layers, field) for name in self.settings.hook_points]
+        return expand_hook_points(self.settings.hook_points, self.source, "activations.hook_points")
+
+    @cached_property
+    def widths(self) -> dict[HookPoint, int]:
+        return self.source.widths(self.points)
 
     def chunk_url(self, chunk: int) -> str:
         return storage.join(self.url, "scatter", f"chunk-{chunk:06d}.parquet")
@@ -147,8 +151,9 @@ def run_chunk(
     parts: dict[HookPoint, list[Tensor]] = {point: [] for point in work.points}
     size = work.source.settings.batch_sequences
     counted = torch.tensor(sequences.documents >= 0, device=device)
-    for tokens, kept in zip(torch.tensor(sequences.tokens).split(size), counted.split(size), strict=True):
-        for point, activation in capture(model, work.points, tokens.to(device).long()).items():
+    for start, kept in zip(range(0, len(sequences), size), counted.split(size), strict=True):
+        inputs = forward_inputs(work.source, sequences[start : start + size], device)
+        for point, activation in capture(model, work.points, inputs).items():
             values = activation[kept].to(DTYPES[work.settings.dtype])
             if not torch.isfinite(values).all():
                 raise UserError(
@@ -191,7 +196,7 @@ def _gather_all(work: Extraction) -> None:
 
 def write_shard(work: Extraction, bucket: int) -> None:
     """Shuffle one bucket into its shard, and record the shard's checksum and sums beside the scattered chunks."""
-    schema = dataset_schema({str(point): work.source.width for point in work.points}, work.settings.dtype)
+    schema = dataset_schema({str(point): work.widths[point] for point in work.points}, work.settings.dtype)
     chunks = [work.chunk_url(chunk) for chunk in range(work.chunks)]
     table = read_bucket(chunks, bucket, work.seed, schema)
     with storage.whole_file(storage.join(work.url, work.shard_name(bucket))) as path:
@@ -231,12 +236,12 @@ def _commit(work: Extraction) -> Manifest:
     tokens = sum(shard.rows for shard in shards)
     assert tokens == work.split["tokens"], f"{tokens} rows were written for {work.split['tokens']} tokens"
     columns = []
-    for point in map(str, work.points):
-        sums = [record["sums"][point] for record in records]
+    for point in work.points:
+        sums = [record["sums"][str(point)] for record in records]
         columns.append(
             Column(
-                hook_point=point,
-                d_in=work.source.width,
+                hook_point=str(point),
+                d_in=work.widths[point],
                 dtype=work.settings.dtype,
                 mean=tuple((np.sum([entry["sum"] for entry in sums], axis=0) / tokens).tolist()),
                 mean_squared_norm=sum(entry["squares"] for entry in sums) / tokens,
