@@ -106,7 +106,7 @@ def _hint(name: str, uniform: list[str], paths: list[str]) -> str:
         return f"it has {kind} in layers {layers[0]} to {layers[-1]}"
     accepted = f"accepted are {', '.join(kinds)} with a dot and a layer, or a module path such as {paths[len(paths) // 2]}"
     close = difflib.get_close_matches(name, [*uniform, *paths], n=3)
-    return f"did you mean {' or '.join(close)}? {accepted[0].upper()}{accepted[1:]}" if close else accepted
+    return f"did you mean {' or '.join(close)}? ({accepted})" if close else accepted
 
 
 def parse_hook_point(name: str) -> HookPoint:
@@ -125,7 +125,8 @@ def locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
         return model.get_submodule(path), side == "in"
     block = blocks(model, point.tower)[1][point.layer]
     found = sublayer(block, point.kind)
-    assert found is not None, f"{point} is not in {type(model).__name__}"
+    if found is None:
+        raise UserError(f"activations.hook_points: '{point}' is not known for {type(model).__name__}")
     path, reads_input = found
     return block.get_submodule(path), reads_input
 

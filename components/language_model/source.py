@@ -20,6 +20,7 @@ from components.settings import UserError, digest, is_commit
 from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
+_SKELETON_DTYPE = torch.bfloat16
 _WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _PROCESSOR_PATTERNS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
@@ -69,9 +70,8 @@ class ModelSource:
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model without its weights: shapes and modules only."""
-        options = self.class_options
-        if "attn_implementation" in options:
-            options["attn_implementation"] = "eager"  # decides no shape, and others may not be installed here
+        # Neither decides a shape: the number format is one that all kernels take, and so is the attention.
+        options = self.class_options | {"attn_implementation": "eager", "dtype": _SKELETON_DTYPE}
         with torch.device("meta"):
             return model_class(self.config).from_config(self.config, **options).eval()
 
@@ -98,9 +98,11 @@ class ModelSource:
         in_tower = reads_images(self.skeleton, [point])
         batch, length = 2, 3
         inputs: dict[str, Tensor] = {"input_ids": torch.zeros(batch, length, dtype=torch.long, device="meta")}
+        if self.family != "encoder":
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # else transformers looks at the positions
         if in_tower:
             pixels = trial_pixels(self.image_processor, self.settings.name)
-            inputs = {"pixel_values": torch.empty(batch, *pixels.shape[1:], device="meta")}
+            inputs = {"pixel_values": torch.empty(batch, *pixels.shape[1:], device="meta", dtype=_SKELETON_DTYPE)}
             length = self._image_length(pixels)
         try:
             shape = capture(self.skeleton, [point], inputs)[point].shape
@@ -171,7 +173,7 @@ class ModelSource:
     def _image_length(self, pixels: Tensor) -> int:
         """Rows of the vision tower's residual stream for one image."""
         first = HookPoint("resid_pre", 0, "vision" if self.family == "vision_language" else "")
-        return capture(self.skeleton, [first], {"pixel_values": pixels.to("meta")})[first].shape[1]
+        return capture(self.skeleton, [first], {"pixel_values": pixels.to("meta", _SKELETON_DTYPE)})[first].shape[1]
 
     def image_layout(self, prompt: str | None) -> ImageLayout:
         """How the sequence of every image looks: that of a vision tower, or with a prompt that of a text decoder."""
