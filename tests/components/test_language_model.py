@@ -147,10 +147,8 @@ def test_the_mlp_input_is_what_the_mlp_maps_to_its_output(named_model):
     into = HookPoint("mlp_in", 1)
     captured = capture(model, [into, HookPoint("mlp_out", 1)], IDS)
     block = module_of(model, HookPoint("resid_pre", 1))
-    if name == "opt":
-        out = block.fc2(block.activation_fn(block.fc1(captured[into])))
-    else:
-        out = block.mlp(captured[into])
+    mlp = nn.Sequential(block.fc1, block.activation_fn, block.fc2) if name == "opt" else block.mlp
+    out = mlp(captured[into])
     for norm in ("post_feedforward_layernorm", "post_mlp_layernorm"):
         out = getattr(block, norm, lambda x: x)(out)
     torch.testing.assert_close(out, captured[HookPoint("mlp_out", 1)])
@@ -176,7 +174,7 @@ def test_splicing_the_same_activation_changes_nothing_and_another_changes_the_lo
 
 
 def test_widths_are_those_of_the_captured_activations_without_any_weight(named_model, tmp_path):
-    name, model = named_model
+    model = named_model[1]
     model.save_pretrained(tmp_path)
     source = find_model(LanguageModelSettings(name=str(tmp_path)))
     linear = next(path for path, module in model.named_modules() if ".1." in path and isinstance(module, nn.Linear | Conv1D))
@@ -341,7 +339,7 @@ def test_what_this_machine_cannot_run_is_refused_before_weights_are_loaded(tiny_
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
     (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError, match=r"trust_remote_code: true"):
-        find_model(LanguageModelSettings(name=str(tmp_path))).config
+        find_model(LanguageModelSettings(name=str(tmp_path))).config  # noqa: B018
 
 
 def test_weights_that_lack_a_tensor_are_refused(tmp_path):
