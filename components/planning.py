@@ -214,8 +214,9 @@ def check(plan: Plan, only_data: bool = False, evaluated: bool = True) -> None:
     evaluated: the SAE is spliced into the model, which must give next-token logits.
     """
     config, source = plan.config, plan.source
-    if evaluated and not only_data:
-        _require_logits(plan)
+    reason = without_evaluation(plan)
+    if evaluated and not only_data and reason is not None:
+        raise UserError(f"{reason}; use `sae extract` and `sae train`")
     require_runnable(source, plan.device)
     if plan.point not in plan.points:
         stored = ", ".join(map(str, plan.points))
@@ -228,18 +229,13 @@ def check(plan: Plan, only_data: bool = False, evaluated: bool = True) -> None:
     storage.require_writable(config.storage.root, "storage.root")
 
 
-def _require_logits(plan: Plan) -> None:
-    name = plan.config.language_model.name
-    if plan.source.family in ("encoder", "vision"):
-        what = "a text encoder" if plan.source.family == "encoder" else "a vision transformer"
-        raise UserError(
-            f"language_model.name: '{name}' is {what} without next-token logits, on which the evaluation of an SAE rests; "
-            "use `sae extract` and `sae train`"
-        )
-    if plan.of_images:
-        raise UserError(
-            "corpus.source: an SAE on 'images' cannot be evaluated, there being no next token; use `sae extract` and `train`"
-        )
+def without_evaluation(plan: Plan) -> str | None:
+    """Why an SAE on this model and corpus cannot be evaluated, None where it can."""
+    name, family = plan.config.language_model.name, plan.source.family
+    if family in ("encoder", "vision"):
+        what = "a text encoder" if family == "encoder" else "a vision transformer"
+        return f"language_model.name: '{name}' is {what} without next-token logits, on which the evaluation of an SAE rests"
+    return "corpus.source: an SAE on 'images' cannot be evaluated, there being no next token" if plan.of_images else None
 
 
 def _check_inputs(plan: Plan) -> None:
@@ -309,7 +305,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "steps": steps, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
-            "exists": plan.evaluation_record() is not None, "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
+            "exists": plan.evaluation_record() is not None, "impossible": without_evaluation(plan),
+            "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
         },
         "memory_bytes": {
             "extraction": 4 * model_parameters + 4 * shard_bytes,

@@ -277,8 +277,12 @@ def _print_plan(estimate: dict[str, Any]) -> None:
         f"{training['flops']:.2g} FLOPs\n{sae['url']}",
     )
     evaluation = estimate["evaluation"]
-    table.add_row("evaluate", state("evaluation"), f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs")
-    table.add_row("register", "", estimate["registered_model"])
+    if evaluation["impossible"]:
+        table.add_row("evaluate", "not possible", evaluation["impossible"])
+    else:
+        what = f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs"
+        table.add_row("evaluate", state("evaluation"), what)
+        table.add_row("register", "", estimate["registered_model"])
     table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
     Console().print(table)
 

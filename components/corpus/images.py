@@ -95,9 +95,7 @@ def prepare_images(settings: CorpusSettings, layout: ImageLayout, seed: int, url
         if all(writer.full for writer in writers.values()):
             break
     if unreadable:
-        logger.warning(
-            "corpus.paths: %d files are no readable images and were left out, such as %s", len(unreadable), unreadable[0]
-        )
+        logger.warning("corpus.paths: left out %d that cannot be read as images, such as %s", len(unreadable), unreadable[0])
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, entry in splits.items():
         if entry["tokens"] == 0:

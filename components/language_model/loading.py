@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from components.corpus.tokens import PADDING, Encoder, Sequences
 from components.language_model.architectures import model_class
 from components.language_model.source import ModelSource, find_model, pinned
-from components.language_model.vision import pixel_inputs
+from components.language_model.vision import pixel_values
 from components.settings import UserError
 
 __all__ = [
@@ -36,7 +37,7 @@ def require_runnable(source: ModelSource, device: torch.device) -> None:
     if chosen is not None:
         try:
             with torch.device("meta"):
-                model_class(source.config).from_config(source.config, **source.class_options)
+                model_class(source.config).from_config(deepcopy(source.config), **source.class_options)
         except (ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
@@ -60,7 +61,7 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     try:
         model, loaded = model_class(source.config).from_pretrained(
             source.location,
-            config=source.config,
+            config=deepcopy(source.config),
             revision=source.commit,
             dtype=getattr(torch, settings.dtype),
             use_safetensors=True,
@@ -93,8 +94,8 @@ def forward_inputs(source: ModelSource, sequences: Sequences, device: torch.devi
     if source.family == "encoder" and (sequences.documents == PADDING).any():
         inputs["attention_mask"] = torch.tensor(sequences.documents != PADDING).long()
     if sequences.images is not None:
-        inputs |= pixel_inputs(source.image_processor, sequences.images)
-        inputs["pixel_values"] = inputs["pixel_values"].to(getattr(torch, source.settings.dtype))
+        pixels = pixel_values(source.image_processor, sequences.images)
+        inputs["pixel_values"] = pixels.to(getattr(torch, source.settings.dtype))
         if "input_ids" in inputs and "token_type_ids" in source.processor.model_input_names:
             # Gemma 3 lets the tokens of one image see each other.
             kinds = source.processor.create_mm_token_type_ids(sequences.tokens.tolist())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.corpus.images import ImageLayout
-from components.language_model.architectures import Family, family_of, model_class, model_config, width
+from components.language_model.architectures import Family, family_of, model_class, model_config, vision_tower, width
 from components.language_model.hook_points import HookPoint, capture, locate, reads_images
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
@@ -70,10 +72,11 @@ class ModelSource:
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model without its weights: shapes and modules only."""
-        # Neither decides a shape: the number format is one that all kernels take, and so is the attention.
+        # Neither decides a shape; all kernels take them. A model writes what it is given into its configuration, hence the
+        # copy: without it, the model itself would later be loaded with them.
         options = self.class_options | {"attn_implementation": "eager", "dtype": _SKELETON_DTYPE}
         with torch.device("meta"):
-            return model_class(self.config).from_config(self.config, **options).eval()
+            return model_class(self.config).from_config(deepcopy(self.config), **options).eval()
 
     @property
     def class_options(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class ModelSource:
         if self.family != "encoder":
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # else transformers looks at the positions
         if in_tower:
-            pixels = trial_pixels(self.image_processor, self.settings.name)
+            pixels = self._trial_pixels
             inputs = {"pixel_values": torch.empty(batch, *pixels.shape[1:], device="meta", dtype=_SKELETON_DTYPE)}
             length = self._image_length(pixels)
         try:
@@ -170,6 +173,11 @@ class ModelSource:
     def image_processor(self) -> Any:
         return load_processor(self.location, self.commit, self.settings.name, self.settings.trust_remote_code, text=False)
 
+    @cached_property
+    def _trial_pixels(self) -> Tensor:
+        tower = vision_tower(self.skeleton) or self.skeleton
+        return trial_pixels(self.image_processor, self.settings.name, signature(tower.forward).parameters)
+
     def _image_length(self, pixels: Tensor) -> int:
         """Rows of the vision tower's residual stream for one image."""
         first = HookPoint("resid_pre", 0, "vision" if self.family == "vision_language" else "")
@@ -183,8 +191,9 @@ class ModelSource:
         if prompt is not None and self.family == "vision":
             raise UserError(f"corpus.prompt: '{name}' reads no text; leave the prompt out")
         if prompt is not None:
-            return prompt_layout(self.processor_identity, self.processor, prompt, self.config.image_token_id, name)
-        pixels = trial_pixels(self.image_processor, name)
+            accepted = signature(self.skeleton.forward).parameters
+            return prompt_layout(self.processor_identity, self.processor, prompt, self.config.image_token_id, name, accepted)
+        pixels = self._trial_pixels
         config = self.config.vision_config if self.family == "vision_language" else self.config
         return vision_layout(self.processor_identity, self._image_length(pixels), pixels, config.patch_size, name)
 

@@ -7,7 +7,7 @@ the same dataset must not depend on the machine that makes it.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,10 +46,10 @@ def decoded(encoded: bytes) -> Image:
         return image.convert("RGB")
 
 
-def pixel_inputs(image_processor: Any, images: Sequence[bytes]) -> dict[str, Tensor]:
-    """Encoded images -> `pixel_values` `[n, channels, height, width]`, and whatever else the processor makes."""
+def pixel_values(image_processor: Any, images: Sequence[bytes]) -> Tensor:
+    """Encoded images -> `[n, channels, height, width]`."""
     made = image_processor(images=[decoded(image) for image in images], return_tensors="pt")
-    return {name: torch.as_tensor(value) for name, value in made.items()}
+    return torch.as_tensor(made["pixel_values"])
 
 
 def trial_images() -> list[Image]:
@@ -58,11 +58,14 @@ def trial_images() -> list[Image]:
     return [Image.new("RGB", size, (90, 120, 150)) for size in _TRIALS]
 
 
-def trial_pixels(image_processor: Any, name: str) -> Tensor:
-    """`[1, channels, height, width]` as every image becomes; a UserError for a processor whose sizes vary."""
+def trial_pixels(image_processor: Any, name: str, accepted: Container[str]) -> Tensor:
+    """`[1, channels, height, width]` as every image becomes; a UserError for a processor whose sizes vary.
+
+    accepted: what the model's forward takes. A processor may make more than that, but no more of that than pixels.
+    """
     made = [image_processor(images=[image], return_tensors="pt") for image in trial_images()]
     shapes = {tuple(trial["pixel_values"].shape) for trial in made}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 4 or set(made[0]) != {"pixel_values"}:
+    if len(shapes) != 1 or len(next(iter(shapes))) != 4 or any(key in accepted for key in made[0] if key != "pixel_values"):
         raise UserError(
             f"language_model.name: '{name}' turns images of different sizes into different numbers of patches; "
             "accepted are models with one fixed image size"
@@ -81,22 +84,28 @@ def vision_layout(identity: str, length: int, pixels: Tensor, patch: int, name: 
     )
 
 
-def prompt_layout(identity: str, processor: Any, prompt: str, image_token: int, name: str) -> ImageLayout:
+def prompt_layout(
+    identity: str, processor: Any, prompt: str, image_token: int, name: str, accepted: Container[str]
+) -> ImageLayout:
     """The layout of a prompt with one image in it. What stands before the image is the same for every image and is not
     counted; positions are those of the tokens in the whole sequence."""
-    rows = []
+    made = []
     for image in trial_images():
         try:
-            rows.append(processor(text=[prompt], images=[image], return_tensors="np")["input_ids"][0])
+            made.append(processor(text=[prompt], images=[image], return_tensors="np"))
         except (ValueError, IndexError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"corpus.prompt: the processor of '{name}' does not take '{prompt}' with an image: {reason}"
             ) from error
+    rows = [trial["input_ids"][0] for trial in made]
     if not (rows[0] == image_token).any():
         token = getattr(processor, "image_token", "<image>")
         raise UserError(f"corpus.prompt: '{prompt}' has no place for the image; write '{token}' once where it stands")
-    if len(rows[0]) != len(rows[1]) or (rows[0] != rows[1]).any():
+    others = set(made[0]) - {"input_ids", "attention_mask", "pixel_values", "token_type_ids"}
+    shapes = {trial["pixel_values"].shape for trial in made}
+    same = len(rows[0]) == len(rows[1]) and (rows[0] == rows[1]).all() and len(shapes) == 1 and len(shapes.pop()) == 4
+    if not same or any(key in accepted for key in others):
         raise UserError(
             f"language_model.name: '{name}' turns images of different sizes into different numbers of tokens; "
             "accepted are models with one fixed image size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from components.language_model.hook_points import (
 )
 from components.language_model.loading import find_model, load_encoder, load_model
 from components.language_model.settings import LanguageModelSettings
-from components.language_model.source import ModelSource
+from components.language_model.source import ModelSource, _folder_digest
 from components.settings import UserError
 
 LAYERS = 3
@@ -309,6 +310,39 @@ def test_a_local_folder_loads_and_its_identity_follows_its_content(tiny_model: s
         assert find_model(LanguageModelSettings(name=tiny_model, **change)).identity != source.identity
     for change in ({"device_map": "auto"}, {"batch_sequences": 7}):
         assert find_model(LanguageModelSettings(name=tiny_model, **change)).identity == source.identity
+
+
+def test_looking_at_a_skeleton_does_not_change_how_the_model_is_loaded(tiny_model: str):
+    cpu, ids = torch.device("cpu"), torch.arange(40)[None]
+    used = find_model(LanguageModelSettings(name=tiny_model))
+    used.widths(expand_hook_points(["resid_post.*", "model.layers.0.mlp.up_proj"], used, "field"))
+    direct = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = load_model(used, cpu)
+    assert model.config._attn_implementation == direct.config._attn_implementation
+    torch.testing.assert_close(model(ids).logits, direct(ids).logits, rtol=0, atol=0)
+
+
+def test_a_models_own_code_runs_when_it_is_trusted_and_is_part_of_its_identity(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "mine"
+    random_model(CAUSAL["llama"]).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    source = find_model(LanguageModelSettings(name=str(folder), trust_remote_code=True))
+    assert type(load_model(source, torch.device("cpu"))).__name__ == "MineForCausalLM"
+    assert [str(point) for point in expand_hook_points(["attn_out.*"], source, "field")] == [f"attn_out.{n}" for n in range(3)]
+    untouched = source.identity
+    _folder_digest.cache_clear()
+    with (folder / "mine.py").open("a") as file:
+        file.write("# another version\n")
+    assert find_model(source.settings).identity != untouched
 
 
 def test_how_a_model_is_run_changes_its_activations_by_rounding_alone(tiny_model: str):
