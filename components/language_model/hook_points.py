@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,17 @@ def parse_hook_point(name: str) -> HookPoint:
 
 def locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     """The module of the hook point, and whether it is the module's input (else its output)."""
+    known = _located.setdefault(model, {})
+    if point not in known:
+        known[point] = _search(model, point)
+    return known[point]
+
+
+# Looking through the modules of a large model takes milliseconds, and every batch asks. Weak, so that a model can go.
+_located: WeakKeyDictionary[nn.Module, dict[HookPoint, tuple[nn.Module, bool]]] = WeakKeyDictionary()
+
+
+def _search(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     if point.layer is None:
         path, _, side = point.kind.partition(":")
         return model.get_submodule(path), side == "in"
