@@ -47,10 +47,10 @@ def require_runnable(source: ModelSource, device: torch.device) -> None:
 
 def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     """The model, in evaluation mode and without gradients: on `device`, or with `device_map` on all there are."""
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging as transformers_logging
 
     require_runnable(source, device)
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     settings, options = source.settings, source.class_options
     if settings.quantization is not None:
         from transformers import BitsAndBytesConfig
@@ -58,6 +58,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if settings.device_map is not None or settings.quantization is not None:
         options["device_map"] = settings.device_map or {"": str(device)}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a table of the weights that are not needed, such as an encoder's head
     try:
         model, loaded = model_class(source.config).from_pretrained(
             source.location,
@@ -71,6 +73,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # Encoders are loaded without the head they were trained with, some of which have a pooler that no hook point needs.
     missing = [name for name in loaded["missing_keys"] if not name.startswith(("pooler.", "head."))]
     if missing:

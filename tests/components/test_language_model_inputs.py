@@ -260,7 +260,7 @@ def test_a_vision_language_model_reads_plain_text_too(llava: Path):
     torch.testing.assert_close(model.model.language_model.norm(captured), states[3])
 
 
-def test_the_image_half_of_clip_is_loaded_from_the_pair(tmp_path: Path):
+def test_the_image_half_of_clip_is_loaded_from_the_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     torch.manual_seed(0)
     text = {**SIZES, "vocab_size": 20, "max_position_embeddings": 8}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config={**SIZES, **IMAGE}, projection_dim=8)).eval()
@@ -269,7 +269,9 @@ def test_the_image_half_of_clip_is_loaded_from_the_pair(tmp_path: Path):
     source = find_model(LanguageModelSettings(name=str(tmp_path)))
     assert (source.family, source.width) == ("vision", 16)
     pixels, point = torch.randn(2, 3, 32, 32), HookPoint("resid_post", 1)
-    captured = capture(load_model(source, CPU), [point], {"pixel_values": pixels})[point]
+    model = load_model(source, CPU)
+    assert capsys.readouterr().err.count("UNEXPECTED") == 0  # the other half of the pair is nothing to warn of
+    captured = capture(model, [point], {"pixel_values": pixels})[point]
     with torch.no_grad():
         states = clip.vision_model(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(captured, states[2], rtol=0, atol=0)
