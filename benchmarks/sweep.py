@@ -31,7 +31,7 @@ def main() -> None:
         steps.extract(plan)
         steps.train(plan)
         metrics = steps.evaluate(plan)["metrics"]
-        line = {"hook_point": plan.config.hook_point, "lambda": coefficient, "learning_rate": rate}
+        line = {"hook_point": plan.hook_point, "lambda": coefficient, "learning_rate": rate}
         print(json.dumps({**line, **{name: metrics[name] for name in SHOWN}}), flush=True)
 
 

@@ -75,11 +75,6 @@ class RunConfig(Settings):
     tracking: TrackingSettings = TrackingSettings()
     execution: ExecutionSettings = ExecutionSettings()
 
-    @property
-    def hook_point(self) -> str:
-        """The hook point that the SAE is trained on."""
-        return self.training.hook_point or self.activations.hook_points[0]
-
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the project, by name."""

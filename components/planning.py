@@ -19,12 +19,13 @@ from components.activations.manifest import Manifest, read_manifest
 from components.activations.schema import DTYPES, TOKEN_BYTES
 from components.config import RunConfig
 from components.corpus import documents as corpus_documents
+from components.corpus.images import ImageLayout, image_identity
 from components.corpus.tokens import token_identity
 from components.evaluation.evaluate import evaluation_identity, read_evaluation
 from components.hardware import resolve_device
 from components.language_model import loading
-from components.language_model.hook_points import HookPoint, module_of, parse_hook_point
-from components.language_model.loading import ModelSource, find_model, load_encoder
+from components.language_model.hook_points import HookPoint, depth, expand_hook_points, reads_images
+from components.language_model.loading import ModelSource, find_model, load_encoder, require_runnable
 from components.settings import UserError, digest
 from components.training.loop import Training, read_training_record, training_identity
 
@@ -44,12 +45,28 @@ class Plan:
         return resolve_device(self.config.device)
 
     @cached_property
+    def points(self) -> list[HookPoint]:
+        """The hook points that are stored, in the order of the columns."""
+        return expand_hook_points(self.config.activations.hook_points, self.source, "activations.hook_points")
+
+    @cached_property
     def point(self) -> HookPoint:
-        return parse_hook_point(self.config.hook_point, self.source.layers, "training.hook_point")
+        """The hook point that the SAE is trained on."""
+        if self.config.training.hook_point is None:
+            return self.points[0]
+        return expand_hook_points([self.config.training.hook_point], self.source, "training.hook_point")[0]
+
+    @property
+    def hook_point(self) -> str:
+        return str(self.point)
+
+    @cached_property
+    def widths(self) -> dict[HookPoint, int]:
+        return self.source.widths(list(dict.fromkeys([*self.points, self.point])))
 
     @property
     def d_in(self) -> int:
-        return self.source.width
+        return self.widths[self.point]
 
     @property
     def d_sae(self) -> int:
@@ -60,8 +77,18 @@ class Plan:
 
     # tokens
 
+    @property
+    def of_images(self) -> bool:
+        return self.config.corpus.source == "images"
+
+    @cached_property
+    def image_layout(self) -> ImageLayout:
+        return self.source.image_layout(self.config.corpus.prompt)
+
     @cached_property
     def token_identity(self) -> dict[str, Any]:
+        if self.of_images:
+            return image_identity(self.config.corpus, self.source.processor_identity, self.config.seed)
         return token_identity(self.config.corpus, self.source.tokenizer_identity, self.config.seed)
 
     @cached_property
@@ -114,9 +141,7 @@ class Plan:
 
     @cached_property
     def sae_identity(self) -> dict[str, Any]:
-        return training_identity(
-            self.config.training, self.config.sae, self.dataset_digest, self.config.hook_point, self.config.seed
-        )
+        return training_identity(self.config.training, self.config.sae, self.dataset_digest, self.hook_point, self.config.seed)
 
     @cached_property
     def sae_digest(self) -> str:
@@ -138,12 +163,12 @@ class Plan:
             sae=self.config.sae,
             dataset_url=self.dataset_url,
             manifest=manifest,
-            hook_point=self.config.hook_point,
+            hook_point=self.hook_point,
             seed=self.config.seed,
             metadata={
                 "model_name": self.config.language_model.name,
-                "hook_name": self.config.hook_point,
-                "context_size": corpus.context_length,
+                "hook_name": self.hook_point,
+                "context_size": len(self.image_layout) if self.of_images else corpus.context_length,
                 "prepend_bos": corpus.prepend_bos,
                 "dataset_path": corpus.dataset or corpus.source,
             },
@@ -154,7 +179,7 @@ class Plan:
 
     def evaluation_identity(self, weights_sha256: str) -> dict[str, Any]:
         return evaluation_identity(
-            self.config.evaluation, weights_sha256, self.token_digest, self.source.identity, self.config.hook_point
+            self.config.evaluation, weights_sha256, self.token_digest, self.source.identity, self.hook_point
         )
 
     def evaluation_record(self) -> dict[str, Any] | None:
@@ -174,7 +199,7 @@ class Plan:
 
     @property
     def registered_model(self) -> str:
-        name = self.config.tracking.registered_model or f"{self.source.slug}.{self.config.hook_point}"
+        name = self.config.tracking.registered_model or f"{self.source.slug}.{self.hook_point}"
         return name.replace("/", "-").replace(":", "-")
 
     @cached_property
@@ -191,32 +216,56 @@ def pinned(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"corpus": corpus, "language_model": model})
 
 
-def check(plan: Plan, only_data: bool = False) -> None:
+def check(plan: Plan, only_data: bool = False, evaluated: bool = True) -> None:
     """Raise a UserError for anything that would stop the run later: model, layer, device, corpus, root.
 
     only_data: activations are made and nothing is trained on them, so held-out documents are as good as others.
+    evaluated: the SAE is spliced into the model, which must give next-token logits.
     """
-    config = plan.config
-    plan.device  # noqa: B018
-    for name in config.activations.hook_points:
-        parse_hook_point(name, plan.source.layers, "activations.hook_points")
-    plan.point  # noqa: B018
-    if config.hook_point not in config.activations.hook_points:
-        stored = ", ".join(config.activations.hook_points)
-        raise UserError(f"training.hook_point: '{config.hook_point}' is not in activations.hook_points, which has {stored}")
-    longest = getattr(plan.source.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.corpus.context_length > longest:
-        raise UserError(
-            f"corpus.context_length: {config.corpus.context_length} is more than the {longest} tokens that "
-            f"'{config.language_model.name}' can read"
-        )
+    config, source = plan.config, plan.source
+    reason = without_evaluation(plan)
+    if evaluated and not only_data and reason is not None:
+        raise UserError(f"{reason}; use `sae extract` and `sae train`")
+    require_runnable(source, plan.device)
+    if plan.point not in plan.points:
+        stored = ", ".join(map(str, plan.points))
+        raise UserError(f"training.hook_point: '{plan.point}' is not in activations.hook_points, which has {stored}")
+    _check_inputs(plan)
     if config.activations.split != "train" and not only_data:
         raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
-    for name in config.activations.hook_points:
-        module_of(plan.source.skeleton, parse_hook_point(name, plan.source.layers))
+    plan.widths  # noqa: B018
     plan.token_identity  # noqa: B018
-    load_encoder(plan.source)
     storage.require_writable(config.storage.root, "storage.root")
+
+
+def without_evaluation(plan: Plan) -> str | None:
+    """Why an SAE on this model and corpus cannot be evaluated, None where it can."""
+    name, family = plan.config.language_model.name, plan.source.family
+    if family in ("encoder", "vision"):
+        what = "a text encoder" if family == "encoder" else "a vision transformer"
+        return f"language_model.name: '{name}' is {what} without next-token logits, on which the evaluation of an SAE rests"
+    return "corpus.source: an SAE on 'images' cannot be evaluated, there being no next token" if plan.of_images else None
+
+
+def _check_inputs(plan: Plan) -> None:
+    """That the model reads what the corpus holds, at the places where it is to be read."""
+    corpus, name = plan.config.corpus, plan.config.language_model.name
+    images = reads_images(plan.source.skeleton, plan.points)
+    if plan.of_images:
+        plan.image_layout  # noqa: B018
+        if images != (corpus.prompt is None):
+            places = "in the vision tower" if images else "in the text decoder"
+            advice = "leave corpus.prompt out" if images else f"give corpus.prompt, or name places such as vision.{plan.point}"
+            raise UserError(f"activations.hook_points: '{plan.point}' is {places} of '{name}'; {advice}")
+        return
+    if images:
+        raise UserError(f"corpus.source: '{plan.point}' of '{name}' reads images; accepted is 'images', not '{corpus.source}'")
+    longest = plan.source.longest_text
+    if longest is not None and corpus.context_length > longest:
+        raise UserError(
+            f"corpus.context_length: {corpus.context_length} is more than the {longest} tokens that '{name}' can read"
+        )
+    load_encoder(plan.source)
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -227,14 +276,14 @@ def estimate(plan: Plan) -> dict[str, Any]:
     record = plan.training_record()
     stored = manifest.tokens if manifest else (tokens["splits"]["train"]["tokens"] if tokens else config.corpus.train_tokens)
     held_out = tokens["splits"]["held_out"]["tokens"] if tokens else config.corpus.held_out_tokens
-    row_bytes = TOKEN_BYTES + len(config.activations.hook_points) * d_in * DTYPES[config.activations.dtype].itemsize
+    row_bytes = TOKEN_BYTES + sum(plan.widths[point] for point in plan.points) * DTYPES[config.activations.dtype].itemsize
     steps = -(-config.training.tokens // config.training.batch_size)
     sae_parameters = 2 * d_in * d_sae + d_in + d_sae
     model_parameters = sum(parameter.numel() for parameter in plan.source.skeleton.parameters())
-    share = (plan.point.layer + (not plan.point.reads_input)) / plan.source.layers
+    share = max(depth(plan.source.skeleton, point) for point in plan.points)
     evaluated = min(config.evaluation.tokens, held_out)
     shard_bytes = min(stored, config.activations.rows_per_shard) * row_bytes
-    vocabulary = plan.source.config.get_text_config().vocab_size
+    vocabulary = getattr(plan.source.config.get_text_config(), "vocab_size", 0)
     logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * vocabulary * 4
     # weights, gradients and Adam's two moments; features and their gradients; the reader's window
     training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 3 * shard_bytes
@@ -243,7 +292,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
         "device": str(plan.device),
         "language_model": {
             "name": config.language_model.name, "parameters": model_parameters, "layers": plan.source.layers,
-            "d_model": plan.source.width, "hook_point": config.hook_point,
+            "d_model": plan.source.width, "hook_point": ", ".join(map(str, plan.points)),
         },
         "tokens": {
             "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None,
@@ -265,7 +314,8 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "steps": steps, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
-            "exists": plan.evaluation_record() is not None, "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
+            "exists": plan.evaluation_record() is not None, "impossible": without_evaluation(plan),
+            "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
         },
         "memory_bytes": {
             "extraction": 4 * model_parameters + 4 * shard_bytes,

@@ -15,7 +15,7 @@ from components import storage
 from components.activations import extraction
 from components.activations.manifest import Manifest
 from components.config import flattened
-from components.corpus import tokens
+from components.corpus import images, tokens
 from components.evaluation import evaluate as evaluation
 from components.language_model.loading import load_encoder, load_model
 from components.planning import Plan
@@ -30,6 +30,8 @@ def prepare_tokens(plan: Plan) -> dict[str, Any]:
     present = plan.token_manifest()
     if present is not None:
         return present
+    if plan.of_images:
+        return images.prepare_images(plan.config.corpus, plan.image_layout, plan.config.seed, plan.token_url)
     return tokens.prepare_tokens(plan.config.corpus, load_encoder(plan.source), plan.config.seed, plan.token_url)
 
 
@@ -63,7 +65,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
         load_model(plan.source, plan.device),
         plan.point,
         evaluation.HeldOut(url=plan.token_url, manifest=token_manifest),
-        manifest.column(plan.config.hook_point),
+        manifest.column(plan.hook_point),
         plan.device,
     )
     identity = plan.evaluation_identity(record["weights_sha256"])

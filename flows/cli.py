@@ -63,7 +63,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     with command(as_json) as show:
         from components.planning import estimate
 
-        show(estimate(_checked_plan(config, overrides)), _print_plan)
+        show(estimate(_checked_plan(config, overrides, evaluated=False)), _print_plan)
 
 
 @app.command()
@@ -98,7 +98,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         log_to_stderr()
         from components import steps
 
-        work = _checked_plan(config, overrides)
+        work = _checked_plan(config, overrides, evaluated=False)
         record = steps.train(work)
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
@@ -152,12 +152,12 @@ def ui(
         os.execv(server[0], server)
 
 
-def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
+def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Plan:
     from components.config import load_config
     from components.planning import Plan, check, pinned
 
     checked = Plan(pinned(load_config(config, overrides or ())))
-    check(checked, only_data=only_data)
+    check(checked, only_data=only_data, evaluated=evaluated)
     return checked
 
 
@@ -222,7 +222,11 @@ def _print_plan(estimate: dict[str, Any]) -> None:
         f"{training['flops']:.2g} FLOPs\n{sae['url']}",
     )
     evaluation = estimate["evaluation"]
-    table.add_row("evaluate", state("evaluation"), f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs")
-    table.add_row("register", "", estimate["registered_model"])
+    if evaluation["impossible"]:
+        table.add_row("evaluate", "not possible", evaluation["impossible"])
+    else:
+        what = f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs"
+        table.add_row("evaluate", state("evaluation"), what)
+        table.add_row("register", "", estimate["registered_model"])
     table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
     Console().print(table)

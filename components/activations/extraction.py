@@ -28,7 +28,7 @@ from components.activations.settings import ActivationSettings
 from components.activations.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
 from components.activations.shuffle import read_bucket, write_scattered
 from components.corpus.tokens import read_sequences
-from components.language_model.hook_points import HookPoint, parse_hook_point
+from components.language_model.hook_points import HookPoint, expand_hook_points
 from components.language_model.loading import ModelSource, load_model
 from components.progress import progress
 from components.settings import UserError, digest
@@ -50,6 +50,7 @@ def dataset_identity(
         "tokens": token_identity,
         "seed": seed,
         **settings.model_dump(mode="json", exclude={"sequences_per_chunk", "shuffle_workers"}),
+        "hook_points": [str(point) for point in expand_hook_points(settings.hook_points, source, "activations.hook_points")],
     }
 
 
@@ -80,12 +81,12 @@ class Extraction:
 
     @cached_property
     def points(self) -> list[HookPoint]:
-        field = "activations.hook_points"
-        return [parse_hook_point(name, self.source.layers, field) for name in self.settings.hook_points]
+        return expand_hook_points(self.settings.hook_points, self.source, "activations.hook_points")
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout({str(point): self.source.width for point in self.points}, self.settings.dtype)
+        widths = self.source.widths(self.points)
+        return Layout({str(point): widths[point] for point in self.points}, self.settings.dtype)
 
     @property
     def scatter_url(self) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from components.activations.schema import DTYPES, bytes_from_tensor
 from components.corpus.tokens import Sequences
 from components.language_model.hook_points import HookPoint, capture
-from components.language_model.loading import ModelSource
+from components.language_model.loading import ModelSource, forward_inputs
 from components.settings import UserError
 
 
@@ -41,7 +41,7 @@ def run_chunk(
     for first in range(0, len(sequences), size):
         block = sequences[first : first + size]
         rows = torch.from_numpy(np.flatnonzero(counted[first : first + size])).to(device, non_blocking=True)
-        captured = capture(model, points, torch.tensor(block.tokens).to(device, non_blocking=True).long())
+        captured = capture(model, points, forward_inputs(source, block, device))
         stop = start + len(rows)
         for point, activation in captured.items():
             values = activation.flatten(0, 1).index_select(0, rows).to(DTYPES[dtype])

@@ -10,8 +10,9 @@ from components.settings import Settings
 
 
 class CorpusSettings(Settings):
-    source: Literal["standard_library", "files", "huggingface"] = "standard_library"
-    """Where documents come from: the running interpreter's standard library, text or JSONL files, a Hugging Face dataset."""
+    source: Literal["standard_library", "files", "huggingface", "images"] = "standard_library"
+    """Where documents come from: the running interpreter's standard library, text or JSONL files, a Hugging Face dataset,
+    image files (one image is one document, its patches are the tokens)."""
 
     paths: tuple[str, ...] = ()
     """Files, folders or glob patterns (`files` only); `.jsonl` holds one document a line, anything else is one document."""
@@ -30,6 +31,13 @@ class CorpusSettings(Settings):
 
     text_column: str = "text"
     """Column of a Hugging Face dataset, or key of a JSONL object, that holds the text."""
+
+    image_column: str = "image"
+    """Column of a Parquet file among `paths` that holds encoded images (`images` only)."""
+
+    prompt: str | None = None
+    """What a vision-language model reads with each image, such as `<image> Describe` (`images` only); without one, its
+    vision tower runs alone."""
 
     held_out_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
     """Share of documents kept out of training, decided by a hash of each document's text."""
@@ -53,6 +61,8 @@ class CorpusSettings(Settings):
     def _source_has_what_it_needs(self) -> CorpusSettings:
         if self.source == "files" and not self.paths:
             raise ValueError("corpus.paths is empty; with source 'files' name at least one file, folder or pattern")
+        if self.source == "images" and not self.paths:
+            raise ValueError("corpus.paths is empty; with source 'images' name at least one image, folder or pattern")
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("corpus.dataset is empty; with source 'huggingface' name a dataset of the Hub")
         return self

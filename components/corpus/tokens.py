@@ -53,12 +53,17 @@ class Sequences:
     tokens: np.ndarray
     documents: np.ndarray
     positions: np.ndarray
+    images: tuple[bytes, ...] | None = None
+    """Of an image corpus, the encoded image of each sequence."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice) -> Sequences:
-        return Sequences(tokens=self.tokens[rows], documents=self.documents[rows], positions=self.positions[rows])
+        images = None if self.images is None else self.images[rows]
+        return Sequences(
+            tokens=self.tokens[rows], documents=self.documents[rows], positions=self.positions[rows], images=images
+        )
 
 
 def token_identity(settings: CorpusSettings, tokenizer_identity: str, seed: int) -> dict[str, Any]:
@@ -260,7 +265,8 @@ def _read_shard(url: str) -> Sequences:
         lists = table[name].chunk(0)
         return lists.flatten().to_numpy().reshape(len(lists), -1)
 
-    return Sequences(tokens=column("tokens"), documents=column("documents"), positions=column("positions"))
+    images = tuple(table["images"].to_pylist()) if "images" in table.column_names else None
+    return Sequences(tokens=column("tokens"), documents=column("documents"), positions=column("positions"), images=images)
 
 
 def _concatenate(blocks: list[Sequences]) -> Sequences:
@@ -270,4 +276,5 @@ def _concatenate(blocks: list[Sequences]) -> Sequences:
         tokens=np.concatenate([block.tokens for block in blocks]),
         documents=np.concatenate([block.documents for block in blocks]),
         positions=np.concatenate([block.positions for block in blocks]),
+        images=None if blocks[0].images is None else tuple(image for block in blocks for image in block.images or ()),
     )

@@ -1,61 +1,182 @@
-"""Hook points: uniform names for places in a transformer, reading activations there and splicing others in.
+"""Hook points: names for places in a model, reading activations there and splicing others in.
 
-`resid_pre.6` is the residual stream before block 6, `resid_post.6` after it, `attn_out.6` and `mlp_out.6` what the two
-sublayers of block 6 add to it, `mlp_in.6` what its MLP reads (after the norm).
+Uniform names mean the same place in every architecture: `resid_pre.6` is the residual stream before block 6,
+`resid_post.6` after it; `attn_out.6` and `mlp_out.6` (`mixer_out.6` of a state-space block) are what the sublayers of
+block 6 add to it; `mlp_in.6` is what its MLP reads, after the norm. So resid_pre + attn_out + mlp_out = resid_post.
+Where a norm follows the sum (BERT), `resid_*` are the block's input and output as everywhere, and
+norm(norm(resid_pre + attn_out) + mlp_out) = resid_post, of which the inner term is mlp_in.
+`vision.resid_post.6` is block 6 of a vision-language model's vision tower.
+
+Any other module is named by its path, such as `model.layers.3.mlp.act_fn`: its output, or with `:in` its first input;
+the first call counts where a module is called more often. `*`, `?`, `[0-3]` and `{2,4}` match within one part of a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from components.language_model.architectures import KINDS, TOWERS, blocks, sublayer, vision_tower
 from components.settings import UserError
-
-KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_in")
-_BLOCK_LISTS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "model.language_model.layers")
-_ATTENTION_NAMES = ("self_attn", "attn", "attention")
-_MLP_NAMES = ("mlp", "feed_forward")
 
 
 @dataclass(frozen=True)
 class HookPoint:
     kind: str
-    layer: int
+    """One of KINDS; or the path of a module, with `:in` for what it reads."""
+
+    layer: int | None = None
+    """The block's number; None for a module path."""
+
+    tower: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind}.{self.layer}"
+        return ".".join(part for part in (self.tower, self.kind, "" if self.layer is None else str(self.layer)) if part)
+
+
+class HasSkeleton(Protocol):
+    """A model source, as far as hook points need one."""
 
     @property
-    def reads_input(self) -> bool:
-        """Whether the activation is the input of its module and not the output."""
-        return self.kind in ("resid_pre", "mlp_in")
+    def skeleton(self) -> nn.Module: ...
 
 
-def parse_hook_point(name: str, layers: int, field: str = "activations.hook_point") -> HookPoint:
-    """The hook point of that name in a model of so many layers, or a UserError that names `field`."""
-    kind, _, layer = name.partition(".")
-    if kind not in KINDS or not layer.isdecimal() or layer != str(int(layer)):
-        raise UserError(f"{field}: '{name}' is not a hook point; write one of {', '.join(KINDS)}, a dot and a layer")
-    if int(layer) >= layers:
-        raise UserError(f"{field}: '{name}' asks for layer {layer}, but the model has layers 0 to {layers - 1}")
-    return HookPoint(kind, int(layer))
+def expand_hook_points(names: Sequence[str], source: HasSkeleton, field: str) -> list[HookPoint]:
+    """The hook points that names and globs mean in a model, in the order of the names (of one glob, in the model's), each
+    once. Raises a UserError that names `field` for a name that the model does not have."""
+    model = source.skeleton
+    uniform = {str(point): point for point in _uniform(model)}
+    paths = [path for path, _ in model.named_modules() if path]
+    found: dict[HookPoint, None] = {}
+    for name in names:
+        bare, colon, side = name.partition(":")
+        pattern = _glob(bare)
+        if colon == "" and (matches := [point for known, point in uniform.items() if pattern.fullmatch(known)]):
+            found.update(dict.fromkeys(matches))
+        elif side in ("", "in") and (reached := [path for path in paths if pattern.fullmatch(path)]):
+            found.update(dict.fromkeys(HookPoint(path + colon + side) for path in reached))
+        else:
+            raise UserError(
+                f"{field}: '{name}' is not a hook point of {type(model).__name__}; {_hint(name, list(uniform), paths)}"
+            )
+    return list(found)
+
+
+def _uniform(model: nn.Module) -> Iterator[HookPoint]:
+    for tower in TOWERS:
+        if tower and vision_tower(model) is None:
+            continue
+        try:
+            _, modules = blocks(model, tower)
+        except UserError:  # its blocks are not known; module paths still are
+            continue
+        for layer, block in enumerate(modules):
+            yield from (HookPoint(kind, layer, tower) for kind in KINDS if sublayer(block, kind) is not None)
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression in which no wildcard matches a dot."""
+    parts = re.split(r"(\*|\?|\[[^\]]*\]|\{[^{}]*\})", pattern)
+    meaning = {"*": "[^.]*", "?": "[^.]"}
+
+    def translated(part: str) -> str:
+        if part.startswith("["):
+            return part.replace("[!", "[^")
+        if part.startswith("{"):
+            return "(?:" + "|".join(map(re.escape, part[1:-1].split(","))) + ")"
+        return meaning.get(part, re.escape(part))
+
+    return re.compile("".join(map(translated, parts)))
+
+
+def _hint(name: str, uniform: list[str], paths: list[str]) -> str:
+    points = [parse_hook_point(known) for known in uniform]
+    kinds = list(dict.fromkeys(".".join(part for part in (point.tower, point.kind) if part) for point in points))
+    wanted = parse_hook_point(name)
+    kind = str(wanted).rpartition(".")[0]
+    if wanted.layer is not None and kind in kinds:
+        layers = sorted(point.layer or 0 for point in points if (point.kind, point.tower) == (wanted.kind, wanted.tower))
+        return f"it has {kind} in layers {layers[0]} to {layers[-1]}"
+    accepted = f"accepted are {', '.join(kinds)} with a dot and a layer, or a module path such as {paths[len(paths) // 2]}"
+    close = difflib.get_close_matches(name, [*uniform, *paths], n=3)
+    return f"did you mean {' or '.join(close)}? ({accepted})" if close else accepted
+
+
+def parse_hook_point(name: str) -> HookPoint:
+    """The hook point of that name, whether or not a model has it. No globs."""
+    tower, _, rest = name.rpartition(".")[0].rpartition(".")
+    kind, layer = rest, name.rpartition(".")[2]
+    if kind in KINDS and tower in TOWERS and layer.isdecimal():
+        return HookPoint(kind, int(layer), tower)
+    return HookPoint(name)
+
+
+def locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
+    """The module of the hook point, and whether it is the module's input (else its output)."""
+    known = _located.setdefault(model, {})
+    if point not in known:
+        known[point] = _search(model, point)
+    return known[point]
+
+
+# Looking through the modules of a large model takes milliseconds, and every batch asks. Weak, so that a model can go.
+_located: WeakKeyDictionary[nn.Module, dict[HookPoint, tuple[nn.Module, bool]]] = WeakKeyDictionary()
+
+
+def _search(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
+    if point.layer is None:
+        path, _, side = point.kind.partition(":")
+        return model.get_submodule(path), side == "in"
+    block = blocks(model, point.tower)[1][point.layer]
+    found = sublayer(block, point.kind)
+    if found is None:
+        raise UserError(f"activations.hook_points: '{point}' is not known for {type(model).__name__}")
+    path, reads_input = found
+    return block.get_submodule(path), reads_input
 
 
 def module_of(model: nn.Module, point: HookPoint) -> nn.Module:
     """The module whose input or output is the hook point."""
-    block = _blocks(model)[point.layer]
-    if point.kind in ("resid_pre", "resid_post"):
-        return block
-    names = _ATTENTION_NAMES if point.kind == "attn_out" else _MLP_NAMES
-    for name in names:
-        if hasattr(block, name):
-            return getattr(block, name)
-    raise UserError(f"activations.hook_point: '{point}' is not known for {type(model).__name__}")
+    return locate(model, point)[0]
+
+
+def depth(model: nn.Module, point: HookPoint) -> float:
+    """About which share of the blocks a forward pass runs to reach the hook point; 1 where that is not known."""
+    tower, layer, before = point.tower, point.layer, point.kind == "resid_pre"
+    if layer is None:
+        path = blocks(model, tower)[0] + "."
+        number = point.kind.removeprefix(path).partition(".")[0].partition(":")[0]
+        if not point.kind.startswith(path) or not number.isdecimal():
+            return 1.0
+        layer = int(number)
+    return (layer + (not before)) / len(blocks(model, tower)[1])
+
+
+def reads_images(model: nn.Module, points: Sequence[HookPoint]) -> bool:
+    """Whether the hook points are in the vision tower of a model that reads text as well, or in one that reads none.
+
+    Raises a UserError where some are and some are not: their rows are not the same tokens.
+    """
+    tower = vision_tower(model)
+    if tower is None:
+        return "pixel_values" in str(getattr(model, "main_input_name", ""))
+    path = next(name for name, module in model.named_modules() if module is tower)
+    inside = {point.tower == "vision" or f"{point.kind}.".replace(":", ".").startswith(f"{path}.") for point in points}
+    if len(inside) > 1:
+        names = ", ".join(map(str, points))
+        raise UserError(
+            f"activations.hook_points: of {names}, some are in the vision tower and some are not, so they share no rows; "
+            "make two datasets"
+        )
+    return inside == {True}
 
 
 class _Stop(Exception):
@@ -63,28 +184,39 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, points: Sequence[HookPoint], tokens: Tensor) -> dict[HookPoint, Tensor]:
+def capture(model: nn.Module, points: Sequence[HookPoint], inputs: Mapping[str, Tensor]) -> dict[HookPoint, Tensor]:
     """The activations `[batch, length, d_in]` at each hook point; the forward pass ends at the last one.
 
-    tokens: `[batch, length]`. Padding stands on the right, so that causal attention needs no mask.
+    inputs: what the model's forward takes, from `loading.forward_inputs`. A vision-language model that gets no tokens runs
+    its vision tower alone. The activations are on the device of the inputs, whatever device their layer is on.
     """
     captured: dict[HookPoint, Tensor] = {}
     remaining = set(points)
+    first = next(iter(inputs.values()))
 
     def keep(point: HookPoint) -> Callable[[Tensor], None]:
         def read(activation: Tensor) -> None:
-            captured[point] = activation
+            if point not in remaining:
+                return
             remaining.discard(point)
+            if remaining:
+                # What runs next may add to this very tensor in place, as Falcon's block does.
+                activation = activation.clone()
+            captured[point] = activation.to(first.device)
             if not remaining:
                 raise _Stop
 
         return read
 
+    runner = model if "input_ids" in inputs else vision_tower(model) or model
     with ExitStack() as hooks:
         for point in points:
-            hooks.enter_context(_hooked(model, point, keep(point)))
+            hooks.enter_context(_hooked(model, point, keep(point), len(first)))
         with suppress(_Stop):
-            model(input_ids=tokens, use_cache=False)
+            runner(**inputs, **_without_cache(runner))
+    if remaining:
+        missed = min(map(str, remaining))
+        raise UserError(f"activations.hook_points: the forward pass of {type(model).__name__} never reached '{missed}'")
     return captured
 
 
@@ -94,17 +226,35 @@ def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor
 
     `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is.
     """
-    with _hooked(model, point, replace):
+    with _hooked(model, point, replace, len(tokens)):
         return model(input_ids=tokens, use_cache=False).logits
 
 
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+
+
 @contextmanager
-def _hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    module = module_of(model, point)
+def _hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None], batch: int) -> Iterator[None]:
+    module, reads_input = locate(model, point)
+
+    def shaped(activation: Any) -> Any:
+        if not isinstance(activation, Tensor):
+            raise UserError(f"activations.hook_points: '{point}' is no tensor but a {type(activation).__name__}")
+        # OPT's MLP works on `[batch * length, d]`.
+        rows = activation.unflatten(0, (batch, -1)) if activation.ndim == 2 and len(activation) != batch else activation
+        if rows.ndim != 3 or len(rows) != batch:
+            raise UserError(
+                f"activations.hook_points: '{point}' has the shape {list(activation.shape)} for a batch of {batch}; "
+                "accepted are places with [batch, length, d_in]"
+            )
+        replaced = function(rows)
+        return None if replaced is None else replaced.view_as(activation)
+
     handle = (
-        module.register_forward_pre_hook(_on_input(function), with_kwargs=True)
-        if point.reads_input
-        else module.register_forward_hook(_on_output(function))
+        module.register_forward_pre_hook(_on_input(shaped), with_kwargs=True)
+        if reads_input
+        else module.register_forward_hook(_on_output(shaped))
     )
     try:
         yield
@@ -112,18 +262,19 @@ def _hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Ten
         handle.remove()
 
 
-def _on_input(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+def _on_input(function: Callable[[Any], Any]) -> Callable[..., Any]:
     def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if arguments:
             replaced = function(arguments[0])
             return None if replaced is None else ((replaced, *arguments[1:]), named)
-        replaced = function(named["hidden_states"])
-        return None if replaced is None else (arguments, {**named, "hidden_states": replaced})
+        name = "hidden_states" if "hidden_states" in named else next(iter(named))
+        replaced = function(named[name])
+        return None if replaced is None else (arguments, {**named, name: replaced})
 
     return hook
 
 
-def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+def _on_output(function: Callable[[Any], Any]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
             replaced = function(output[0])
@@ -131,17 +282,3 @@ def _on_output(function: Callable[[Tensor], Tensor | None]) -> Callable[..., Any
         return function(output)
 
     return hook
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    for path in _BLOCK_LISTS:
-        try:
-            found = model.get_submodule(path)
-        except AttributeError:
-            continue
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise UserError(
-        f"language_model.name: the blocks of {type(model).__name__} are not known; they are looked for at "
-        + ", ".join(_BLOCK_LISTS)
-    )

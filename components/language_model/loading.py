@@ -1,113 +1,119 @@
-"""Find, identify and load a language model and its tokenizer."""
+"""Load a model and its tokenizer, and make its inputs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from components.corpus.tokens import Encoder
-from components.language_model.settings import LanguageModelSettings
-from components.settings import UserError, digest, is_commit
-from components.storage import file_sha256
+from components.corpus.tokens import PADDING, Encoder, Sequences
+from components.language_model.architectures import model_class
+from components.language_model.source import ModelSource, find_model, pinned
+from components.language_model.vision import pixel_values
+from components.settings import UserError
 
-BUILTIN_ROOT = Path(__file__).parent / "builtin"
-_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
-_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+__all__ = [
+    "ModelSource", "find_model", "forward_inputs", "load_encoder", "load_model", "load_tokenizer", "pinned", "require_runnable"
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """A model that exists: where transformers finds it, the exact revision, and its architecture's sizes."""
-
-    settings: LanguageModelSettings
-    location: str
-    commit: str | None
-
-    @cached_property
-    def config(self) -> Any:
-        from transformers import AutoConfig
-
+def require_runnable(source: ModelSource, device: torch.device) -> None:
+    """Raise a UserError for a way to run the model that this machine does not have."""
+    settings = source.settings
+    if settings.quantization is not None:
+        if device.type != "cuda":
+            raise UserError(
+                f"language_model.quantization: '{settings.quantization}' needs a CUDA GPU, and device is '{device}'"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"language_model.quantization: '{settings.quantization}' needs the package bitsandbytes; "
+                "install it, such as with `pip install bitsandbytes`, or leave the field out"
+            )
+    chosen = settings.attention_implementation
+    if chosen is not None:
         try:
-            return AutoConfig.from_pretrained(self.location, revision=self.commit)
-        except (OSError, ValueError) as error:
+            with torch.device("meta"):
+                model_class(source.config).from_config(deepcopy(source.config), **source.class_options)
+        except (ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"language_model.name: '{self.settings.name}' has no usable config.json: {reason}") from error
-
-    @property
-    def layers(self) -> int:
-        return self.config.get_text_config().num_hidden_layers
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream, `d_model`."""
-        return self.config.get_text_config().hidden_size
-
-    @cached_property
-    def skeleton(self) -> torch.nn.Module:
-        """The model without its weights: shapes and modules only."""
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config)
-
-    @property
-    def slug(self) -> str:
-        """The model's name as part of a file or registry name."""
-        return Path(self.settings.name).name if Path(self.settings.name).is_dir() else self.settings.name.split("/")[-1]
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides the model's function: name and commit on the Hub, content hashes for a folder."""
-        if self.commit is not None:
-            return {"name": self.settings.name, "commit": self.commit, "dtype": self.settings.dtype}
-        return {"weights": _folder_digest(self.location, _WEIGHT_PATTERNS), "dtype": self.settings.dtype}
-
-    @cached_property
-    def tokenizer_identity(self) -> str:
-        return self.commit or _folder_digest(self.location, _TOKENIZER_PATTERNS)
-
-
-def find_model(settings: LanguageModelSettings) -> ModelSource:
-    """Resolve the settings to a model that exists; a UserError where there is none. Loads no weights."""
-    if settings.name.startswith("builtin/"):
-        folder = BUILTIN_ROOT / settings.name.removeprefix("builtin/")
-        if not (folder / "config.json").is_file():
-            shipped = ", ".join(sorted(f"builtin/{path.parent.name}" for path in BUILTIN_ROOT.glob("*/config.json")))
-            raise UserError(f"language_model.name: there is no '{settings.name}'; what ships is {shipped}")
-        return ModelSource(settings, str(folder), None)
-    if Path(settings.name).is_dir():
-        return ModelSource(settings, settings.name, None)
-    return ModelSource(settings, settings.name, _hub_commit(settings))
-
-
-def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
-    """The same model with its Hub revision resolved to a commit, so that no later step can see another one."""
-    commit = find_model(settings).commit
-    return settings if commit is None else settings.model_copy(update={"revision": commit})
+            raise UserError(
+                f"language_model.attention_implementation: '{chosen}' does not work for '{settings.name}' here: {reason}"
+            ) from error
 
 
 def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
-    """The causal language model, in evaluation mode and without gradients."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    """The model, in evaluation mode and without gradients: on `device`, or with `device_map` on all there are."""
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        source.location, revision=source.commit, dtype=getattr(torch, source.settings.dtype), use_safetensors=True
-    )
-    return model.to(device).eval().requires_grad_(False)
+    require_runnable(source, device)
+    transformers_logging.disable_progress_bar()
+    settings, options = source.settings, source.class_options
+    if settings.quantization is not None:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    if settings.device_map is not None or settings.quantization is not None:
+        options["device_map"] = settings.device_map or {"": str(device)}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a table of the weights that are not needed, such as an encoder's head
+    try:
+        model, loaded = model_class(source.config).from_pretrained(
+            source.location,
+            config=deepcopy(source.config),
+            revision=source.commit,
+            dtype=getattr(torch, settings.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # Encoders are loaded without the head they were trained with, some of which have a pooler that no hook point needs.
+    missing = [name for name in loaded["missing_keys"] if not name.startswith(("pooler.", "head."))]
+    if missing:
+        raise UserError(
+            f"language_model.name: the weights of '{settings.name}' lack {len(missing)} tensors of "
+            f"{type(model).__name__}, such as {min(missing)}"
+        )
+    model = model if "device_map" in options else model.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def forward_inputs(source: ModelSource, sequences: Sequences, device: torch.device) -> dict[str, Tensor]:
+    """What the model's forward takes for a block of sequences.
+
+    `input_ids` `[n, length]`; `attention_mask` for an encoder whose rows have padding (causal attention needs none, as
+    padding stands on the right); `pixel_values` for images, alone where there are no tokens.
+    """
+    inputs: dict[str, Tensor] = {}
+    if sequences.images is None or (sequences.tokens >= 0).all():
+        inputs["input_ids"] = torch.tensor(sequences.tokens).long()
+    if source.family == "encoder" and (sequences.documents == PADDING).any():
+        inputs["attention_mask"] = torch.tensor(sequences.documents != PADDING).long()
+    if sequences.images is not None:
+        pixels = pixel_values(source.image_processor, sequences.images)
+        inputs["pixel_values"] = pixels.to(getattr(torch, source.settings.dtype))
+        if "input_ids" in inputs and "token_type_ids" in source.processor.model_input_names:
+            # Gemma 3 lets the tokens of one image see each other.
+            kinds = source.processor.create_mm_token_type_ids(sequences.tokens.tolist())
+            inputs["token_type_ids"] = torch.tensor(kinds)
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def load_encoder(source: ModelSource) -> Encoder:
-    """The model's tokenizer as the corpus uses it; a UserError where it has neither BOS nor EOS."""
+    """The model's tokenizer as the corpus uses it; a UserError where it has neither BOS nor EOS, nor CLS."""
     tokenizer = load_tokenizer(source)
-    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else bos
-    if bos is None:
+    # BERT's words for them are CLS and SEP.
+    bos = _first_given(tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)
+    separator = _first_given(tokenizer.eos_token_id, tokenizer.sep_token_id, bos)
+    if bos is None or separator is None:
         raise UserError(f"language_model.name: the tokenizer of '{source.settings.name}' has neither a BOS nor an EOS token")
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -116,42 +122,18 @@ def load_encoder(source: ModelSource) -> Encoder:
     return Encoder(identity=source.tokenizer_identity, encode=encode, bos=bos, separator=separator)
 
 
+def _first_given(*tokens: int | None) -> int | None:
+    return next((token for token in tokens if token is not None), None)
+
+
 def load_tokenizer(source: ModelSource) -> Any:
     """The model's tokenizer; a UserError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.location, revision=source.commit)
+        return AutoTokenizer.from_pretrained(
+            source.location, revision=source.commit, trust_remote_code=source.settings.trust_remote_code
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"language_model.name: '{source.settings.name}' has no usable tokenizer: {reason}") from error
-
-
-def _hub_commit(settings: LanguageModelSettings) -> str:
-    """The commit that a Hub revision stands for: asked of the Hub, or of its local cache where there is no network."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if is_commit(settings.revision):
-        return settings.revision
-    accepted = "give a Hub name, an existing local folder, or 'builtin/stdlib-llama'"
-    try:
-        return str(HfApi().model_info(settings.name, revision=settings.revision).sha)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"language_model.name: there is no model '{settings.name}' at revision '{settings.revision}'; {accepted}"
-        ) from error
-    except Exception as error:  # every transport has its own exceptions, and all mean that the Hub is out of reach
-        cached = try_to_load_from_cache(settings.name, "config.json", revision=settings.revision)
-        if isinstance(cached, str):
-            return Path(cached).parent.name
-        raise UserError(
-            f"language_model.name: cannot reach the Hugging Face Hub for '{settings.name}' ({type(error).__name__}) "
-            f"and it is not in the local cache; {accepted}"
-        ) from error
-
-
-@lru_cache
-def _folder_digest(folder: str, patterns: tuple[str, ...]) -> str:
-    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
-    return digest([[path.name, file_sha256(path)] for path in paths])

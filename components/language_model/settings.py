@@ -19,5 +19,17 @@ class LanguageModelSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the model's weights and of its forward pass."""
 
+    attention_implementation: str | None = None
+    """`eager`, `sdpa`, `flash_attention_2` or another of transformers'; where not given, the model's own default."""
+
+    quantization: Literal["int8"] | None = None
+    """`int8` holds the weights of linear layers in 8 bits (LLM.int8); needs a CUDA GPU and the package bitsandbytes."""
+
+    device_map: Literal["auto"] | None = None
+    """`auto` spreads a model that is larger than one GPU over all there are (then the CPU's memory); else one `device`."""
+
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run on this machine; read it before you turn this on."""
+
     batch_sequences: int = Field(default=32, ge=1)
     """Sequences in one forward pass; it decides speed and memory, not results (beyond the last bit of rounding)."""

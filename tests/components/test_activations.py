@@ -27,7 +27,7 @@ from components.activations.shuffle import bucket_of, order_of
 from components.config import parse_config
 from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
-from components.language_model.loading import load_model
+from components.language_model.loading import forward_inputs, load_model
 from components.planning import Plan
 from components.settings import UserError
 
@@ -64,7 +64,7 @@ def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Pla
     block = read_sequences(plan.token_url, tokens, "train", 0, 10**6)
     model = load_model(plan.source, CPU)
     points = [HookPoint("resid_post", 1), HookPoint("mlp_out", 0)]
-    expected = capture(model, points, torch.tensor(block.tokens).long())
+    expected = capture(model, points, forward_inputs(plan.source, block, CPU))
     counted = block.documents >= 0
     place = {key: row for row, key in enumerate(zip(block.documents[counted], block.positions[counted], strict=True))}
     rows = [place[key] for key in zip(table["document"].to_numpy(), table["position"].to_numpy(), strict=True)]
