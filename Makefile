@@ -38,8 +38,12 @@ ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 test: $(INSTALLED)  ## Run the tests
 	@$(BIN)/python -m pytest -m "not integration and not soak"
 
+$(VENV)/.integration: $(INSTALLED) requirements-integration.lock
+	@$(PIP) install -q -r requirements.lock -r requirements-integration.lock
+	@touch $@
+
 .PHONY: test-integration
-test-integration: $(INSTALLED)  ## Run the tests against real servers and the peer library
+test-integration: $(VENV)/.integration  ## Run the tests against real servers and the peer library
 	@$(BIN)/python -m pytest -m integration
 
 .PHONY: soak

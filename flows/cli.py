@@ -72,9 +72,14 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
     with command(as_json) as show:
         log_to_stderr()
         from components import steps
+        from components.activations.manifest import require_manifest
 
         work = _checked_plan(config, overrides, only_data=True)
-        manifest = steps.extract(work)
+        if work.config.execution.runner == "threads" and work.config.execution.workers == 1:
+            manifest = steps.extract(work)
+        else:
+            _extract_on_workers(work.config)
+            manifest = require_manifest(work.dataset_url)
         show(
             {
                 "tokens": {"digest": work.token_digest, "url": work.token_url},
@@ -162,6 +167,20 @@ def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = Fa
 
 
 def _run_flow(config: RunConfig) -> dict[str, Any]:
+    _prepare_prefect()
+    from flows.pipeline import pipeline
+
+    return pipeline(config)
+
+
+def _extract_on_workers(config: RunConfig) -> None:
+    _prepare_prefect()
+    from flows.extraction import extract_on_its_runner
+
+    extract_on_its_runner(config)
+
+
+def _prepare_prefect() -> None:
     # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and the logs of
     # `components` belong to the flow run.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
@@ -169,9 +188,6 @@ def _run_flow(config: RunConfig) -> dict[str, Any]:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     log_to_stderr(handler=False)
     Console(stderr=True).print("Starting Prefect ...", style="dim")
-    from flows.pipeline import pipeline
-
-    return pipeline(config)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

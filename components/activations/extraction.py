@@ -27,7 +27,7 @@ from components.activations.schema import Layout
 from components.activations.settings import ActivationSettings
 from components.activations.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
 from components.activations.shuffle import read_bucket, write_scattered
-from components.corpus.tokens import read_sequences
+from components.corpus.tokens import Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, expand_hook_points
 from components.language_model.loading import ModelSource, load_model
 from components.progress import progress
@@ -179,9 +179,7 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
                 break
             if _shared(work) and storage.exists(work.chunk_url(chunk)):
                 continue  # another worker has done it meanwhile
-            sequences = read_sequences(
-                work.token_url, work.token_manifest, work.settings.split, chunk * size, (chunk + 1) * size
-            )
+            sequences = chunk_sequences(work, chunk)
             scattered = run_chunk(work.source, model, work.points, sequences, work.settings.dtype, device)
             while len(pending) >= _CHUNKS_AT_ONCE:
                 pending.pop(0).result()
@@ -190,6 +188,12 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
             advance(sequences.tokens.size, "")
         for future in pending:
             future.result()
+
+
+def chunk_sequences(work: Extraction, chunk: int) -> Sequences:
+    """The token sequences of a chunk."""
+    size = work.settings.sequences_per_chunk
+    return read_sequences(work.token_url, work.token_manifest, work.settings.split, chunk * size, (chunk + 1) * size)
 
 
 def _shared(work: Extraction) -> bool:

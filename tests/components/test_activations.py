@@ -40,8 +40,7 @@ def shards(url: str) -> pa.Table:
 
 
 def put_chunk(work: extraction.Extraction, model: torch.nn.Module, chunk: int) -> None:
-    size = work.settings.sequences_per_chunk
-    block = read_sequences(work.token_url, work.token_manifest, "train", chunk * size, (chunk + 1) * size)
+    block = extraction.chunk_sequences(work, chunk)
     extraction.write_chunk(work, chunk, run_chunk(work.source, model, work.points, block, work.settings.dtype, CPU))
 
 
