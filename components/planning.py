@@ -17,7 +17,7 @@ from components.activations.extraction import Extraction, dataset_identity
 from components.activations.manifest import Manifest, read_manifest
 from components.activations.schema import DTYPES, TOKEN_BYTES
 from components.config import RunConfig
-from components.corpus import documents as corpus_documents
+from components.corpus import sources as corpus_sources
 from components.corpus.tokens import token_identity
 from components.evaluation.evaluate import evaluation_identity, read_evaluation
 from components.hardware import resolve_device
@@ -136,8 +136,8 @@ class Plan:
                 "model_name": self.config.language_model.name,
                 "hook_name": self.config.hook_point,
                 "context_size": corpus.context_length,
-                "prepend_bos": corpus.prepend_bos,
-                "dataset_path": corpus.dataset or corpus.source,
+                "prepend_bos": corpus.bos != "none",
+                "dataset_path": corpus.title,
             },
         )
 
@@ -178,7 +178,7 @@ class Plan:
 
 def pinned(config: RunConfig) -> RunConfig:
     """The configuration with every Hub revision resolved to a commit: each step of a run sees the same one."""
-    corpus, model = corpus_documents.pinned(config.corpus), loading.pinned(config.language_model)
+    corpus, model = corpus_sources.pinned(config.corpus), loading.pinned(config.language_model)
     return config.model_copy(update={"corpus": corpus, "language_model": model})
 
 
@@ -206,7 +206,7 @@ def check(plan: Plan, only_data: bool = False) -> None:
     for name in config.activations.hook_points:
         module_of(plan.source.skeleton, parse_hook_point(name, plan.source.layers))
     plan.token_identity  # noqa: B018
-    load_encoder(plan.source)
+    corpus_sources.require_chat_templates(config.corpus, load_encoder(plan.source).render)
     storage.require_writable(config.storage.root, "storage.root")
 
 
