@@ -237,7 +237,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "d_model": plan.source.width, "hook_point": config.hook_point,
         },
         "tokens": {
-            "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None,
+            "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None, "corpus": config.corpus.title,
             "train": stored, "held_out": held_out, "exact": tokens is not None,
         },
         "activations": {

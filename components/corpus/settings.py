@@ -121,8 +121,12 @@ class CorpusSettings(SourceSettings):
 
     @property
     def title(self) -> str:
-        """The corpus in a word or two, for people."""
-        return " + ".join(source.dataset or source.name for _, source in self.sources)
+        """The corpus in a few words, for people."""
+        total = sum(source.weight for _, source in self.sources)
+        shares = [f"{100 * source.weight / total:.3g}% " if self.mixture else "" for _, source in self.sources]
+        return " + ".join(
+            share + (source.dataset or source.name) for share, (_, source) in zip(shares, self.sources, strict=True)
+        )
 
     @model_validator(mode="after")
     def _sources_have_what_they_need(self) -> CorpusSettings:

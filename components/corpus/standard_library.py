@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -21,11 +22,15 @@ STDLIB_EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 def standard_library_files() -> list[tuple[str, Path]]:
     """(name, path) of the source files of the running interpreter's standard library, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    prefix = f"python{sys.version_info.major}.{sys.version_info.minor}"
     found = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if STDLIB_EXCLUDED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith(STDLIB_EXCLUDED_PREFIXES):
-            found.append((f"python{sys.version_info.major}.{sys.version_info.minor}/{relative.as_posix()}", path))
+    for folder, folders, names in os.walk(root):
+        # Pruned here and not left out afterwards: site-packages may hold a hundred times more files.
+        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED_FOLDERS]
+        for name in names:
+            if name.endswith(".py") and not name.startswith(STDLIB_EXCLUDED_PREFIXES):
+                path = Path(folder, name)
+                found.append((f"{prefix}/{path.relative_to(root).as_posix()}", path))
     return sorted(found)
 
 

@@ -30,7 +30,10 @@ SPLITS = ("train", "held_out")
 _SEQUENCES_PER_SHARD = 4096
 # A batch is large enough for a fast tokenizer to spread over the cores, and small enough to be held for every source.
 _DOCUMENTS_PER_BATCH = 512
-_CHARACTERS_PER_BATCH = 4_000_000
+_CHARACTERS_PER_BATCH = 1_000_000
+# Near the end of a budget batches shrink, so that little is encoded in vain.
+_CHARACTERS_PER_TOKEN = 4
+_FEWEST_CHARACTERS_PER_BATCH = 50_000
 _ROWS_PER_GROUP = 16_384
 
 logger = logging.getLogger(__name__)
@@ -101,7 +104,8 @@ class Tokenization:
     def _encoded(self, source: int, duplicates: Duplicates) -> Iterator[_Candidate]:
         """A source's documents with their tokens; those that are sure not to be taken are not encoded."""
         field, settings = self.settings.sources[source]
-        for batch in _batches(read_documents(settings, field, self.seed, self.encoder.render)):
+        documents = read_documents(settings, field, self.seed, self.encoder.render)
+        while batch := _batch(documents, self._batch_characters(source)):
             sides = [document.split(self.settings.held_out_fraction) for document in batch]
             open_ones = [
                 (document, split) for document, split in zip(batch, sides, strict=True) if self.quotas.room(source, split)
@@ -117,13 +121,19 @@ class Tokenization:
             for (document, split, fingerprint), tokens in zip(fresh, encoded, strict=True):
                 yield _Candidate(document=document, split=split, fingerprint=fingerprint, tokens=tokens)
 
+    def _batch_characters(self, source: int) -> int:
+        room = sum(self.quotas.room(source, split) for split in SPLITS)
+        return min(max(_CHARACTERS_PER_TOKEN * room, _FEWEST_CHARACTERS_PER_BATCH), _CHARACTERS_PER_BATCH)
+
     def _end(self, source: int) -> None:
         self.quotas.end(source)
         given = self.quotas.tokens[source]
-        others = "the others go on" if not all(self.quotas.ended) else "the token dataset is smaller than asked for"
+        rest = "the token dataset is smaller than asked for"
+        if not all(self.quotas.ended):
+            rest = "short of its share, which the other sources fill"
         logger.warning(
-            "corpus: %s ended after %s train and %s held-out tokens, short of its share; %s",
-            self.names[source], f"{given['train']:,}", f"{given['held_out']:,}", others,
+            "corpus: %s ended after %s train and %s held-out tokens; %s",
+            self.names[source], f"{given['train']:,}", f"{given['held_out']:,}", rest,
         )  # fmt: skip
 
 
@@ -214,14 +224,12 @@ _DOCUMENT_SCHEMA = pa.schema(
 )
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _batch(documents: Iterator[Document], characters: int) -> list[Document]:
+    """The next documents, up to the one that reaches `characters`; empty where there are none left."""
     batch: list[Document] = []
-    characters = 0
     for document in documents:
         batch.append(document)
-        characters += len(document.text)
-        if len(batch) == _DOCUMENTS_PER_BATCH or characters >= _CHARACTERS_PER_BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        characters -= len(document.text)
+        if len(batch) == _DOCUMENTS_PER_BATCH or characters <= 0:
+            break
+    return batch

@@ -131,10 +131,9 @@ def _report(manifest: dict[str, Any]) -> None:
             given = [f"{100 * source['splits'][split]['tokens'] / entry['tokens']:.1f}% {source['name']}" for source in sources]
             shares = f" ({', '.join(given)})"
         logger.info("%s: %s tokens of %s documents%s", split, f"{entry['tokens']:,}", f"{entry['documents']:,}", shares)
-    for kind, words in (("exact", "copies"), ("near", "near-duplicates")):
-        dropped = sum(source["duplicates_dropped"][kind] for source in sources)
-        if dropped:
-            logger.info("corpus: %s %s were dropped", f"{dropped:,}", words)
+    copies, near = (sum(source["duplicates_dropped"][kind] for source in sources) for kind in ("exact", "near"))
+    if copies or near:
+        logger.info("corpus: dropped as duplicates: %s exact, %s near", f"{copies:,}", f"{near:,}")
 
 
 @lru_cache(maxsize=2)
