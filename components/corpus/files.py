@@ -1,6 +1,6 @@
 """Documents from files, local or `s3:`: text, JSONL in any compression, Parquet.
 
-Memory: one file of text, one line of JSONL, one row group of the Parquet column.
+Memory: one file of text, one line of JSONL, one batch of Parquet rows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from components.storage import file_sha256, resolve
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _ROWS_PER_BATCH = 256
+_BUFFER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,8 @@ def _read_jsonl(file: CorpusFile, source: SourceSettings, where: str, render: Re
 def _read_parquet(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     setting = "text_column" if source.messages_column is None else "messages_column"
     column = source.messages_column or source.text_column
-    with pq.ParquetFile(file.path, filesystem=file.filesystem) as table:
+    # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
+    with pq.ParquetFile(file.path, filesystem=file.filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
         names = table.schema_arrow.names
         if column not in names:
             raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")

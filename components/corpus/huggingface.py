@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from components.corpus.documents import Document, Render, document_from_row
 from components.corpus.files import files_identity, find_files
 from components.corpus.settings import SourceSettings
@@ -60,30 +62,42 @@ def _hub_rows(source: SourceSettings, where: str) -> Any:
     import datasets
 
     commit = huggingface_commit(source, where)
-    return datasets.load_dataset(source.dataset, source.subset, split=source.dataset_split, revision=commit, streaming=True)
+    try:
+        return datasets.load_dataset(source.dataset, source.subset, split=source.dataset_split, revision=commit, streaming=True)
+    except ValueError as error:  # a subset, a split or a format that is not there; the message lists what is
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{where}.dataset: '{source.dataset}' has no split '{source.dataset_split}' of subset '{source.subset}': {reason}"
+        ) from error
 
 
-def _local_rows(source: SourceSettings, where: str) -> Any:
+def _local_rows(source: SourceSettings, where: str) -> Iterator[dict[str, Any]]:
     import datasets
 
-    path = Path(source.dataset).expanduser()
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            if not isinstance(loaded, datasets.DatasetDict):
-                return loaded  # saved alone: it is the split, whatever its name
-            if source.dataset_split not in loaded:
-                raise ValueError(f"it has the splits {', '.join(loaded)}")
-            return loaded[source.dataset_split]
-        if path.is_dir():
-            return datasets.load_dataset(str(path), source.subset, split=source.dataset_split, streaming=True)
-        builder = _BUILDERS.get(path.suffix)
-        if builder is None:
-            raise ValueError(f"a single file ends in one of {', '.join(_BUILDERS)}")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        return datasets.load_dataset(builder, data_files=str(path), split=source.dataset_split, streaming=True, **options)
-    except (ValueError, OSError) as error:
+        yield from _open_local(source)
+    except (ValueError, OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{where}.dataset: '{source.dataset}' cannot be read as split '{source.dataset_split}' of a dataset: {reason}"
         ) from error
+
+
+def _open_local(source: SourceSettings) -> Any:
+    import datasets
+
+    path = Path(source.dataset).expanduser()
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded  # saved alone: it is the split, whatever its name
+        if source.dataset_split not in loaded:
+            raise ValueError(f"it has the splits {', '.join(loaded)}")
+        return loaded[source.dataset_split]
+    if path.is_dir():
+        return datasets.load_dataset(str(path), source.subset, split=source.dataset_split, streaming=True)
+    builder = _BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"a single file ends in one of {', '.join(_BUILDERS)}")
+    options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+    return datasets.load_dataset(builder, data_files=str(path), split=source.dataset_split, streaming=True, **options)

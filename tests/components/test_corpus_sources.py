@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +147,29 @@ def test_a_truncated_file_is_an_error_and_not_a_shorter_corpus(suffix: str, tmp_
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=rf"corpus\.paths: '{path}' is damaged") as caught:
         documents_of(from_files(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_memory_of_a_parquet_file_does_not_depend_on_its_row_groups(tmp_path: Path):
+    lines = [base64.b64encode(os.urandom(3000)).decode() for _ in range(20_000)]
+    pq.write_table(pa.table({"text": lines}), tmp_path / "t.parquet", row_group_size=10**6, use_dictionary=False)
+    code = f"""
+import pyarrow as pa
+from components.corpus.settings import CorpusSettings
+from components.corpus.sources import read_documents
+[(field, source)] = CorpusSettings(source="files", paths=("{tmp_path}/t.parquet",)).sources
+assert sum(len(document.text) for document in read_documents(source, field, 0)) == {sum(map(len, lines))}
+print(pa.default_memory_pool().max_memory() / 1e6)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 30, "MB, of one row group of 80 MB"
+
+
+def test_a_damaged_local_dataset_is_one_sentence(tmp_path: Path):
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "train.parquet")
+    (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"corpus\.dataset: .* cannot be read") as caught:
+        documents_of(CorpusSettings(source="huggingface", dataset=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
 
