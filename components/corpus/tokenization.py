@@ -128,13 +128,11 @@ class Tokenization:
     def _end(self, source: int) -> None:
         self.quotas.end(source)
         given = self.quotas.tokens[source]
-        rest = "the token dataset is smaller than asked for"
+        rest = "; the token dataset is smaller than asked for"
         if not all(self.quotas.ended):
-            rest = "short of its share, which the other sources fill"
-        logger.warning(
-            "corpus: %s ended after %s train and %s held-out tokens; %s",
-            self.names[source], f"{given['train']:,}", f"{given['held_out']:,}", rest,
-        )  # fmt: skip
+            rest = ", short of its share, which the other sources fill"
+        tokens = f"{given['train']:,} train and {given['held_out']:,} held-out tokens"
+        logger.warning("corpus: %s ended after %s%s", self.names[source], tokens, rest)
 
 
 class _DocumentTable:
