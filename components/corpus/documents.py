@@ -80,7 +80,6 @@ def document_from_row(
 
 
 def _messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """Messages without the keys that are None: a table has every key in every row, a JSON object only what is said."""
     accepted = "it must be a list of {role, content}"
     if not isinstance(value, list):
         raise UserError(f"{what} is a {type(value).__name__}; {accepted}")
@@ -89,7 +88,7 @@ def _messages(value: Any, what: str) -> list[dict[str, Any]]:
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise UserError(f"{what} holds {json.dumps(message, default=str)[:80]}; {accepted}")
-    return [{key: entry for key, entry in message.items() if entry is not None or key == "content"} for message in value]
+    return [dict(message) for message in value]
 
 
 def _canonical(messages: list[dict[str, Any]]) -> str:

@@ -41,7 +41,8 @@ def naive(documents: list[tuple[int, list[int]]], bos_id: int, eos_id: int, bos:
 @pytest.mark.parametrize("packing", ["crossing", "within_document"])
 @pytest.mark.parametrize("bos", ["sequence", "document", "none"])
 @pytest.mark.parametrize(("bos_id", "eos_id"), [(1, 2), (3, 3)], ids=["two tokens", "one token"])
-def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, eos_id: int, tmp_path: Path):
+def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, eos_id: int, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("components.corpus.tokenization._SEQUENCES_PER_SHARD", 7)  # documents that continue in the next shard
     folder = tmp_path / "texts"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -78,7 +79,7 @@ def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, e
 
 def test_no_sequence_is_without_a_counted_token_however_short(tmp_path: Path):
     for number in range(9):
-        (tmp_path / f"{number}.txt").write_text(f"{number}x")
+        (tmp_path / f"{number}.txt").write_text(f"{number}xy")  # BOS and separator stand alone in a sequence of two
     encoder = Encoder(identity="c", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
     chosen = CorpusSettings(
         source="files", paths=(str(tmp_path / "*.txt"),), held_out_fraction=0.4, context_length=2, bos="document"

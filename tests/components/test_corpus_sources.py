@@ -131,8 +131,14 @@ def test_a_local_hugging_face_dataset_gives_the_same_documents(kind: str, tmp_pa
 
 
 def test_a_zstd_file_of_several_frames_or_a_long_window_is_read_whole(tmp_path: Path):
-    long_window = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.enable_long_distance_matching: 1}
-    frames = [zstd.compress(json.dumps({"text": text}).encode() + b"\n", options=long_window) for text in TEXTS]
+    long_window = {zstd.CompressionParameter.window_log: 28}
+    frames = []
+    for text in TEXTS:
+        compressor = zstd.ZstdCompressor(options=long_window)
+        # In two pieces, so that the frame does not know its size and asks for the whole window.
+        frames.append(
+            compressor.compress(json.dumps({"text": text}).encode()) + compressor.compress(b"\n") + compressor.flush()
+        )
     (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
     assert [document.text for document in documents_of(from_files(tmp_path))] == TEXTS
 
@@ -221,7 +227,10 @@ def test_settings_that_do_not_fit_are_one_sentence(corpus: dict, message: str):
 
 # chat templates
 
-CHATML = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}\n{% endfor %}"
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}"
+    "{{ '!' if m.tool_calls is defined }}\n{% endfor %}"
+)
 TALKS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f" {n} is a number. " * (n % 3 + 1)}]
     for n in range(20)
