@@ -125,12 +125,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         with suppress(ValueError):
             value = float(value)
     *parents, last = field.split(".")
+    node: Any = tree
     for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
+        child = _entry(node, parent, field) if isinstance(node, list) else node.setdefault(parent, {})
+        if not isinstance(child, dict | list):
             raise UserError(f"--set: '{field}': '{parent}' is a value and has no fields")
-        tree = child
-    tree[last] = value
+        node = child
+    if isinstance(node, list):
+        _entry(node, last, field)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _entry(entries: list[Any], place: str, field: str) -> Any:
+    if not place.isdigit() or int(place) >= len(entries):
+        raise UserError(f"--set: '{field}': '{place}' is no place in a list of {len(entries)}, counted from 0")
+    return entries[int(place)]
 
 
 def _sentence(error: Any) -> str:
@@ -151,6 +162,8 @@ def _sentence(error: Any) -> str:
 def _fields_at(location: list[str]) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in location:
+        if part.isdigit():  # a place in a list of settings
+            continue
         field = model.model_fields.get(part)
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
@@ -168,6 +181,9 @@ def flattened(config: RunConfig) -> dict[str, Any]:
         if isinstance(value, dict):
             for key, child in value.items():
                 visit(f"{prefix}.{key}" if prefix else key, child)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, child in enumerate(value):
+                visit(f"{prefix}.{index}", child)
         else:
             leaves[prefix] = value
 

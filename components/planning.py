@@ -18,7 +18,7 @@ from components.activations.extraction import Extraction, dataset_identity
 from components.activations.manifest import Manifest, read_manifest
 from components.activations.schema import DTYPES, TOKEN_BYTES
 from components.config import RunConfig
-from components.corpus import documents as corpus_documents
+from components.corpus import sources as corpus_sources
 from components.corpus.images import ImageLayout, image_identity
 from components.corpus.tokens import token_identity
 from components.evaluation.evaluate import evaluation_identity, read_evaluation
@@ -169,8 +169,8 @@ class Plan:
                 "model_name": self.config.language_model.name,
                 "hook_name": self.hook_point,
                 "context_size": len(self.image_layout) if self.of_images else corpus.context_length,
-                "prepend_bos": corpus.prepend_bos,
-                "dataset_path": corpus.dataset or corpus.source,
+                "prepend_bos": corpus.bos != "none",
+                "dataset_path": corpus.title,
             },
             cache=self.cache(),
         )
@@ -212,7 +212,7 @@ class Plan:
 
 def pinned(config: RunConfig) -> RunConfig:
     """The configuration with every Hub revision resolved to a commit: each step of a run sees the same one."""
-    corpus, model = corpus_documents.pinned(config.corpus), loading.pinned(config.language_model)
+    corpus, model = corpus_sources.pinned(config.corpus), loading.pinned(config.language_model)
     return config.model_copy(update={"corpus": corpus, "language_model": model})
 
 
@@ -265,7 +265,7 @@ def _check_inputs(plan: Plan) -> None:
         raise UserError(
             f"corpus.context_length: {corpus.context_length} is more than the {longest} tokens that '{name}' can read"
         )
-    load_encoder(plan.source)
+    corpus_sources.require_chat_templates(corpus, load_encoder(plan.source).render)
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "d_model": plan.source.width, "hook_point": ", ".join(map(str, plan.points)),
         },
         "tokens": {
-            "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None,
+            "digest": plan.token_digest, "url": plan.token_url, "exists": tokens is not None, "corpus": config.corpus.title,
             "train": stored, "held_out": held_out, "exact": tokens is not None,
         },
         "activations": {

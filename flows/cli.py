@@ -220,7 +220,7 @@ def _print_plan(estimate: dict[str, Any]) -> None:
     model, training, memory = estimate["language_model"], estimate["training"], estimate["memory_bytes"]
     table = Table("step", "state", "what", title=f"{estimate['name']} on {estimate['device']}")
     counted = "" if tokens["exact"] else "at most "
-    split = f"{counted}{tokens['train']:,} train, {tokens['held_out']:,} held out"
+    split = f"{tokens['corpus']}: {counted}{tokens['train']:,} train, {tokens['held_out']:,} held out"
     table.add_row("tokens", state("tokens"), f"{split}\n{tokens['url']}")
     table.add_row(
         "extract",

@@ -1,29 +1,18 @@
-"""Documents: where the text comes from, in an order that is the same on every run."""
+"""A document: its text, its name, the side of the split on which it stands, and how a row of a table becomes one."""
 
 from __future__ import annotations
 
 import json
-import sys
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
-from pathlib import Path
 from typing import Any
 
-import fsspec
+from components.corpus.settings import SourceSettings
+from components.settings import UserError
 
-from components.corpus.settings import CorpusSettings
-from components.settings import UserError, digest, is_commit
-from components.storage import file_sha256, is_local, resolve
-
-# Tests are repetitive fixtures, site-packages is whatever the user installed, and the codec tables of `encodings` are
-# hundreds of near-identical maps of numbers: a held-out table would be memorised from its twin in the training text.
-STDLIB_EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
-)
-# Written by the build of the interpreter: full of local paths and flags, different on every machine.
-STDLIB_EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
+Render = Callable[[list[dict[str, Any]], str | None], str]
+"""A conversation and a chat template (None: the tokenizer's own) -> text; raises ValueError where that fails."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +21,17 @@ class Document:
 
     name: str
     text: str
+    conversation: str | None = None
+    """Roles and contents in a canonical form, where the text was rendered from a conversation."""
 
     @property
     def sha256(self) -> str:
         return sha256(self.text.encode("utf-8")).hexdigest()
+
+    def split(self, held_out_fraction: float) -> str:
+        """`"held_out"` or `"train"`. A conversation's side is decided before a chat template touches it, since another
+        model's template makes another text of it."""
+        return split_of(self.text if self.conversation is None else self.conversation, held_out_fraction)
 
 
 def split_of(text: str, held_out_fraction: float) -> str:
@@ -48,168 +44,53 @@ def split_of(text: str, held_out_fraction: float) -> str:
     return "held_out" if value < held_out_fraction * 2.0**64 else "train"
 
 
-def standard_library_files() -> list[tuple[str, Path]]:
-    """(name, path) of the source files of the running interpreter's standard library, sorted by name."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if STDLIB_EXCLUDED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith(STDLIB_EXCLUDED_PREFIXES):
-            found.append((f"python{sys.version_info.major}.{sys.version_info.minor}/{relative.as_posix()}", path))
-    return sorted(found)
+def document_from_row(
+    row: Mapping[str, Any], name: str, source: SourceSettings, field: str, render: Render | None
+) -> Document | None:
+    """The document in a row of a table or a JSONL object; None where its text is missing or blank.
 
-
-def read_standard_library() -> Iterator[Document]:
-    """The standard library's modules as documents; undecodable and empty files are left out."""
-    for name, path in standard_library_files():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # a few modules declare another encoding on purpose
-            continue
-        if text.strip():
-            yield Document(name=name, text=text)
-
-
-def _text_files(paths: tuple[str, ...]) -> list[str]:
-    """The files that paths, folders and patterns name, as URLs, sorted; a UserError for one that names nothing."""
-    found: set[str] = set()
-    for path in paths:
-        filesystem, bare = resolve(path)
-        if filesystem.isdir(bare):
-            matches = filesystem.find(bare)
-        else:
-            matches = [name for name in filesystem.glob(bare) if filesystem.isfile(name)]
-        if not matches:
-            raise UserError(f"corpus.paths: '{path}' names no file; give an existing file, folder or glob pattern")
-        found.update(filesystem.unstrip_protocol(match) for match in matches)
-    return sorted(found)
-
-
-def _is_jsonl(url: str) -> bool:
-    return any(url.endswith(".jsonl" + compression) for compression in ("", ".gz", ".bz2", ".xz", ".zst"))
-
-
-def _read_files(settings: CorpusSettings, urls: list[str]) -> Iterator[Document]:
-    for url in urls:
-        try:
-            with fsspec.open(url, "rt", encoding="utf-8", compression="infer") as stream:
-                if not _is_jsonl(url):
-                    text = stream.read()
-                    if text.strip():
-                        yield Document(name=url, text=text)
-                    continue
-                for number, line in enumerate(stream, start=1):
-                    if line.strip():
-                        yield Document(name=f"{url}:{number}", text=_jsonl_text(line, settings.text_column, f"{url}:{number}"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"corpus.paths: '{url}' is not UTF-8 text ({error.reason} at byte {error.start})") from error
-
-
-def _jsonl_text(line: str, column: str, where: str) -> str:
-    try:
-        text = json.loads(line)[column]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"corpus.text_column: {where} is not a JSON object with the key '{column}'") from error
-    if not isinstance(text, str):
-        raise UserError(f"corpus.text_column: '{column}' in {where} is a {type(text).__name__}; it must be a string")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"corpus.text_column: '{column}' in {where} holds a lone surrogate, which is no text") from error
-    return text
-
-
-def _read_huggingface(settings: CorpusSettings, commit: str) -> Iterator[Document]:
-    import datasets
-
-    rows = datasets.load_dataset(
-        settings.dataset, settings.subset, split=settings.dataset_split, revision=commit, streaming=True
-    )
-    for number, row in enumerate(rows):
-        if settings.text_column not in row:
-            raise UserError(
-                f"corpus.text_column: '{settings.text_column}' is not a column of {settings.dataset}; "
-                f"it has {', '.join(sorted(row))}"
-            )
-        text = row[settings.text_column]
-        if text and text.strip():
-            yield Document(name=f"{settings.dataset}/{settings.dataset_split}:{number}", text=text)
-
-
-def corpus_identity(settings: CorpusSettings) -> dict[str, Any]:
-    """What decides the documents, as plain JSON: content hashes for files, a commit for a Hub dataset.
-
-    Raises a UserError when the corpus is not there.
+    Raises a UserError, naming a field under `field`, where the column is not there or holds something else.
     """
-    if settings.source == "standard_library":
-        files = [[name, file_sha256(path)] for name, path in standard_library_files()]
-        return {"source": settings.source, "files": len(files), "content": digest(files)}
-    if settings.source == "files":
-        urls = _text_files(settings.paths)
-        files = [[url, _file_fingerprint(url)] for url in urls]
-        return {
-            "source": settings.source,
-            "files": len(files),
-            "content": digest(files),
-            "text_column": settings.text_column,
-        }
-    return {
-        "source": settings.source,
-        "dataset": settings.dataset,
-        "subset": settings.subset,
-        "dataset_split": settings.dataset_split,
-        "commit": _huggingface_commit(settings),
-        "text_column": settings.text_column,
-    }
-
-
-def _file_fingerprint(url: str) -> str:
-    """The content's hash on this machine; the store's own key (ETag) elsewhere, which spares a download."""
-    filesystem, path = resolve(url)
-    return file_sha256(Path(path)) if is_local(url) else str(filesystem.ukey(path))
-
-
-def pinned(settings: CorpusSettings) -> CorpusSettings:
-    """The same corpus with its Hub revision resolved to a commit, so that no later step can see another one."""
-    if settings.source != "huggingface":
-        return settings
-    return settings.model_copy(update={"revision": _huggingface_commit(settings)})
-
-
-def _huggingface_commit(settings: CorpusSettings) -> str:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if is_commit(settings.revision):
-        return settings.revision
-    try:
-        return HfApi().dataset_info(settings.dataset, revision=settings.revision).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"corpus.dataset: the Hub has no dataset '{settings.dataset}' at revision '{settings.revision}'"
-        ) from error
-    except Exception as error:  # every transport has its own exceptions, and all mean that the Hub is out of reach
-        raise UserError(
-            f"corpus.dataset: cannot reach the Hugging Face Hub for '{settings.dataset}' ({type(error).__name__}); "
-            "use source 'files' or 'standard_library' where there is no network"
-        ) from error
-
-
-def read_documents(settings: CorpusSettings, seed: int) -> Iterator[Document]:
-    """Every document once, in an order that depends on `seed` and the files' names alone.
-
-    Files are read in a hashed order, so that a budget of tokens takes a sample of the corpus and not its first
-    letters of the alphabet. A Hub dataset is read in its own order, since it is streamed.
-    """
-    if settings.source == "huggingface":
-        yield from _read_huggingface(settings, _huggingface_commit(settings))
-    elif settings.source == "files":
-        urls = _text_files(settings.paths)
-        yield from _read_files(settings, sorted(urls, key=lambda url: _hashed(seed, url)))
+    setting = "text_column" if source.messages_column is None else "messages_column"
+    column = source.text_column if source.messages_column is None else source.messages_column
+    if column not in row:
+        raise UserError(f"{field}.{setting}: '{column}' is not in {name}, which has {', '.join(sorted(row)) or 'no column'}")
+    value = row[column]
+    if value is None:
+        return None
+    if source.messages_column is None:
+        if not isinstance(value, str):
+            raise UserError(f"{field}.{setting}: '{column}' in {name} is a {type(value).__name__}; it must be a string")
+        document = Document(name=name, text=value)
     else:
-        documents = read_standard_library()
-        yield from sorted(documents, key=lambda document: _hashed(seed, document.name))
+        messages = _messages(value, f"{field}.{setting}: '{column}' in {name}")
+        assert render is not None, "conversations need the tokenizer's chat template"
+        try:
+            text = render(messages, source.chat_template)
+        except ValueError as error:
+            raise UserError(
+                f"{field}.{setting}: the chat template does not take the conversation in {name}: {error}"
+            ) from error
+        document = Document(name=name, text=text, conversation=_canonical(messages))
+    try:
+        document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{field}.{setting}: '{column}' in {name} holds a lone surrogate, which is no text") from error
+    return document if document.text.strip() else None
 
 
-def _hashed(seed: int, name: str) -> bytes:
-    return blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+def _messages(value: Any, what: str) -> list[dict[str, Any]]:
+    accepted = "it must be a list of {role, content}"
+    if not isinstance(value, list):
+        raise UserError(f"{what} is a {type(value).__name__}; {accepted}")
+    if not value:
+        raise UserError(f"{what} is empty; {accepted}")
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise UserError(f"{what} holds {json.dumps(message, default=str)[:80]}; {accepted}")
+    return [dict(message) for message in value]
+
+
+def _canonical(messages: list[dict[str, Any]]) -> str:
+    pairs = [[message["role"], message["content"]] for message in messages]
+    return json.dumps(pairs, sort_keys=True, separators=(",", ":"), default=str)

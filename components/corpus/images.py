@@ -20,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components import storage
+from components.corpus.packing import SPECIAL
 from components.corpus.settings import CorpusSettings
-from components.corpus.tokens import SCHEMA_VERSION, SPECIAL, SPLITS
+from components.corpus.tokenization import SPLITS
+from components.corpus.tokens import SCHEMA_VERSION
 from components.settings import UserError, digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".parquet")

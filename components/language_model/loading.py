@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.corpus.tokens import PADDING, Encoder, Sequences
+from components.corpus.documents import Render
+from components.corpus.encoder import Encoder
+from components.corpus.tokens import PADDING, Sequences
 from components.language_model.architectures import model_class
 from components.language_model.source import ModelSource, find_model, pinned
 from components.language_model.vision import pixel_values
@@ -116,10 +119,39 @@ def load_encoder(source: ModelSource) -> Encoder:
     if bos is None or separator is None:
         raise UserError(f"language_model.name: the tokenizer of '{source.settings.name}' has neither a BOS nor an EOS token")
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return Encoder(
+        identity=source.tokenizer_identity,
+        encode=_encode_of(tokenizer),
+        bos=bos,
+        separator=separator,
+        render=_render_of(tokenizer, source.settings.name),
+    )
 
-    return Encoder(identity=source.tokenizer_identity, encode=encode, bos=bos, separator=separator)
+
+def _encode_of(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> token ids, no special tokens added: over all cores, without the offsets that nothing here reads."""
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _render_of(tokenizer: Any, name: str) -> Render:
+    def render(messages: list[dict[str, Any]], template: str | None) -> str:
+        from jinja2 import TemplateError
+
+        if template is None and not tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of '{name}' has no chat template; give one as chat_template")
+        try:
+            text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        # Where BOS stands is up to the corpus settings; the template's own would make it two.
+        return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
+
+    return render
 
 
 def _first_given(*tokens: int | None) -> int | None:

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from components.corpus.documents import read_standard_library, split_of
+from components.corpus.documents import split_of
+from components.corpus.standard_library import read_standard_library
 from components.hardware import keep_freed_memory
 
 BOS = "<|bos|>"

@@ -25,7 +25,9 @@ BUILTIN_ROOT = Path(__file__).parent / "builtin"
 _SKELETON_DTYPE = torch.bfloat16
 _WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 _PROCESSOR_PATTERNS = ("preprocessor_config.json", "processor_config.json")
-_TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
+_TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

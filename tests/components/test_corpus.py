@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from components.corpus.documents import corpus_identity, read_documents, read_standard_library, split_of
+from components.corpus.documents import Document, split_of
+from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
-from components.corpus.tokens import PADDING, SPECIAL, Encoder, prepare_tokens, read_sequences
+from components.corpus.sources import corpus_identity, read_documents
+from components.corpus.standard_library import read_standard_library
+from components.corpus.tokens import PADDING, SPECIAL, prepare_tokens, read_sequences
 from components.settings import UserError
 
 BOS, END = 1, 2
@@ -28,6 +31,10 @@ ENCODER = Encoder(identity="characters", encode=characters, bos=BOS, separator=E
 def settings(folder: Path, **more) -> CorpusSettings:
     values = {"held_out_fraction": 0.3, "context_length": 16, "train_tokens": 10**6, "held_out_tokens": 10**6, **more}
     return CorpusSettings(source="files", paths=(str(folder),), **values)
+
+
+def documents_of(chosen: CorpusSettings, seed: int = 0) -> list[Document]:
+    return [document for field, source in chosen.sources for document in read_documents(source, field, seed)]
 
 
 @pytest.fixture
@@ -54,22 +61,22 @@ def rebuilt(url: str, manifest: dict, split: str) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("packing", ["crossing", "within_document"])
-@pytest.mark.parametrize("prepend_bos", [True, False])
-def test_every_document_is_packed_whole_and_once(folder: Path, tmp_path: Path, packing: str, prepend_bos: bool):
-    chosen = settings(folder, packing=packing, prepend_bos=prepend_bos)
+@pytest.mark.parametrize("bos", ["sequence", "document", "none"])
+def test_every_document_is_packed_whole_and_once(folder: Path, tmp_path: Path, packing: str, bos: str):
+    chosen = settings(folder, packing=packing, bos=bos)
     url = str(tmp_path / "tokens")
     manifest = prepare_tokens(chosen, ENCODER, 0, url)
     texts = {split: rebuilt(url, manifest, split) for split in ("train", "held_out")}
-    expected = {document.text for document in read_documents(chosen, 0)}
+    expected = {document.text for document in documents_of(chosen)}
     assert sorted([*texts["train"].values(), *texts["held_out"].values()]) == sorted(expected)
     assert not set(texts["train"]) & set(texts["held_out"])
     table = pq.read_table(f"{url}/documents.parquet").to_pydict()
     for document, split, name in zip(table["document"], table["split"], table["name"], strict=True):
-        assert texts[split][document] == Path(name.removeprefix("file://")).read_text()
+        assert texts[split][document] == (folder / name).read_text()
     for split in texts:
         block = read_sequences(url, manifest, split, 0, 10**6)
         assert manifest["splits"][split]["tokens"] == int((block.documents >= 0).sum())
-        assert (block.tokens[:, 0] == BOS).all() == prepend_bos
+        assert (block.tokens[:, 0] == BOS).all() == (bos == "sequence") or bos == "document"
         if packing == "within_document":
             owners = [set(row[row >= 0]) for row in block.documents]
             assert all(len(owner) == 1 for owner in owners)
@@ -105,18 +112,18 @@ def test_json_lines_plain_and_compressed_are_read(tmp_path: Path):
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as stream:
         stream.write(lines[0].replace("0", "9") + "\n")
     chosen = CorpusSettings(source="files", paths=(str(tmp_path / "*.jsonl*"),), text_column="body")
-    assert sorted(d.text for d in read_documents(chosen, 0)) == ["text 0", "text 1", "text 2", "text 9"]
+    assert sorted(d.text for d in documents_of(chosen)) == ["text 0", "text 1", "text 2", "text 9"]
     with pytest.raises(UserError, match=r"text_column.*'other'"):
-        list(read_documents(chosen.model_copy(update={"text_column": "other"}), 0))
+        documents_of(chosen.model_copy(update={"text_column": "other"}))
 
 
 def test_what_is_not_text_is_named(tmp_path: Path):
     (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
     with pytest.raises(UserError, match=r"corpus\.paths.*binary\.txt.*UTF-8"):
-        list(read_documents(CorpusSettings(source="files", paths=(str(tmp_path / "binary.txt"),)), 0))
+        documents_of(CorpusSettings(source="files", paths=(str(tmp_path / "binary.txt"),)))
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}')
     with pytest.raises(UserError, match=r"half\.jsonl:1.*surrogate"):
-        list(read_documents(CorpusSettings(source="files", paths=(str(tmp_path / "half.jsonl"),)), 0))
+        documents_of(CorpusSettings(source="files", paths=(str(tmp_path / "half.jsonl"),)))
 
 
 @pytest.mark.parametrize("dataset", ["a/b/c", "nobody/nothing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,12 +12,19 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from backports import zstd
 
 from components import steps, storage
 from components.config import parse_config
+from components.corpus.documents import Document
+from components.corpus.settings import CorpusSettings
+from components.corpus.sources import corpus_identity, read_documents
 from components.planning import Plan
+from components.settings import UserError
 
 pytestmark = pytest.mark.integration
 
@@ -53,6 +61,46 @@ def test_the_line_on_s3_gives_the_same_bytes_as_on_a_local_disk(tree: dict, tmp_
     assert storage.list_names(f"{remote.dataset_url}/scatter") == []
     assert storage.list_names(f"{remote.sae_url}/checkpoints") == []
     assert steps.finished_run(remote) is not None
+
+
+def test_a_corpus_in_a_bucket_is_read_by_a_glob(s3: str, tmp_path: Path):
+    """The same documents under the same names as from a local copy, and another identity where an object changes."""
+    local, remote = tmp_path / "corpus", f"{s3}/{tmp_path.name}-corpus"
+    for number in range(6):
+        folder = local / f"part-{number % 2}" / "deep"
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = [f"text {number}-{row} " + "word " * row for row in range(50)]
+        if number < 3:
+            with zstd.open(folder / f"{number}.jsonl.zst", "wt") as stream:
+                stream.write("\n".join(json.dumps({"text": text}) for text in texts))
+        else:
+            pq.write_table(pa.table({"text": texts}), folder / f"{number}.parquet", row_group_size=16)
+    for path in local.rglob("*.*"):
+        storage.put_bytes(path.read_bytes(), f"{remote}/{path.relative_to(local).as_posix()}")
+    storage.put_bytes(b"\xff\xfe", f"{remote}/not-matched.bin")
+
+    def chosen(root: str) -> CorpusSettings:
+        return CorpusSettings(source="files", paths=(f"{root}/**/*.jsonl.zst", f"{root}/**/*.parquet"))
+
+    def documents(root: str) -> list[Document]:
+        [(field, source)] = chosen(root).sources
+        return list(read_documents(source, field, 0))
+
+    assert len(documents(str(local))) == 300
+    assert documents(remote) == documents(str(local))
+    before = corpus_identity(chosen(remote))
+    assert before == corpus_identity(chosen(remote))
+    storage.put_bytes(storage.read_bytes(f"{remote}/part-1/deep/3.parquet"), f"{remote}/part-1/deep/3.parquet")
+    assert corpus_identity(chosen(remote)) == before, "the same bytes put again are the same corpus"
+    storage.put_bytes(storage.read_bytes(f"{remote}/part-0/deep/4.parquet"), f"{remote}/part-1/deep/3.parquet")
+    assert corpus_identity(chosen(remote)) != before
+    with pytest.raises(UserError, match=r"corpus\.paths: '.*nowhere.*' names no file"):
+        documents(f"{remote}/nowhere")
+    code = f"from components.corpus.files import find_files\nfind_files(('{remote}/**/*.parquet',), 'corpus.paths')"
+    environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": "wrong-secret-27182"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "UserError: corpus.paths: cannot read" in done.stderr
+    assert "secret-" not in done.stderr
 
 
 def test_of_many_writers_on_s3_exactly_one_commits(s3: str, tmp_path: Path):

@@ -216,9 +216,12 @@ def test_kill_9_of_a_worker_of_all_or_of_the_server_at_random_moments(
             workers, ended = [], ended + 1
         while len(workers) < 2:
             workers.append(extraction(config))
-        while all(worker.poll() is None for worker in workers) and not storage.list_names(f"{plan.dataset_url}/scatter/8"):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 4))
+        before = storage.list_names(f"{plan.dataset_url}/scatter/8")
+        while (
+            all(worker.poll() is None for worker in workers) and storage.list_names(f"{plan.dataset_url}/scatter/8") == before
+        ):
+            time.sleep(0.01)  # until something is done: a worker takes seconds to start
+        time.sleep(draw.uniform(0, 2))
         victim = ["a worker", "all workers", "the S3 server"][sum(done.values()) % 3]
         if victim == "the S3 server":
             s3_server.kill()

@@ -1,0 +1,191 @@
+"""Documents from files, local or `s3:`: text, JSONL in any compression, Parquet.
+
+Memory: one file of text, one line of JSONL, one batch of Parquet rows.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from components.corpus.documents import Document, Render, document_from_row
+from components.corpus.settings import SourceSettings
+from components.settings import UserError, digest
+from components.storage import file_sha256, resolve
+
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_ROWS_PER_BATCH = 256
+_BUFFER_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFile:
+    """A file of a corpus. `name` is relative to the path that named it, so that a corpus may move."""
+
+    name: str
+    path: str
+    filesystem: AbstractFileSystem = field(compare=False)
+    info: dict[str, Any] = field(compare=False)
+
+    @property
+    def fingerprint(self) -> list[Any] | str:
+        """The content's hash on this machine; the store's own (ETag and size) elsewhere, which spares a download."""
+        if isinstance(self.filesystem, LocalFileSystem):
+            state = Path(self.path).stat()
+            return _local_sha256(self.path, state.st_size, state.st_mtime_ns)
+        etag = self.info.get("ETag") or self.info.get("etag")
+        return [etag.strip('"'), self.info["size"]] if etag else str(self.filesystem.ukey(self.path))
+
+
+@lru_cache(maxsize=1 << 16)
+def _local_sha256(path: str, size: int, modified: int) -> str:
+    return file_sha256(Path(path))
+
+
+def find_files(paths: tuple[str, ...], where: str) -> list[CorpusFile]:
+    """The files that paths, folders and patterns name, sorted by name; a UserError at `where` for one that names nothing.
+
+    With several paths a name starts with the path's place in the list.
+    """
+    found: dict[str, CorpusFile] = {}
+    for index, path in enumerate(paths):
+        filesystem, bare = resolve(path)
+        filesystem.invalidate_cache()
+        try:
+            base, matches = _matches(filesystem, bare)
+        except Exception as error:  # each file system has its own exceptions; all mean the same to the user
+            raise UserError(f"{where}: cannot read '{path}' ({type(error).__name__}: {error})") from error
+        prefix = f"{index}/" if len(paths) > 1 else ""
+        named = 0
+        for match, info in sorted(matches.items()):
+            relative = PurePosixPath(match).relative_to(base)
+            if info["type"] != "file" or any(part.startswith(".") for part in relative.parts[:-1]):
+                continue
+            if relative.name.startswith(".") and match != bare:
+                continue
+            named += 1
+            name = f"{prefix}{relative.as_posix()}"
+            found.setdefault(
+                filesystem.unstrip_protocol(match), CorpusFile(name=name, path=match, filesystem=filesystem, info=info)
+            )
+        if not named:
+            raise UserError(f"{where}: '{path}' names no file; give an existing file, folder or glob pattern")
+    return sorted(found.values(), key=lambda file: file.name)
+
+
+def files_identity(files: list[CorpusFile]) -> dict[str, Any]:
+    return {"files": len(files), "content": digest([[file.name, file.fingerprint] for file in files])}
+
+
+def read_file(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+    """The documents of one file, in its order; `where` is the source's place in the configuration."""
+    try:
+        if file.name.endswith(".parquet"):
+            yield from _read_parquet(file, source, where, render)
+        elif _is_jsonl(file.name):
+            yield from _read_jsonl(file, source, where, render)
+        elif source.messages_column is not None:
+            raise UserError(f"{where}.messages_column: '{file.path}' is neither JSONL nor Parquet and has no column")
+        else:
+            with _opened(file) as stream:
+                text = stream.read()
+            if text.strip():
+                yield Document(name=file.name, text=text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}.paths: '{file.path}' is not UTF-8 text ({error.reason})") from error
+    except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, _zstd().ZstdError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{where}.paths: '{file.path}' is damaged or not what its name says ({reason})") from error
+
+
+def _matches(filesystem: AbstractFileSystem, bare: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The folder that names are relative to, and what is found, by path."""
+    if filesystem.isfile(bare):
+        return str(PurePosixPath(bare).parent), {bare: filesystem.info(bare)}
+    if filesystem.isdir(bare):
+        return bare, filesystem.find(bare, detail=True)
+    parts = PurePosixPath(bare).parts
+    literal = next((i for i, part in enumerate(parts) if any(magic in part for magic in "*?[")), len(parts) - 1)
+    return str(PurePosixPath(*parts[:literal])), filesystem.glob(bare, detail=True)
+
+
+def _is_jsonl(name: str) -> bool:
+    return any(name.endswith(".jsonl" + compression) for compression in ("", *_COMPRESSIONS))
+
+
+def _read_jsonl(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            name = f"{file.name}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}.paths: line {number} of '{file.path}' is not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}.paths: line {number} of '{file.path}' is a {type(row).__name__}, not a JSON object")
+            document = document_from_row(row, name, source, where, render)
+            if document is not None:
+                yield document
+
+
+def _read_parquet(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+    setting = "text_column" if source.messages_column is None else "messages_column"
+    column = source.messages_column or source.text_column
+    # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
+    with pq.ParquetFile(file.path, filesystem=file.filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+            raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[column]):
+            for row in batch.to_pylist():
+                document = document_from_row(row, f"{file.name}:{number}", source, where, render)
+                number += 1
+                if document is not None:
+                    yield document
+
+
+@contextmanager
+def _opened(file: CorpusFile) -> Iterator[IO[str]]:
+    """The file as text, decompressed by its suffix. A file that ends too early raises EOFError."""
+    with file.filesystem.open(file.path, "rb") as raw:
+        suffix = PurePosixPath(file.name).suffix
+        stream: Any = raw
+        if suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif suffix == ".bz2":
+            stream = bz2.BZ2File(raw)
+        elif suffix == ".xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115
+        elif suffix == ".zst":
+            # Dumps of web text are often packed with a window of 2 GB, over the decoder's default of 128 MB.
+            zstd = _zstd()
+            stream = zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31})
+        with io.TextIOWrapper(cast(IO[bytes], stream), encoding="utf-8-sig") as text:
+            yield text
+
+
+def _zstd() -> Any:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    return zstd
