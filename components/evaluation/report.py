@@ -1,0 +1,2 @@
+def render(record, density, earlier):
+    return ""
