@@ -109,9 +109,7 @@ def evaluate(
         return Reconstruction(x_hat, features.add(encoded))
 
     fixed = {"zero": baselines.zero, "mean": baselines.constant(reference.mean)}
-    measurement = Measurement(
-        splicer, {"sae": counting, **fixed}, frozenset({"sae"}), reference.mean, limit, length, classes
-    )
+    measurement = Measurement(splicer, {"sae": counting, **fixed}, frozenset({"sae"}), reference.mean, limit, length, classes)
     measured = measure(measurement, held_out, settings.tokens, settings.batch_sequences, "evaluate")
     totals = measured.totals()
     if totals.tokens == 0 or totals.positions == 0:
@@ -152,9 +150,7 @@ def write_evaluation(
     return record
 
 
-def write_report(
-    url: str, record: Mapping[str, Any], features: pa.Table, earlier: Sequence[Mapping[str, Any]]
-) -> None:
+def write_report(url: str, record: Mapping[str, Any], features: pa.Table, earlier: Sequence[Mapping[str, Any]]) -> None:
     """Put `report.html` beside the artifact at `url`, over one that is there.
 
     earlier: SAEs to compare with, each with `name`, `l0`, `explained_variance` and `loss_recovered`.

@@ -108,18 +108,14 @@ class Measurement:
         self._by_document.table, self._by_document.shifted = self._by_document.table[:used], self._by_document.shifted[:used]
         return Measured(tuple(self.variants), len(self._documents), self._by_document, self._by_position, self._by_class)
 
-    def _losses(
-        self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies `[batch, length]`, `[variants, batch, length]` and KL alike, zero where nothing is predicted."""
         ce_clean = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         ce = ce_clean.expand(len(logits), *tokens.shape).clone()
         kl = torch.zeros_like(ce)
         # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
         for row in range(len(tokens)):
-            here, others, divergences = token_losses(
-                clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], self._with_kl
-            )
+            here, others, divergences = token_losses(clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], self._with_kl)
             keep = predicting[row]
             ce_clean[row, :-1] = here.double().where(keep, 0.0)
             ce[:, row, :-1] = others.double().where(keep, 0.0)

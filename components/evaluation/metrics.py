@@ -59,21 +59,18 @@ def token_losses(clean: Tensor, others: Tensor, targets: Tensor, with_kl: Sequen
     """
     wide = torch.promote_types(clean.dtype, torch.float32)
     log_p = torch.log_softmax(clean, dim=-1, dtype=wide)
-    p = log_p.exp() if any(with_kl) else None
+    p = log_p.exp() if any(with_kl) else log_p
     losses, divergences = [], []
     for logits, divergence in zip(others, with_kl, strict=True):
         log_q = torch.log_softmax(logits, dim=-1, dtype=wide)
-        losses.append(_picked(log_q, targets))
-        if divergence:
-            assert p is not None
-            # in place: log_q becomes log p - log q, and then each term of the sum
-            divergences.append(torch.linalg.vecdot(p, log_q.neg_().add_(log_p)))
-        else:
-            divergences.append(torch.zeros_like(losses[-1]))
-    return _picked(log_p, targets), torch.stack(losses), torch.stack(divergences)
+        losses.append(_cross_entropy(log_q, targets))
+        # In place, log_q becomes log p - log q: memory traffic is what this costs beside the exponentials.
+        mean_gap = torch.linalg.vecdot(p, log_q.neg_().add_(log_p)) if divergence else torch.zeros_like(losses[-1])
+        divergences.append(mean_gap)
+    return _cross_entropy(log_p, targets), torch.stack(losses), torch.stack(divergences)
 
 
-def _picked(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
     return -log_probabilities.gather(1, targets[:, None])[:, 0]
 
 
@@ -83,7 +80,9 @@ class Totals:
     A metric that is not defined is NaN: a ratio over nothing, or against a loss gap under `NEGLIGIBLE_LOSS_GAP`.
     """
 
-    def __init__(self, table: np.ndarray, shifted: np.ndarray, variants: Sequence[str], centre: np.ndarray | None = None) -> None:
+    def __init__(
+        self, table: np.ndarray, shifted: np.ndarray, variants: Sequence[str], centre: np.ndarray | None = None
+    ) -> None:
         """centre `[d_in]`: the mean, less the shift, that the variance is taken around; that of the rows where not given."""
         self._columns = {name: table[..., number] for number, name in enumerate(column_names(variants))}
         self.d_in = shifted.shape[-1]

@@ -110,14 +110,14 @@ class Splicer:
         own = [block.__dict__.get("forward") for block in blocks]
         result = (stream, None) if self._in_tuple else stream
         for block in blocks:
-            block.forward = lambda *_, **__: result  # type: ignore[method-assign]
+            block.forward = lambda *_, **__: result
         try:
             yield
         finally:
             for block, forward in zip(blocks, own, strict=True):
                 del block.__dict__["forward"]
                 if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
+                    block.forward = forward
 
     def _block(self, layer: int) -> nn.Module:
         return module_of(self.model, HookPoint("resid_post", layer))
