@@ -29,12 +29,12 @@ class Dot:
     kind: str
 
 
-def bars(items: Sequence[Bar], unit: str, width: int = 640) -> Markup:
+def bars(items: Sequence[Bar], unit: str, width: int = 480) -> Markup:
     """Horizontal bars from zero, each with its value, and its interval as a whisker."""
-    left, row, top = 110, 34, 6
+    left, row, top = 100, 40, 14
     # room on the right for the longest value
     largest = max((max(bar.value, bar.high or 0.0) for bar in items), default=1.0) or 1.0
-    plot = width - left - 130
+    plot = width - left - 105
     parts = []
     for number, bar in enumerate(items):
         y = top + number * row
@@ -53,9 +53,9 @@ def bars(items: Sequence[Bar], unit: str, width: int = 640) -> Markup:
     return _svg(width, top + len(items) * row, parts)
 
 
-def histogram(values: np.ndarray, label: str, unit: str, width: int = 640, height: int = 240) -> Markup:
+def histogram(values: np.ndarray, label: str, unit: str, width: int = 480, height: int = 230) -> Markup:
     """Counts of `values` in bins of a quarter."""
-    left, bottom, top, right = 46, 40, 10, 10
+    left, bottom, top, right = 44, 42, 10, 22
     low, high = math.floor(values.min() * 2) / 2, max(math.ceil(values.max() * 2) / 2, math.floor(values.min() * 2) / 2 + 1)
     bins = round((high - low) * 8)
     counts, edges = np.histogram(values, bins=bins, range=(low, high))
@@ -81,7 +81,8 @@ def histogram(values: np.ndarray, label: str, unit: str, width: int = 640, heigh
 def breakdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str], width: int = 980) -> Markup:
     """One line per group: cross-entropy as it is and with the SAE, explained variance, L0."""
     left, row, top = 150, 30, 44
-    panel, gap = (width - left - 90 - 60) / 3, 30
+    gap, right = 58, 50
+    panel = (width - left - 90 - right - 2 * gap) / 3
     height = top + len(rows) * row + 8
     parts: list[str] = []
     losses = [value for item in rows for value in (item["ce_loss_clean"], item["ce_loss_sae"]) if value is not None]
@@ -124,7 +125,7 @@ def scatter(dots: Sequence[Dot], x_label: str, y_label: str, width: int = 480, h
     def at(x: float, y: float) -> tuple[float, float]:
         return left + (x - x_low) / (x_high - x_low) * plot_w, top + (y_high - y) / (y_high - y_low) * plot_h
 
-    y_ticks = [tick for tick in _ticks(y_low, y_high) if y_low <= tick <= y_high]
+    y_ticks = [tick for tick in _ticks(y_low, y_high, 5) if y_low <= tick <= y_high]
     parts = _horizontal_grid(y_ticks, left, width - right, lambda value: at(x_low, value)[1])
     for tick in _ticks(x_low, x_high):
         if x_low <= tick <= x_high:

@@ -14,7 +14,7 @@ from components.evaluation.charts import Bar, Dot
 _TILES = (
     ("explained_variance", "explained variance", "{:.4f}"),
     ("loss_recovered", "loss recovered", "{:.4f}"),
-    ("l0", "L0, features per token", "{:.2f}"),
+    ("l0", "L0", "{:.2f}"),
     ("kl_divergence", "KL divergence, nats", "{:.4f}"),
     ("mse", "MSE per dimension", "{:.4g}"),
     ("dead_fraction", "dead features", "{:.2%}"),
