@@ -204,7 +204,8 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
         "configuration": plan.config.model_dump(mode="json"),
     }
     storage.put_json(lineage, storage.join(plan.sae_url, "lineage.json"))
-    features = pq.read_table(*reversed(storage.resolve(storage.join(plan.sae_url, "features.parquet"))))
+    filesystem, path = storage.resolve(storage.join(plan.sae_url, "features.parquet"))
+    features = pq.read_table(path, filesystem=filesystem)
     evaluation.write_report(plan.sae_url, measured, features, _earlier_versions(plan, run.client, metrics))
     with storage.local_copies(plan.sae_url, registry.ARTIFACT_FILES) as folder:
         density = features["density"].to_numpy()

@@ -47,6 +47,7 @@ def feature_table(sums: FeatureSums, decoder: Tensor | None, neighbours: int) ->
         "dead": fired == 0,
     }
     if decoder is not None:
+        decoder = decoder.detach()
         columns["decoder_norm"] = decoder.float().norm(dim=1).cpu().numpy()
         count = min(neighbours, len(decoder) - 1)
         if count > 0:
