@@ -23,6 +23,7 @@ from components.evaluation.reference import Reference, reference_statistics
 from components.evaluation.settings import EvaluationSettings
 from components.evaluation.splicing import Splicer, mlp_output
 from components.evaluation.token_classes import CLASSES, TokenClasses
+from components.hardware import keep_freed_memory
 from components.language_model.hook_points import HookPoint
 from components.settings import UserError, digest
 
@@ -99,6 +100,7 @@ def evaluate(
     reference: its mean is the one of `ce_loss_mean`, its median norm that of `settings.exclude_norms_above`. classes: of
     the model's tokenizer; no breakdown by class without it. Memory: the logits of `settings.batch_sequences` sequences.
     """
+    keep_freed_memory()
     limit = None if settings.exclude_norms_above is None else settings.exclude_norms_above * reference.median_norm
     features = FeatureSums(d_sae, device)
     splicer = Splicer(model, point)
