@@ -189,11 +189,18 @@ class Plan:
             return None
         return read_evaluation(self.sae_url, self.evaluation_identity(record["weights_sha256"]))
 
+    def given_evaluation_url(self, identity: dict[str, Any]) -> str:
+        """Where the evaluation of an SAE made elsewhere is kept."""
+        return self._url("evaluations", digest(identity))
+
     def evaluation_set(self, tokens: int) -> str:
         """What two SAEs must share to be compared: held-out text, language model, hook point and way of measuring.
         How much text was prepared for training is no part of it."""
         text = {key: value for key, value in self.token_identity.items() if key != "train_tokens"}
-        return digest([self.evaluation_identity("") | {"tokens": digest(text)}, tokens])
+        # What is listed beside the metrics changes none of them.
+        beside = {"baselines", "baseline_tokens", "neighbours", "batch_sequences"}
+        settings = self.config.evaluation.model_dump(mode="json", exclude=beside)
+        return digest([self.evaluation_identity("") | {"tokens": digest(text), "settings": settings}, tokens])
 
     # registry
 
@@ -314,13 +321,14 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "steps": steps, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
-            "exists": plan.evaluation_record() is not None, "impossible": without_evaluation(plan),
-            "tokens": evaluated, "flops": 4 * 2 * model_parameters * evaluated,
+            "exists": plan.evaluation_record() is not None, "impossible": without_evaluation(plan), "tokens": evaluated,
+            # one pass as it is, and three from the hook point on
+            "flops": (1 + 3 * (1 - share)) * 2 * model_parameters * evaluated,
         },
         "memory_bytes": {
             "extraction": 4 * model_parameters + 4 * shard_bytes,
             "training": training_bytes,
-            "evaluation": 4 * model_parameters + 5 * logit_bytes,
+            "evaluation": 4 * model_parameters + 2 * logit_bytes,
         },
         "registered_model": plan.registered_model,
     }  # fmt: skip

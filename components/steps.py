@@ -5,8 +5,10 @@ Every step returns at once where its result is there already, and continues wher
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,8 +19,10 @@ from components.activations.manifest import Manifest
 from components.config import flattened
 from components.corpus import images, tokens
 from components.evaluation import evaluate as evaluation
-from components.language_model.loading import load_encoder, load_model
+from components.evaluation.given import require_same_place
+from components.language_model.loading import load_encoder, load_model, load_tokenizer
 from components.planning import Plan
+from components.sae import saelens
 from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
 from components.settings import UserError
 from components.training import loop
@@ -50,26 +54,107 @@ def train(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: 
 
 def evaluate(plan: Plan) -> dict[str, Any]:
     """SAE artifact -> its metrics on held-out documents; the evaluation record."""
-    record, manifest, token_manifest = plan.training_record(), plan.dataset_manifest(), plan.token_manifest()
-    if record is None or manifest is None or token_manifest is None:
+    record, token_manifest = plan.training_record(), plan.token_manifest()
+    if record is None or token_manifest is None:
         raise UserError(f"sae: the artifact {plan.sae_url} is not there yet; run `sae train` first")
     present = plan.evaluation_record()
     if present is not None:
         return present
     with storage.local_copies(plan.sae_url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
         sae = load_sae(folder, plan.device)
-    metrics, features = evaluation.evaluate(
-        plan.config.evaluation,
-        sae,
-        sae.d_sae,
-        load_model(plan.source, plan.device),
-        plan.point,
-        evaluation.HeldOut(url=plan.token_url, manifest=token_manifest),
-        manifest.column(plan.hook_point),
-        plan.device,
-    )
     identity = plan.evaluation_identity(record["weights_sha256"])
-    return evaluation.write_evaluation(plan.sae_url, identity, metrics, features, plan.device)
+    return _measured(plan, lambda _: sae, identity, plan.sae_url, token_manifest, plan.config.sae.architecture)
+
+
+def evaluate_given(plan: Plan, sae: str) -> dict[str, Any]:
+    """An SAE made elsewhere -> its metrics on this configuration's held-out documents; url and evaluation record.
+
+    sae: a folder in SAELens' format (local or `s3://`), or `models:/...` in the model registry. It needs no activation
+    dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into an
+    MLflow run.
+    """
+    with _given_folder(plan, sae) as folder:
+        try:
+            config = saelens.read_config(folder)
+            weights = saelens.content_digest(folder)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--sae: {error}") from error
+        require_same_place(config, plan.point, plan.d_in)
+        token_manifest = prepare_tokens(plan)
+        identity = plan.evaluation_identity(weights)
+        url = plan.given_evaluation_url(identity)
+        present = evaluation.read_evaluation(url, identity)
+        if present is None:
+
+            def load(reference: evaluation.Reference) -> evaluation.Autoencoder:
+                try:
+                    return saelens.load_saelens(folder, plan.device, reference.mean_norm)
+                except ValueError as error:
+                    raise UserError(f"--sae: {error}") from error
+
+            present = _measured(plan, load, identity, url, token_manifest, config["architecture"], sae)
+    _track_given(plan, url, present, sae)
+    return {"url": url, **present}
+
+
+def _measured(
+    plan: Plan,
+    load: Callable[[evaluation.Reference], evaluation.Autoencoder],
+    identity: dict[str, Any],
+    url: str,
+    token_manifest: dict[str, Any],
+    architecture: str,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate the SAE that `load` gives and write what was found to `url`."""
+    settings, device = plan.config.evaluation, plan.device
+    model = load_model(plan.source, device)
+    text = evaluation.HeldOut(url=plan.token_url, manifest=token_manifest)
+    reference = evaluation.reference_statistics(
+        model, plan.point, text, settings.reference_tokens, settings.batch_sequences, device
+    )
+    sae: Any = load(reference)
+    classes = evaluation.TokenClasses(load_tokenizer(plan.source))
+    found = evaluation.evaluate(settings, sae, sae.d_sae, model, plan.point, text, reference, device, classes)
+    about = {
+        "name": name or url.rstrip("/").rsplit("/", 1)[-1],
+        "language_model": plan.config.language_model.name,
+        "hook_point": plan.hook_point,
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+    }
+    return evaluation.write_evaluation(url, identity, found, device, about)
+
+
+@contextmanager
+def _given_folder(plan: Plan, sae: str) -> Iterator[Path]:
+    """A local folder with the files of an SAE that the user names."""
+    if sae.startswith("models:/"):
+        from components.tracking.download import registered_sae
+
+        with TemporaryDirectory(prefix="sae-") as folder:
+            yield registered_sae(plan.config.tracking, plan.config.storage.root, sae, Path(folder))
+        return
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not storage.exists(storage.join(sae, name)):
+            raise UserError(f"--sae: '{sae}' holds no {name}; a folder in SAELens' format or models:/... is accepted")
+    with storage.local_copies(sae, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
+        yield folder
+
+
+def _track_given(plan: Plan, url: str, record: dict[str, Any], sae: str) -> None:
+    """The evaluation of a given SAE into an MLflow run of its own."""
+    from components.tracking.runs import public_uri, tracked_run
+
+    config = plan.config
+    parameters = {"sae": public_uri(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
+    tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record["digest"]}
+    name = f"evaluate {record['about']['name']}"
+    with tracked_run(config.tracking, config.storage.root, name, record["digest"], parameters, tags) as run:
+        run.log_evaluation(record["metrics"])
+        with storage.local_copies(url, evaluation.FILES) as folder:
+            run.log_artifact_folder(folder, "evaluation")
 
 
 def tracked(plan: Plan, tags: dict[str, str]) -> AbstractContextManager[Any]:
@@ -121,8 +206,11 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
         "configuration": plan.config.model_dump(mode="json"),
     }
     storage.put_json(lineage, storage.join(plan.sae_url, "lineage.json"))
+    filesystem, path = storage.resolve(storage.join(plan.sae_url, "features.parquet"))
+    features = pq.read_table(path, filesystem=filesystem)
+    evaluation.write_report(plan.sae_url, measured, features, _earlier_versions(plan, run.client, metrics))
     with storage.local_copies(plan.sae_url, registry.ARTIFACT_FILES) as folder:
-        density = pq.read_table(folder / "features.parquet")["density"].to_numpy()
+        density = features["density"].to_numpy()
         run.log_figures(
             {
                 "training": figures.training_figure(record["curves"]),
@@ -151,6 +239,19 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
     }
     run.set_tags({f"sae.{key}": value for key, value in outcome.items()})
     return outcome
+
+
+def _earlier_versions(plan: Plan, client: Any, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Registered versions that were measured on the same tokens, for the report's comparison."""
+    same = plan.evaluation_set(metrics["evaluation_tokens"])
+    names = ("l0", "explained_variance", "loss_recovered")
+    return [
+        {"name": f"version {version.version}", **{name: float(version.tags[f"eval.{name}"]) for name in names}}
+        for version in client.search_model_versions(f"name = '{plan.registered_model}'")
+        if version.tags.get("sae.evaluation_set") == same
+        and version.tags.get("sae.run_digest") != plan.run_digest
+        and all(f"eval.{name}" in version.tags for name in names)
+    ]
 
 
 def finished_run(plan: Plan) -> dict[str, Any] | None:

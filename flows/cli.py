@@ -110,14 +110,27 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
 
 
 @app.command()
-def evaluate(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Measure the trained SAE on held-out documents."""
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|models:/...", help="Another SAE: a folder in SAELens' format, or a registered model."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an SAE on CONFIG's held-out documents, through its language model and at its hook point.
+
+    Without `--sae` it is the one that `sae train CONFIG` made. Leaves `evaluation.json`, `features.parquet` and
+    `report.html`, which needs no network, at the printed address.
+    """
     with command(as_json) as show:
         log_to_stderr()
         from components import steps
 
         work = _checked_plan(config, overrides)
-        show({"url": work.sae_url, "metrics": steps.evaluate(work)["metrics"]}, print_tree)
+        record = {"url": work.sae_url, **steps.evaluate(work)} if sae is None else steps.evaluate_given(work, sae)
+        show({key: record[key] for key in ("url", "metrics", "baselines")}, print_tree)
 
 
 @app.command()

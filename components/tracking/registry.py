@@ -21,7 +21,8 @@ from mlflow.types import Schema, TensorSpec
 from components.tracking import pyfunc_path
 
 ARTIFACT_FILES = (
-    "cfg.json", "sae_weights.safetensors", "training.json", "evaluation.json", "features.parquet", "lineage.json"
+    "cfg.json", "sae_weights.safetensors", "training.json", "evaluation.json", "features.parquet", "report.html",
+    "lineage.json",
 )  # fmt: skip
 """The files of a whole SAE artifact, all of which go into the run and the registered model."""
 CHAMPION, CHALLENGER = "champion", "challenger"

@@ -10,12 +10,12 @@ import torch
 
 from components import steps
 from components.config import parse_config
-from components.corpus.tokens import PADDING, read_sequences
-from components.evaluation.evaluate import HeldOut, evaluate
-from components.evaluation.metrics import LossSums, ReconstructionSums
+from components.corpus.tokens import PADDING, Sequences, read_sequences
+from components.evaluation.evaluate import Evaluation, HeldOut, TokenClasses, evaluate, reference_statistics
 from components.evaluation.settings import EvaluationSettings
-from components.language_model.loading import load_model
+from components.language_model.loading import load_model, load_tokenizer
 from components.planning import Plan
+from components.sae.relu import ReLUSAE
 
 CPU = torch.device("cpu")
 
@@ -47,29 +47,73 @@ class Constant(Identity):
         return self.value.to(features.dtype).expand(*features.shape[:-1], -1)
 
 
+class PaddedOnTheLeft(HeldOut):
+    """The same text with every sequence's padding in front of it."""
+
+    def batches(self, tokens, size):
+        for block in super().batches(tokens, size):
+            columns = {"tokens": block.tokens, "documents": block.documents, "positions": block.positions}
+            trailing = [int((row[::-1] != PADDING).argmax()) for row in block.documents]
+            moved = {
+                name: np.stack([np.roll(row, count) for row, count in zip(values, trailing, strict=True)])
+                for name, values in columns.items()
+            }
+            yield Sequences(**moved)
+
+
+class Case:
+    """Held-out text, a model and what is known of its activations, all in float64."""
+
+    def __init__(self, tree: dict, hook_point: str = "resid_post.1") -> None:
+        tree["activations"]["hook_points"] = [hook_point]
+        self.plan = Plan(parse_config(tree))
+        manifest = steps.prepare_tokens(self.plan)
+        self.text = HeldOut(url=self.plan.token_url, manifest=manifest)
+        self.model = load_model(self.plan.source, CPU).double()
+        self.reference = reference_statistics(self.model, self.plan.point, self.text, 2_000, 16, CPU)
+
+    def evaluate(self, sae, d_sae=64, tokens=400, text=None, classes=None, **settings) -> Evaluation:
+        chosen = EvaluationSettings(**{"tokens": tokens, "baselines": (), **settings})
+        text = text or self.text
+        return evaluate(chosen, sae, d_sae, self.model, self.plan.point, text, self.reference, CPU, classes)
+
+
 @pytest.fixture(params=["crossing", "within_document"])
-def case(request: pytest.FixtureRequest, tiny_tree: dict):
-    """A dataset, a model in float32, and the same model in float64."""
+def case(request: pytest.FixtureRequest, tiny_tree: dict) -> Case:
+    """`crossing` has BOS first and separators in mid-sequence, `within_document` padding."""
     tiny_tree["corpus"]["packing"] = request.param
-    tiny_tree["activations"]["dtype"] = "float32"
-    plan = Plan(parse_config(tiny_tree))
-    manifest = steps.extract(plan)
-    return plan, load_model(plan.source, CPU), manifest.column("resid_post.1")
+    return Case(tiny_tree)
 
 
-def measure(case, sae, d_sae=64, tokens=1_000, **settings) -> dict:
-    plan, model, column = case
-    held_out = HeldOut(url=plan.token_url, manifest=plan.token_manifest())
-    chosen = EvaluationSettings(tokens=tokens, **settings)
-    metrics, features = evaluate(chosen, sae, d_sae, model, plan.point, held_out, column, CPU)
-    assert features.num_rows == d_sae
-    return metrics
+@pytest.fixture
+def one_case(tiny_tree: dict) -> Case:
+    return Case(tiny_tree)
 
 
-def independent(case, sae, tokens: int) -> dict:
+def measure(case: Case, sae, **settings) -> dict:
+    return case.evaluate(sae, **settings).metrics
+
+
+def random_sae() -> ReLUSAE:
+    sae = ReLUSAE(32, 64)
+    sae.initialise(0.5, seed=3)
+    torch.nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(4))
+    return sae.double().requires_grad_(False)
+
+
+def trained_sae(plan: Plan) -> ReLUSAE:
+    from pathlib import Path
+
+    from components.sae.artifact import load_sae
+
+    steps.extract(plan)
+    steps.train(plan)
+    return load_sae(Path(plan.sae_url), CPU).double()
+
+
+def independent(case: Case, sae, tokens: int) -> dict:
     """Everything in float64, one sequence at a time, with the blocks of the Llama called by hand after the hook."""
-    plan, _, column = case
-    model = load_model(plan.source, CPU).double()
+    plan, model = case.plan, case.model
     block = read_sequences(plan.token_url, plan.token_manifest(), "held_out", 0, 10**6)
     left = tokens
     rows, rows_hat, features = [], [], []
@@ -92,7 +136,7 @@ def independent(case, sae, tokens: int) -> dict:
             "clean": x[places],
             "sae": x_hat,
             "zero": torch.zeros_like(x_hat),
-            "mean": torch.tensor(column.mean, dtype=torch.float64).expand_as(x_hat),
+            "mean": case.reference.mean.expand_as(x_hat),
         }
         probabilities = {}
         for name, stand_in in stand_ins.items():
@@ -132,33 +176,40 @@ def independent(case, sae, tokens: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("tokens", [1_000, 137])
-def test_metrics_agree_with_an_independent_float64_computation(case, tokens: int):
-    sae = Scaled(0.8)
+@pytest.mark.parametrize("tokens", [400, 137])
+@pytest.mark.parametrize("which", ["scaled", "random"])
+def test_metrics_agree_with_an_independent_float64_computation(case: Case, tokens: int, which: str):
+    sae = Scaled(0.8) if which == "scaled" else random_sae()
+    check_against_independent(case, sae, tokens)
+
+
+def test_metrics_of_a_trained_sae_agree_with_an_independent_float64_computation(one_case: Case):
+    check_against_independent(one_case, trained_sae(one_case.plan), 400)
+
+
+def check_against_independent(case: Case, sae, tokens: int) -> None:
     measured = measure(case, sae, tokens=tokens)
     expected = independent(case, sae, tokens)
     for name, value in expected.items():
-        assert measured[name] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+        assert measured[name] == pytest.approx(value, rel=1e-6, abs=1e-12), name
     assert measured["ce_loss_zero"] != pytest.approx(measured["ce_loss_clean"], abs=1e-3)
 
 
-def test_an_identity_recovers_everything(case):
+def test_an_identity_recovers_everything(case: Case):
     metrics = measure(case, Identity())
-    assert metrics["loss_recovered"] == pytest.approx(1.0, abs=1e-6)
-    assert metrics["explained_variance"] == pytest.approx(1.0, abs=1e-9)
-    assert metrics["kl_divergence"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["loss_recovered"] == pytest.approx(1.0, abs=1e-12)
+    assert metrics["explained_variance"] == pytest.approx(1.0, abs=1e-12)
+    assert metrics["kl_divergence"] == pytest.approx(0.0, abs=1e-12)
     assert (metrics["norm_ratio"], metrics["cosine_similarity"]) == pytest.approx((1.0, 1.0))
 
 
-def test_a_zero_sae_recovers_nothing(case):
+def test_a_zero_sae_recovers_nothing(case: Case):
     metrics = measure(case, Scaled(0.0))
-    assert metrics["loss_recovered"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["loss_recovered"] == pytest.approx(0.0, abs=1e-12)
     assert metrics["norm_ratio"] == 0.0
 
 
-def test_the_mean_predictor_explains_no_variance(case):
-    _, _, column = case
-    identity = measure(case, Identity())
+def test_the_mean_predictor_explains_no_variance(case: Case):
     seen = []
 
     class Recorder(Identity):
@@ -166,46 +217,79 @@ def test_the_mean_predictor_explains_no_variance(case):
             seen.append(x)
             return super().encode(x)
 
-    measure(case, Recorder())
-    metrics = measure(case, Constant(torch.cat(seen).double().mean(dim=0)))
-    assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-6)
-    assert metrics["normalized_mse"] == pytest.approx(1.0, abs=1e-6)
-    assert identity["l0"] <= column.d_in
-    assert measure(case, Constant(torch.tensor(column.mean)))["loss_recovered_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert measure(case, Recorder())["l0"] <= case.plan.d_in
+    metrics = measure(case, Constant(torch.cat(seen).mean(dim=0)))
+    assert metrics["explained_variance"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["normalized_mse"] == pytest.approx(1.0, abs=1e-9)
+    assert measure(case, Constant(case.reference.mean))["loss_recovered_mean"] == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_half_scaled_sae_has_its_closed_form(case):
+def test_a_half_scaled_sae_has_its_closed_form(case: Case):
     metrics = measure(case, Scaled(0.5))
-    assert metrics["norm_ratio"] == pytest.approx(0.5, rel=1e-6)
-    assert metrics["cosine_similarity"] == pytest.approx(1.0, rel=1e-6)
-    assert metrics["mse"] == pytest.approx(0.25 * measure(case, Scaled(0.0))["mse"], rel=1e-6)
+    assert metrics["norm_ratio"] == pytest.approx(0.5, rel=1e-9)
+    assert metrics["cosine_similarity"] == pytest.approx(1.0, rel=1e-9)
+    assert metrics["mse"] == pytest.approx(0.25 * measure(case, Scaled(0.0))["mse"], rel=1e-9)
 
 
-@pytest.mark.parametrize("size", [1, 3, 64])
-def test_no_metric_depends_on_the_batch(case, size: int):
-    whole, parts = measure(case, Scaled(0.8)), measure(case, Scaled(0.8), batch_sequences=size)
-    for name, value in whole.items():
-        assert parts[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+def test_no_number_depends_on_the_batch(case: Case):
+    classes = TokenClasses(load_tokenizer(case.plan.source))
+    whole = case.evaluate(random_sae(), classes=classes)
+    for size in (1, 12, 64):
+        parts = case.evaluate(random_sae(), classes=classes, batch_sequences=size)
+        for name, value in whole.metrics.items():
+            assert parts.metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        for kind, rows in whole.breakdown.items():
+            for row, other in zip(rows, parts.breakdown[kind], strict=True):
+                assert other.pop("token_class", None) == row.get("token_class")
+                assert other == pytest.approx({name: row[name] for name in other}, rel=1e-9)
 
 
-def test_outliers_are_left_out_of_every_quantity_where_asked(case):
-    everything = measure(case, Scaled(0.8))
-    some = measure(case, Scaled(0.8), exclude_norms_above=1.05)
+def test_padding_on_the_left_changes_nothing(tiny_tree: dict):
+    tiny_tree["corpus"]["packing"] = "within_document"
+    case = Case(tiny_tree)
+    left = PaddedOnTheLeft(url=case.text.url, manifest=case.text.manifest)
+    assert any((block.documents[:, 0] == PADDING).any() for block in left.batches(400, 8))
+    expected, measured = case.evaluate(random_sae()), case.evaluate(random_sae(), text=left)
+    for name, value in expected.metrics.items():
+        assert measured.metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+    assert measured.breakdown["position"] == expected.breakdown["position"]
+
+
+@pytest.mark.parametrize("hook_point", ["resid_pre.0", "resid_pre.2", "resid_post.2", "attn_out.1", "mlp_out.0", "mlp_in.2"])
+def test_other_hook_points_take_their_closed_forms_too(tiny_tree: dict, hook_point: str):
+    case = Case(tiny_tree, hook_point)
+    metrics = measure(case, Identity(), tokens=300)
+    assert metrics["kl_divergence"] == pytest.approx(0.0, abs=1e-12)
+    assert metrics["ce_loss_sae"] == pytest.approx(metrics["ce_loss_clean"], rel=1e-12)
+    assert measure(case, Scaled(0.0), tokens=300)["ce_loss_sae"] == pytest.approx(metrics["ce_loss_zero"], rel=1e-12)
+
+
+def test_outliers_are_left_out_of_every_quantity_where_asked(one_case: Case):
+    everything = measure(one_case, Scaled(0.8))
+    some = measure(one_case, Scaled(0.8), exclude_norms_above=1.05)
     assert 0 < some["evaluation_tokens"] < everything["evaluation_tokens"]
     assert some["mse"] < everything["mse"]
 
 
-def test_a_hook_point_that_costs_nothing_has_no_ratio():
-    sums = LossSums()
-    logits = torch.randn(5, 7)
-    sums.add(logits, dict.fromkeys(LossSums.VARIANTS, logits), torch.arange(5), torch.ones(5, dtype=torch.bool))
-    assert sums.metrics()["loss_recovered"] is None
+def test_groups_add_up_to_the_whole(one_case: Case):
+    classes = TokenClasses(load_tokenizer(one_case.plan.source))
+    found = one_case.evaluate(random_sae(), classes=classes)
+    metrics = found.metrics
+    for rows in found.breakdown.values():
+        assert sum(row["tokens"] for row in rows) == metrics["evaluation_tokens"]
+        l0 = sum(row["tokens"] * row["l0"] for row in rows) / metrics["evaluation_tokens"]
+        assert l0 == pytest.approx(metrics["l0"], rel=1e-12)
+    assert [(row["first"], row["last"]) for row in found.breakdown["position"]] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31)]
+    names = {row["token_class"] for row in found.breakdown["token_class"]}
+    assert {"word start", "number", "punctuation"} <= names
 
 
-def test_the_variance_survives_a_mean_far_from_the_shift():
-    x = torch.randn(1000, 4, dtype=torch.float64) + 1e4
-    sums = ReconstructionSums(4, 2, torch.full((4,), 1e4))
-    for part in x.split(77):
-        sums.add(part, part + 0.1, torch.ones(len(part), 2))
-    expected = 1 - 0.01 * x.numel() / (x - x.mean(dim=0)).square().sum().item()
-    assert sums.metrics()["explained_variance"] == pytest.approx(expected, rel=1e-6)
+def test_reference_statistics_are_those_of_the_training_activations(one_case: Case):
+    # every training token, so that the sample is the whole
+    reference = reference_statistics(one_case.model, one_case.plan.point, one_case.text, 10**9, 7, CPU)
+    block = read_sequences(one_case.text.url, one_case.text.manifest, "train", 0, 10**6)
+    states = one_case.model.model(torch.tensor(block.tokens).long(), output_hidden_states=True).hidden_states[2]
+    rows = states[torch.tensor(block.documents >= 0)].numpy()
+    np.testing.assert_allclose(reference.mean, rows.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(reference.covariance, np.cov(rows.T, bias=True), rtol=1e-6, atol=1e-9)
+    assert reference.mean_norm == pytest.approx(np.linalg.norm(rows, axis=1).mean())

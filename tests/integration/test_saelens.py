@@ -20,14 +20,6 @@ from components.sae.relu import ReLUSAE
 
 pytestmark = pytest.mark.integration
 
-# SAELens 6.54 with what its SAE classes import beyond our own environment.
-PACKAGES = [
-    "sae-lens==6.54.12", "transformer-lens==2.16.1", "einops==0.8.2", "jaxtyping==0.3.11", "wadler-lindig==0.1.8",
-    "fancy-einsum==0.0.3", "beartype==0.14.1", "better-abc==0.0.3", "simple-parsing==0.1.8", "docstring-parser==0.18.0",
-    "babe==0.0.7", "py2store==0.1.24", "dol==0.3.100", "config2py==0.1.76", "nltk==3.9.2", "plotly==6.5.0",
-    "plotly-express==0.4.1", "narwhals==2.29.0", "typeguard==4.6.0", "wandb==0.31.0",
-]  # fmt: skip
-
 PREDICT = """
 import sys, numpy as np, torch
 from sae_lens import SAE
@@ -38,17 +30,6 @@ with torch.no_grad():
     np.savez(sys.argv[2] + ".out.npz", features=features, reconstruction=sae.decode(features))
 print(type(sae).__name__, sae.cfg.metadata.hook_name)
 """
-
-
-@pytest.fixture(scope="session")
-def saelens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with SAELens; skips with pip's words where it cannot be installed."""
-    folder = tmp_path_factory.mktemp("saelens")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *PACKAGES]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"SAELens cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-    return folder
 
 
 def test_saelens_loads_the_artifact_and_computes_the_same(saelens: Path, tmp_path: Path):

@@ -1,0 +1,144 @@
+"""One pass over held-out text: every variant of a hook point measured on the same tokens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.corpus.tokens import PADDING, Sequences
+from components.evaluation.baselines import Rows, Variant
+from components.evaluation.bootstrap import DocumentGroups
+from components.evaluation.held_out import HeldOut, right_padded
+from components.evaluation.metrics import GroupedSums, Totals, column_names, reconstruction_columns, token_losses
+from components.evaluation.splicing import Splicer
+from components.evaluation.token_classes import CLASSES, TokenClasses
+from components.progress import progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Sums over the text by document, by place in the sequence and by class of token."""
+
+    variants: tuple[str, ...]
+    documents: int
+    by_document: GroupedSums
+    by_position: GroupedSums
+    """Group 0 is place 0, group g holds the places from `2^(g-1)` to `2^g - 1`."""
+    by_class: GroupedSums | None
+
+    def rows(self, sums: GroupedSums) -> tuple[np.ndarray, np.ndarray]:
+        return sums.table.cpu().numpy(), sums.shifted.cpu().numpy()
+
+    def totals(self) -> Totals:
+        table, shifted = self.rows(self.by_document)
+        return Totals(table.sum(axis=0), shifted.sum(axis=0), self.variants)
+
+
+class Measurement:
+    """Adds up batch after batch; `finish` gives the sums."""
+
+    def __init__(
+        self,
+        splicer: Splicer,
+        variants: Mapping[str, Variant],
+        with_kl: frozenset[str],
+        shift: Tensor,
+        limit: float | None,
+        context_length: int,
+        classes: TokenClasses | None,
+    ) -> None:
+        """shift `[d_in]`: any vector near the mean; it only keeps the variance from cancelling. limit: the largest norm of a
+        counted activation."""
+        self.splicer, self.variants, self.limit, self.classes = splicer, variants, limit, classes
+        self._with_kl = [name in with_kl for name in variants]
+        self._shift = shift.double()
+        self._documents = DocumentGroups()
+        self._names = column_names(tuple(variants))
+
+        def sums(groups: int) -> GroupedSums:
+            return GroupedSums(groups, len(self._names), len(shift), shift.device)
+
+        self._by_document = sums(self._documents.groups)
+        self._by_position = sums(context_length.bit_length() + 1)
+        self._by_class = sums(len(CLASSES)) if classes is not None else None
+
+    def add(self, block: Sequences) -> int:
+        """One batch; returns how many tokens of it were counted."""
+        block = right_padded(block)
+        device = self._shift.device
+        tokens, owner = torch.tensor(block.tokens).to(device).long(), torch.tensor(block.documents).to(device)
+        x, clean = self.splicer.clean(tokens)
+        counted = owner >= 0
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.limit is not None:
+            counted = counted & (x.to(wide).norm(dim=-1) <= self.limit)
+        rows = x[counted].to(wide)
+        if len(rows) == 0:
+            return 0
+        neurons = self.splicer.neurons
+        given = Rows(rows, None if neurons is None else neurons[counted])
+        rebuilt = [variant(given) for variant in self.variants.values()]
+        # Positions that are not counted (BOS, above all) keep their own activation in every variant.
+        spliced = x.expand(len(rebuilt), *x.shape).clone()
+        for stream, reconstruction in zip(spliced, rebuilt, strict=True):
+            stream[counted] = reconstruction.x_hat.to(x.dtype)
+        logits = self.splicer.spliced(spliced)
+        predicting = counted[:, :-1] & (owner[:, 1:] != PADDING)
+        ce_clean, ce, kl = self._losses(clean, logits, tokens, predicting)
+        predicts = torch.nn.functional.pad(predicting, (0, 1))[counted]
+
+        exact = rows.double()
+        shifted = exact - self._shift
+        columns = [torch.ones_like(exact[:, 0]), predicts.double(), shifted.square().sum(dim=1), ce_clean[counted]]
+        for reconstruction, loss, divergence in zip(rebuilt, ce, kl, strict=True):
+            columns += reconstruction_columns(exact, reconstruction.x_hat.double(), reconstruction.active)
+            columns += [loss[counted], divergence[counted]]
+        self._group(block, counted, torch.stack(columns, dim=1), shifted)
+        return len(rows)
+
+    def finish(self) -> Measured:
+        used = self._documents.used
+        self._by_document.table, self._by_document.shifted = self._by_document.table[:used], self._by_document.shifted[:used]
+        return Measured(tuple(self.variants), len(self._documents), self._by_document, self._by_position, self._by_class)
+
+    def _losses(self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropies `[batch, length]`, `[variants, batch, length]` and KL alike, zero where nothing is predicted."""
+        ce_clean = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        ce = ce_clean.expand(len(logits), *tokens.shape).clone()
+        kl = torch.zeros_like(ce)
+        # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
+        for row in range(len(tokens)):
+            here, others, divergences = token_losses(clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], self._with_kl)
+            keep = predicting[row]
+            ce_clean[row, :-1] = here.double().where(keep, 0.0)
+            ce[:, row, :-1] = others.double().where(keep, 0.0)
+            kl[:, row, :-1] = divergences.double().where(keep, 0.0)
+        return ce_clean, ce, kl
+
+    def _group(self, block: Sequences, counted: Tensor, values: Tensor, shifted: Tensor) -> None:
+        mask = counted.cpu().numpy()
+        places = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)[mask]
+        # frexp's exponent of a whole number is its bit length
+        groups = {"position": np.frexp(places)[1], "document": self._documents.of(block.documents[mask])}
+        self._by_position.add(torch.tensor(groups["position"]).to(values.device).long(), values, shifted)
+        self._by_document.add(torch.tensor(groups["document"]).to(values.device), values, shifted)
+        if self.classes is not None and self._by_class is not None:
+            classes = self.classes.of(block.tokens)[mask]
+            self._by_class.add(torch.tensor(classes).to(values.device), values, shifted)
+
+
+def measure(measurement: Measurement, held_out: HeldOut, tokens: int, batch_sequences: int, title: str) -> Measured:
+    """All batches of the first `tokens` held-out tokens."""
+    size = max(1, batch_sequences // (1 + len(measurement.variants)))
+    with progress(logger, title, min(tokens, held_out.tokens), "tokens") as advance:
+        for block in held_out.batches(tokens, size):
+            measurement.add(block)
+            advance(int((block.documents >= 0).sum()), "")
+    return measurement.finish()

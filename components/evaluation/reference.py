@@ -1,0 +1,74 @@
+"""What an evaluation takes from training text: the mean, the typical norm, and the directions that vary most.
+
+Read from sequences of the train split that are spread evenly over it, through the language model; so an SAE made elsewhere
+is measured against the same numbers as ours, with or without an activation dataset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.corpus.tokens import read_sequences
+from components.evaluation.held_out import HeldOut, right_padded
+from components.language_model.hook_points import HookPoint, capture
+
+_SAMPLE_ROWS = 4_096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Statistics of training activations at the hook point; tensors are on the device of the evaluation."""
+
+    mean: Tensor
+    """`[d_in]`"""
+    mean_norm: float
+    """Mean of `||x||`."""
+    median_norm: float
+    """Median of `||x||`."""
+    covariance: Tensor
+    """`[d_in, d_in]`, float64."""
+    sample: Tensor
+    """Some of the rows, `[at most 4096, d_in]`."""
+
+    @property
+    def d_in(self) -> int:
+        return len(self.mean)
+
+
+def reference_statistics(
+    model: nn.Module, point: HookPoint, text: HeldOut, tokens: int, batch_sequences: int, device: torch.device
+) -> Reference:
+    """Statistics over about `tokens` tokens of the train split."""
+    split = text.manifest["splits"]["train"]
+    chosen = min(split["sequences"], -(-tokens * split["sequences"] // split["tokens"]))
+    numbers = np.arange(chosen) * split["sequences"] // chosen
+    count, norms, samples = 0, [], []
+    total, products = torch.zeros(()), torch.zeros(())
+    for start in range(0, chosen, batch_sequences):
+        blocks = [
+            right_padded(read_sequences(text.url, text.manifest, "train", number, number + 1))
+            for number in numbers[start : start + batch_sequences].tolist()
+        ]
+        ids = torch.tensor(np.concatenate([block.tokens for block in blocks])).to(device).long()
+        counted = torch.tensor(np.concatenate([block.documents for block in blocks]) >= 0).to(device)
+        x = capture(model, [point], {"input_ids": ids})[point][counted]
+        rows = x.double()
+        count += len(rows)
+        norms.append(rows.norm(dim=1).cpu())
+        total = total.to(rows) + rows.sum(dim=0)
+        products = products.to(rows) + rows.T @ rows
+        samples.append(x[:: max(1, len(x) * chosen // (_SAMPLE_ROWS * len(blocks)))])
+    mean = total / count
+    lengths = torch.cat(norms)
+    sample = torch.cat(samples)[:_SAMPLE_ROWS]
+    return Reference(
+        mean=mean.to(torch.promote_types(sample.dtype, torch.float32)),
+        mean_norm=lengths.mean().item(),
+        median_norm=lengths.median().item(),
+        covariance=products / count - mean[:, None] * mean,
+        sample=sample.to(torch.promote_types(sample.dtype, torch.float32)),
+    )

@@ -1,0 +1,94 @@
+"""The evaluation as one HTML file that needs nothing else: no network, no script, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from components.evaluation import charts
+from components.evaluation.charts import Bar, Dot
+
+_TILES = (
+    ("explained_variance", "explained variance", "{:.4f}"),
+    ("loss_recovered", "loss recovered", "{:.4f}"),
+    ("l0", "L0", "{:.2f}"),
+    ("kl_divergence", "KL divergence, nats", "{:.4f}"),
+    ("mse", "MSE per dimension", "{:.4g}"),
+    ("dead_fraction", "dead features", "{:.2%}"),
+)
+_LOSSES = (
+    ("clean", "as it is", "good"),
+    ("sae", "with the SAE", "accent"),
+    ("mean", "mean", "muted"),
+    ("zero", "zero", "muted"),
+)
+_NAMES = {
+    "sae": "this SAE", "identity": "identity", "zero": "zero", "mean": "mean", "pca": "PCA",
+    "random_directions": "random directions", "neurons": "the model's own basis",
+}  # fmt: skip
+
+
+def render(record: Mapping[str, Any], density: np.ndarray, earlier: Sequence[Mapping[str, Any]]) -> str:
+    """The page for an evaluation record (see `evaluate.write_evaluation`).
+
+    density `[d_sae]`: share of tokens on which each feature fires. earlier: SAEs to compare with, measured on the same
+    tokens, each with `name`, `l0`, `explained_variance` and `loss_recovered`. `record["about"]` names the SAE: `name`,
+    `language_model`, `hook_point`, `architecture`, `d_in`, `d_sae`.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("components.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    metrics, breakdown = record["metrics"], record["breakdown"]
+    alive = density[density > 0]
+    return environment.from_string(source).render(
+        about=record["about"],
+        metrics=metrics,
+        device=record["device"],
+        digest=record["digest"],
+        tiles=[_tile(metrics, *tile) for tile in _TILES],
+        losses=charts.bars([_loss_bar(metrics, *loss) for loss in _LOSSES], "nats"),
+        density=charts.histogram(np.log10(alive), "share of tokens on which a feature fires", "features") if len(alive) else "",
+        dead=len(density) - len(alive),
+        features=len(density),
+        positions=charts.breakdown(breakdown["position"], [_range(row) for row in breakdown["position"]]),
+        classes=charts.breakdown(breakdown["token_class"], [row["token_class"] for row in breakdown["token_class"]]),
+        baselines=[{**row, "label": _NAMES[row["name"]]} for row in record["baselines"]],
+        pareto=_pareto(metrics, earlier),
+        earlier=len(earlier),
+    )
+
+
+def _tile(metrics: Mapping[str, Any], name: str, label: str, style: str) -> dict[str, str]:
+    def shown(value: float | None) -> str:
+        return "-" if value is None else style.format(value)
+
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return {
+        "label": label,
+        "value": shown(metrics[name]),
+        "interval": "" if low is None else f"{shown(low)} to {shown(high)}",
+    }
+
+
+def _loss_bar(metrics: Mapping[str, Any], variant: str, label: str, kind: str) -> Bar:
+    name = f"ce_loss_{variant}"
+    return Bar(label, metrics[name], kind, metrics.get(f"{name}_low"), metrics.get(f"{name}_high"))
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    return f"{row['first']}" if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+
+
+def _pareto(metrics: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    panels = []
+    for name, label in (("explained_variance", "explained variance"), ("loss_recovered", "loss recovered")):
+        dots = [Dot(str(one["name"]), one["l0"], one[name], "muted") for one in earlier if one.get(name) is not None]
+        if metrics[name] is not None:
+            dots.append(Dot("this SAE", metrics["l0"], metrics[name], "accent"))
+        if dots:
+            panels.append({"title": label, "chart": charts.scatter(dots, "L0", label)})
+    return panels
