@@ -144,7 +144,7 @@ def ui(
     """Open the MLflow UI on what CONFIG's runs have made."""
     with _command(False):
         from components.config import load_config
-        from components.tracking.runs import public_uri, quiet_mlflow, tracking_uri
+        from components.tracking.store import public_uri, quiet_mlflow, tracking_uri
 
         settings = load_config(config, overrides or ())
         uri = tracking_uri(settings.tracking, settings.storage.root)
@@ -153,8 +153,10 @@ def ui(
             return
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        # Not an argument: the process list shows those to every user, and the URI may hold a password.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
         Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
         os.execv(command[0], command)
 
 
