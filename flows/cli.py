@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+from flows.console import command as _command
+from flows.models_cli import models
 
 if TYPE_CHECKING:
     from components.config import RunConfig
@@ -33,6 +33,8 @@ app = typer.Typer(
     CONFIG is a YAML file, or the name of a configuration that ships, such as `quickstart`.
     """,
 )
+
+app.add_typer(models, name="models")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
 Overrides = Annotated[
@@ -158,46 +160,6 @@ def ui(
         Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
         os.execv(command[0], command)
-
-
-@contextmanager
-def _command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], None]]:
-    """Standard output is for the result alone: what libraries print meanwhile goes to standard error.
-
-    A UserError ends in one sentence and exit code 2.
-    """
-    from components.settings import UserError
-
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-
-    def show(result: dict[str, Any], for_people: Callable[[dict[str, Any]], None]) -> None:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        if as_json:
-            print(json.dumps(result, indent=2, allow_nan=False), flush=True)
-        else:
-            for_people(result)
-
-    try:
-        yield show
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(2) from None
-    except FloatingPointError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(1) from None
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False) -> Plan:
