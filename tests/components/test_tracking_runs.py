@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -138,92 +133,3 @@ def test_a_refused_value_is_reported_and_does_not_hold_up_the_others():
     assert buffer.drain(10)
     assert [metric.key for metric in sent] == ["good"]
     buffer.close()
-
-
-class Server:
-    """A real `mlflow server` that can be stopped and started again on the same port."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.folder = folder
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/server.db",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with (self.folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(240):
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.25)
-        raise TimeoutError("the MLflow server did not come up")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
-    yield made
-    made.kill()
-
-
-def points(start: int, count: int) -> list[dict[str, float]]:
-    return [{"tokens": float(step), "loss": 1 / step, "l0": float(step)} for step in range(start, start + count)]
-
-
-def test_while_the_server_is_away_training_does_not_wait_and_no_point_is_lost(server: Server):
-    settings = TrackingSettings(uri=server.uri, patience_seconds=120, system_metrics_seconds=0.5)
-    with tracked_run(settings, "unused", "away", "away", {}, {}) as run:
-        run.add_points(points(1, 150))
-        run.flush()
-        server.kill()
-        started = time.monotonic()
-        for start in range(151, 1151, 10):
-            run.add_points(points(start, 10))
-            time.sleep(0.02)
-        assert time.monotonic() - started < 100 * 0.02 + 1.0
-        server.start()
-    history = run.client.get_metric_history(run.run_id, "train/loss")
-    assert sorted(metric.step for metric in history) == list(range(1, 1151))
-    assert len(run.client.get_metric_history(run.run_id, "train/l0")) == 1150
-    assert run.client.get_run(run.run_id).info.status == "FINISHED"
-    assert any(name.startswith("system/") for name in run.client.get_run(run.run_id).data.metrics)
-
-
-def test_an_error_is_not_hidden_by_a_server_that_is_away_and_the_run_is_closed_later(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("components.tracking.runs._CLOSING_SECONDS", 2.0)
-    settings = TrackingSettings(uri=server.uri)
-    started = time.monotonic()
-    with pytest.raises(RuntimeError, match="the disk is full"):
-        with tracked_run(settings, "unused", "lost", "lost", {}, {}) as run:
-            run.add_points(points(1, 10))
-            server.kill()
-            raise RuntimeError("the disk is full")
-    assert time.monotonic() - started < 15
-    server.start()
-    assert run.client.get_run(run.run_id).info.status in ("RUNNING", "FAILED")
-    with tracked_run(settings, "unused", "next", "next", {}, {}):
-        closed = run.client.get_run(run.run_id)
-    assert closed.info.status == "FAILED"
-    assert closed.data.tags["sae.failure"]

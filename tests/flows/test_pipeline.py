@@ -49,57 +49,21 @@ def ask(environment: dict[str, str], path: str, body: dict) -> list[dict]:
         return json.load(answer)
 
 
-def test_sigterm_closes_the_mlflow_run_with_the_reason_and_a_champion_is_reproduced_from_its_version_alone(
-    config: Path, tiny_tree: dict, tmp_path: Path, prefect_environment: dict
-):
+def test_sigterm_closes_the_mlflow_run_with_the_reason(config: Path, tmp_path: Path, prefect_environment: dict):
     root = tmp_path / "root"
     process = subprocess.Popen(
-        [SAE, "run", str(config), "--set", "training.tokens=2_000_000"], env=prefect_environment, stderr=subprocess.DEVNULL
+        [SAE, "run", str(config), "--set", "training.tokens=20_000_000"], env=prefect_environment, stderr=subprocess.DEVNULL
     )
     while not seen(root, "saes/*/checkpoints/step-*")():
         assert process.poll() is None
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=120) != 0
     with sqlite3.connect(root / "mlflow.db") as database:
         tagged = "select status, value from runs join tags using (run_uuid) where key = 'sae.failure'"
         ((status, reason),) = database.execute(tagged).fetchall()
     assert status == "FAILED"
     assert reason.startswith("SIGTERM")
-
-    first = run(config, prefect_environment)
-    flow_id = flow_runs(prefect_environment)
-    texts = [
-        found["data"]
-        for found in ask(prefect_environment, "/artifacts/filter", {"limit": 50})
-        if first["mlflow_run"] in found["data"] and found["flow_run_id"] in {flow["id"] for flow in flow_id}
-    ]
-    assert any(f"models:/{first['registered_model']}/1" in text for text in texts)
-
-    name = f"{first['registered_model']}@champion"
-    shown = sae_models("show", name, "--json", root=root)
-    assert shown["lineage"]["mlflow_run"] == first["mlflow_run"]
-    assert shown["lineage"]["prefect_flow_run"] in {flow["id"] for flow in flow_id}
-    assert shown["lineage"]["dataset_digest"] == first["digests"]["activations"]
-    assert shown["lineage"]["git_commit"]
-    assert shown["reproduce"][-2].endswith("--config > reproduction.yaml")
-    written = subprocess.run(
-        [SAE, "models", "show", name, "--config", "--root", str(root)], capture_output=True, text=True, check=True
-    )
-    (tmp_path / "reproduction.yaml").write_text(written.stdout)
-    shutil.rmtree(root / "saes")
-    again = subprocess.run(
-        [SAE, "run", "reproduction.yaml", "--json"], cwd=tmp_path, capture_output=True, text=True, env=prefect_environment
-    )
-    assert again.returncode == 0, again.stderr
-    made = json.loads((tmp_path / json.loads(again.stdout)["paths"]["sae"] / "training.json").read_text())
-    assert made["weights_sha256"] == shown["lineage"]["weights_sha256"]
-
-
-def sae_models(*arguments: str, root: Path) -> dict:
-    done = subprocess.run([SAE, "models", *arguments, "--root", str(root)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(config: Path, prefect_environment: dict):
@@ -107,6 +71,9 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     first = run(config, prefect_environment)
     (flow_run,) = flow_runs(prefect_environment)[: len(flow_runs(prefect_environment)) - before]
     assert flow_run["state_type"] == "COMPLETED"
+    artifacts = ask(prefect_environment, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
+    assert any(first["mlflow_run"] in found["data"] for found in artifacts)
+    assert any(f"models:/{first['registered_model']}/1" in found["data"] for found in artifacts)
     assert not first["reused"]
     assert (first["alias"], first["model_version"]) == ("champion", 1)
     assert set(first["seconds"]) == {"tokens", "extract", "train", "evaluate", "register", "total"}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,64 +21,12 @@ from components.planning import Plan
 pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
-KEYS = {"AWS_ACCESS_KEY_ID": "foundry-test", "AWS_SECRET_ACCESS_KEY": "planted-secret-31415", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free, with the one 10,000 above too (SeaweedFS puts gRPC there)."""
-    found: list[int] = []
-    for port in range(18_000, 20_000):
-        try:
-            for candidate in (port, port + 10_000):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", candidate))
-        except OSError:
-            continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError("no free ports")
-
-
-@pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A bucket's URL; the environment of this process points at its server."""
-    folder = tmp_path_factory.mktemp("seaweed")
-    credentials = [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}]
-    identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    (folder / "id.json").write_text(json.dumps({"identities": [identity]}))
-    port, master, volume, filer = free_ports(4)
-    command = [
-        str(BIN / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}",
-        f"-s3.config={folder}/id.json", "-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-bucket=acts",
-        f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-filer.localSocket={folder}/f.sock",
-        "-s3.cacheCapacityMB=64",
-    ]  # fmt: skip
-    environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    with (folder / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(120):
-                try:
-                    storage.put_bytes(b"", "s3://acts/ready")
-                    break
-                except Exception:  # not up yet, in one of many ways
-                    assert server.poll() is None, (folder / "log").read_text()
-                    time.sleep(0.5)
-            else:
-                raise TimeoutError("the S3 server did not come up")
-            yield "s3://acts"
-        finally:
-            server.terminate()
-            server.wait(timeout=30)
 
 
 @pytest.fixture
 def tree(tiny_tree: dict, s3: str, tmp_path: Path) -> dict:
     tiny_tree["storage"]["root"] = f"{s3}/{tmp_path.name}"
-    tiny_tree["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    tiny_tree["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
     return tiny_tree
 
 
@@ -97,7 +42,7 @@ def line(tree: dict) -> tuple[Plan, dict]:
 def test_the_line_on_s3_gives_the_same_bytes_as_on_a_local_disk(tree: dict, tmp_path: Path):
     remote, outcome = line(tree)
     assert outcome["alias"] == "champion"
-    local, _ = line({**tree, "storage": {"root": str(tmp_path / "local")}, "tracking": {}})
+    local, _ = line({**tree, "storage": {"root": str(tmp_path / "local")}, "tracking": {"gates": tree["tracking"]["gates"]}})
     assert remote.dataset_manifest() == local.dataset_manifest()
     assert remote.training_record()["weights_sha256"] == local.training_record()["weights_sha256"]
     assert remote.evaluation_record()["metrics"] == local.evaluation_record()["metrics"]
