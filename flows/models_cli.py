@@ -171,14 +171,16 @@ def _number(value: float | None) -> str:
 
 
 def _print_list(result: dict[str, Any]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     columns = ("loss_recovered", "l0", "explained_variance", "dead_fraction", "evaluation_tokens")
+    heads = [name.replace("_", "\n") for name in columns]
     for model in result["models"]:
-        table = Table("version", "alias", "created", *columns, title=model["name"])
+        table = Table("version", "alias", "created", *heads, title=model["name"], box=SIMPLE_HEAD)
         for row in model["versions"]:
             cells = [_number(row[name]) for name in columns]
-            table.add_row(str(row["version"]), ", ".join(row["aliases"]), row["created"], *cells)
+            table.add_row(str(row["version"]), "\n".join(row["aliases"]), row["created"].replace("T", "\n"), *cells)
         Console().print(table)
     if not result["models"]:
         print("no registered models yet; `sae run` makes them")

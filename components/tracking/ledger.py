@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from components.settings import UserError
+from components.tracking.liveness import ownership_tags
 
 CHAMPION = "champion"
 LEDGER_TAG, SETTLED_TAG = "sae.ledger", "sae.alias_settled"
@@ -80,7 +81,7 @@ def _registered(client: MlflowClient, name: str) -> Any | None:
 
 
 def _new_ledger(client: MlflowClient, name: str, experiment_id: str) -> str:
-    tags = {"sae.ledger_of": name, MLFLOW_RUN_NAME: f"promotions of {name}"}
+    tags = {"sae.ledger_of": name, MLFLOW_RUN_NAME: f"promotions of {name}", **ownership_tags()}
     run = client.create_run(experiment_id, tags=tags)
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
