@@ -174,13 +174,15 @@ def _print_list(result: dict[str, Any]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = ("loss_recovered", "l0", "explained_variance", "dead_fraction", "evaluation_tokens")
+    columns = ("loss_recovered", "l0", "explained_variance", "dead_fraction")  # 80 characters with the others
     heads = [name.replace("_", "\n") for name in columns]
     for model in result["models"]:
-        table = Table("version", "alias", "created", *heads, title=model["name"], box=SIMPLE_HEAD)
+        table = Table(title=model["name"], box=SIMPLE_HEAD, padding=(0, 1))
+        for head in ("version", "alias", "created", *heads):
+            table.add_column(head, no_wrap=head in ("alias", "created"))
         for row in model["versions"]:
             cells = [_number(row[name]) for name in columns]
-            table.add_row(str(row["version"]), "\n".join(row["aliases"]), row["created"].replace("T", "\n"), *cells)
+            table.add_row(str(row["version"]), "\n".join(row["aliases"]), row["created"][:10], *cells)
         Console().print(table)
     if not result["models"]:
         print("no registered models yet; `sae run` makes them")
