@@ -177,7 +177,7 @@ def _print_list(result: dict[str, Any]) -> None:
     columns = ("loss_recovered", "l0", "explained_variance", "dead_fraction")  # 80 characters with the others
     heads = [name.replace("_", "\n") for name in columns]
     for model in result["models"]:
-        table = Table(title=model["name"], box=SIMPLE_HEAD, padding=(0, 1))
+        table = Table(title=model["name"], box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for head in ("version", "alias", "created", *heads):
             table.add_column(head, no_wrap=head in ("alias", "created"))
         for row in model["versions"]:
