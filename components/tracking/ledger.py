@@ -24,6 +24,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from components.settings import UserError
 from components.tracking.liveness import ownership_tags
+from components.tracking.store import ensure_experiment
 
 CHAMPION = "champion"
 LEDGER_TAG, SETTLED_TAG = "sae.ledger", "sae.alias_settled"
@@ -51,9 +52,15 @@ class Entry:
     """Tells a writer its own entry from an equal one."""
 
 
-def ensure_model(client: MlflowClient, name: str, experiment_id: str, tags: dict[str, str]) -> None:
-    """The registered model, with its ledger, whoever makes it first."""
+def ensure_model(client: MlflowClient, name: str, experiment: str, tags: dict[str, str]) -> None:
+    """The registered model, with its ledger, whoever makes it first.
+
+    experiment: of the runs; the ledgers are in one beside it, so that they are not among what people compare.
+    """
     found = _registered(client, name)
+    if found is not None and LEDGER_TAG in found.tags:
+        return
+    experiment_id = ensure_experiment(client, f"{experiment}-promotions")
     if found is None:
         ledger = _new_ledger(client, name, experiment_id)
         try:

@@ -72,7 +72,7 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
     version = find_version(client, name, candidate.run_digest, candidate.weights_sha256)
     if version is None:
         model = _logged_model(run, candidate)
-        ensure_model(client, name, run.experiment_id, candidate.model_tags)
+        ensure_model(client, name, run.experiment, candidate.model_tags)
         numbers = {f"{METRIC_PREFIX}{key}": repr(value) for key, value in candidate.metrics.items() if _is_number(value)}
         everything = {
             **candidate.tags,

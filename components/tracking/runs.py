@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
@@ -42,10 +44,12 @@ logger = logging.getLogger(__name__)
 class TrackedRun:
     """An open MLflow run. Metrics are buffered and sent by a thread of their own; none is logged twice."""
 
-    def __init__(self, client: MlflowClient, run: Run, uri: str, patience_seconds: float) -> None:
+    def __init__(self, client: MlflowClient, run: Run, experiment: str, uri: str, patience_seconds: float) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
+        self.experiment = experiment
+        """Its name."""
         self.tags: dict[str, str] = dict(run.data.tags)
         """As they were when the run was opened."""
         self._patience = patience_seconds
@@ -124,8 +128,13 @@ class TrackedRun:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
 
     def log_figures(self, figures: dict[str, Any]) -> None:
+        """As files under `figures/`, and as images by key, which MLflow's charts show side by side for several runs."""
+        shown = {entry.path for entry in self.client.list_artifacts(self.run_id, "images")}
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+            key = f"figures/{name}"
+            if not any(path.startswith(f"images/{key.replace('/', '~')}+") for path in shown):
+                self.client.log_image(self.run_id, _pixels(figure), key=key, step=0)
 
     def log_text(self, text: str, path: str) -> None:
         self.client.log_text(self.run_id, text, path)
@@ -147,6 +156,13 @@ def _values(point: dict[str, float], now: int, step: int) -> Values:
     # Whether a point was logged is asked of its loss alone: it leads.
     names = sorted((name for name in point if name != "tokens"), key=lambda name: name != "loss")
     return [Metric(f"train/{name}", float(point[name]), now, step) for name in names if math.isfinite(point[name])]
+
+
+def _pixels(figure: Any) -> Any:
+    """A matplotlib figure as uint8 `[height, width, 3]`."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token": DataType.integer}
@@ -193,7 +209,7 @@ def tracked_run(
     uri = tracking_uri(settings, root)
     with raised_on_sigterm():
         active, earlier = _open(client, settings, name, run_digest, tags)
-        run = TrackedRun(client, active, uri, settings.patience_seconds)
+        run = TrackedRun(client, active, settings.experiment, uri, settings.patience_seconds)
         system = SystemMetrics(active, uri, run.buffer, settings.system_metrics_seconds)
         try:
             if earlier:

@@ -52,15 +52,24 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     else:
         os.environ[_URI_VARIABLE] = environment
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    if client.get_experiment_by_name(settings.experiment) is None:
+    ensure_experiment(client, settings.experiment)
+    return client
+
+
+def ensure_experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, made if it is not there."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        uri = client.tracking_uri
         # A database in a file keeps its artifacts beside it, not in the working directory.
         location = (_file(uri).resolve().parent / "mlflow-artifacts").as_uri() if _is_file(uri) else None
         try:
-            client.create_experiment(settings.experiment, artifact_location=location)
+            return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:  # another run that starts at the same time was first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    return client
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
 
 
 def database_exists(settings: TrackingSettings, root: str) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from components import steps, storage
 from components.config import parse_config
@@ -74,11 +75,14 @@ def test_registering_again_adds_neither_run_nor_version_nor_point(tiny_tree: dic
     plan, first = complete(tiny_tree)
     client = client_of(plan)
     points = len(client.get_metric_history(first["run"], "train/loss"))
+    images = {entry.path for entry in client.list_artifacts(first["run"], "images")}
+    assert len(images) == 2 * 3  # each with a small copy
     _, second = complete(tiny_tree)
     assert second == first
     assert len(client.search_model_versions(f"name='{plan.registered_model}'")) == 1
     assert len(client.search_logged_models([client.get_run(first["run"]).info.experiment_id])) == 1
     assert len(client.get_metric_history(first["run"], "train/loss")) == points
+    assert {entry.path for entry in client.list_artifacts(first["run"], "images")} == images
 
 
 def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_tree: dict):
@@ -95,8 +99,11 @@ def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_t
 def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_tree: dict):
     plan, first = complete(tiny_tree)
     # as if the same configuration had been trained on another kind of device
+    weights = Path(plan.sae_url, "sae_weights.safetensors")
+    tensors = load_file(weights)
+    save_file({**tensors, "b_dec": tensors["b_dec"] + 1e-6}, weights)
     record = storage.read_json(f"{plan.sae_url}/training.json")
-    storage.put_json({**record, "weights_sha256": "0" * 64}, f"{plan.sae_url}/training.json")
+    storage.put_json({**record, "weights_sha256": storage.file_sha256(weights)}, f"{plan.sae_url}/training.json")
     again, second = complete(tiny_tree)
     assert (second["run"], second["model_version"]) == (first["run"], 2)
     client = client_of(again)

@@ -246,7 +246,7 @@ def test_a_slow_writer_of_the_alias_puts_it_right_again(registry: Registry, monk
 
 
 def test_many_at_once_write_each_entry_once(registry: Registry):
-    ensure_model(registry.client, "crowd", registry.client.get_experiment_by_name("sae-foundry").experiment_id, {})
+    ensure_model(registry.client, "crowd", "sae-foundry", {})
     ledger = Ledger(registry.client, "crowd")
 
     def add(worker: int) -> int:
@@ -261,9 +261,9 @@ def test_many_at_once_write_each_entry_once(registry: Registry):
 
 
 def test_the_first_two_versions_at_once_make_one_model_with_one_history(registry: Registry):
-    experiment = registry.client.get_experiment_by_name("sae-foundry").experiment_id
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda _: ensure_model(registry.client, "new", experiment, {}), range(4)))
+        list(threads.map(lambda _: ensure_model(registry.client, "new", "sae-foundry", {}), range(4)))
+    experiment = registry.client.get_experiment_by_name("sae-foundry-promotions").experiment_id
     kept = registry.client.search_runs([experiment], "tags.`sae.ledger_of` = 'new'")
     assert [run.info.run_id for run in kept] == [registry.client.get_registered_model("new").tags["sae.ledger"]]
 
