@@ -206,7 +206,9 @@ class Plan:
 
     @property
     def registered_model(self) -> str:
-        name = self.config.tracking.registered_model or f"{self.source.slug}.{self.hook_point}"
+        tracking = self.config.tracking
+        name = tracking.registered_model or f"{self.source.slug}.{self.hook_point}"
+        name = f"{name}.{tracking.purpose}" if tracking.purpose else name
         return name.replace("/", "-").replace(":", "-")
 
     @cached_property

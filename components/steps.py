@@ -28,6 +28,8 @@ from components.settings import UserError
 from components.training import loop
 from components.training.checkpoint import Point
 
+FLOW_RUN_TAG = "prefect.flow_run_id"
+
 
 def prepare_tokens(plan: Plan) -> dict[str, Any]:
     """Corpus -> token dataset; its manifest."""
@@ -145,7 +147,8 @@ def _given_folder(plan: Plan, sae: str) -> Iterator[Path]:
 
 def _track_given(plan: Plan, url: str, record: dict[str, Any], sae: str) -> None:
     """The evaluation of a given SAE into an MLflow run of its own."""
-    from components.tracking.runs import public_uri, tracked_run
+    from components.tracking.runs import tracked_run
+    from components.tracking.store import public_uri
 
     config = plan.config
     parameters = {"sae": public_uri(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
@@ -180,24 +183,24 @@ def require_evaluated(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], Manif
     return record, measured, manifest
 
 
-def register(plan: Plan, run: Any) -> dict[str, Any]:
-    """Everything that is known of the SAE into its MLflow run, and the SAE into the registry with an alias.
+def log_results(plan: Plan, run: Any) -> dict[str, Any]:
+    """Everything that is known of the trained and evaluated SAE into its MLflow run; the SAE's lineage.
 
-    run: the open run that `tracked` gave. Returns version, alias and reason.
+    run: the open run that `tracked` gave.
     """
-    from components.tracking import figures, registry
-    from components.tracking.runs import git_tags
+    from components.tracking import figures
+    from components.tracking.code import git_tags
 
-    record, measured, manifest = require_evaluated(plan)
+    trained, measured, manifest = require_evaluated(plan)
     metrics = measured["metrics"]
-    run.add_points(record["curves"])
-    run.flush()
+    run.complete_points(trained["curves"])
     run.log_dataset(manifest, plan.dataset_url)
     run.log_evaluation(metrics)
     lineage = {
         "mlflow_run": run.run_id,
+        "prefect_flow_run": run.tags.get(FLOW_RUN_TAG),
         "sae_digest": plan.sae_digest,
-        "weights_sha256": record["weights_sha256"],
+        "weights_sha256": trained["weights_sha256"],
         "dataset_digest": plan.dataset_digest,
         "dataset_url": plan.dataset_url,
         "token_digest": plan.token_digest,
@@ -206,31 +209,52 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
         "configuration": plan.config.model_dump(mode="json"),
     }
     storage.put_json(lineage, storage.join(plan.sae_url, "lineage.json"))
-    filesystem, path = storage.resolve(storage.join(plan.sae_url, "features.parquet"))
-    features = pq.read_table(path, filesystem=filesystem)
+    with storage.local_copies(plan.sae_url, ["features.parquet"]) as folder:
+        features = pq.read_table(folder / "features.parquet")
     evaluation.write_report(plan.sae_url, measured, features, _earlier_versions(plan, run.client, metrics))
-    with storage.local_copies(plan.sae_url, registry.ARTIFACT_FILES) as folder:
-        density = features["density"].to_numpy()
-        run.log_figures(
-            {
-                "training": figures.training_figure(record["curves"]),
-                "cross_entropy": figures.loss_figure(metrics),
-                "feature_density": figures.density_figure(density, metrics["evaluation_tokens"]),
-            }
-        )
+    run.log_figures(
+        {
+            "training": figures.training_figure(trained["curves"]),
+            "cross_entropy": figures.loss_figure(metrics),
+            "feature_density": figures.density_figure(features["density"].to_numpy(), metrics["evaluation_tokens"]),
+        }
+    )
+    return lineage
+
+
+def register(plan: Plan, run: Any) -> dict[str, Any]:
+    """The SAE into the registry, as champion if it passes the gates; version, alias and reason.
+
+    run: the open run that `tracked` gave.
+    """
+    from components.tracking import registration, registry
+    from components.tracking.code import git_tags
+    from components.tracking.gates import load_gates
+
+    gates = load_gates(plan.config.tracking.gates)
+    trained, measured, _ = require_evaluated(plan)
+    metrics = measured["metrics"]
+    lineage = log_results(plan, run)
+    flow_run = {FLOW_RUN_TAG: run.tags[FLOW_RUN_TAG]} if FLOW_RUN_TAG in run.tags else {}
+    names = sorted({*registry.ARTIFACT_FILES, *storage.list_names(plan.sae_url)})
+    with storage.local_copies(plan.sae_url, names) as folder:
         run.log_artifact_folder(folder, "sae")
-        version, decision = registry.register(
-            run.client,
-            plan.registered_model,
-            folder,
-            run.run_id,
-            plan.run_digest,
-            metrics,
-            weights_sha256=record["weights_sha256"],
+        candidate = registration.Candidate(
+            name=plan.registered_model,
+            folder=folder,
+            run_digest=plan.run_digest,
+            weights_sha256=trained["weights_sha256"],
+            metrics=metrics,
             evaluation_set=plan.evaluation_set(metrics["evaluation_tokens"]),
-            tags={"sae.digest": plan.sae_digest, "sae.dataset_digest": plan.dataset_digest, **git_tags()},
-            l0_tolerance=plan.config.tracking.l0_tolerance,
+            lineage=lineage,
+            tags={"sae.digest": plan.sae_digest, registry.DATASET_TAG: plan.dataset_digest, **flow_run, **git_tags()},
+            model_tags={
+                "sae.language_model": plan.config.language_model.name,
+                "sae.hook_point": plan.hook_point,
+                "sae.purpose": plan.config.tracking.purpose or "general",
+            },
         )
+        version, decision = registration.register(run, candidate, gates)
     outcome = {
         "registered_model": version.name,
         "model_version": int(version.version),
@@ -243,14 +267,15 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
 
 def _earlier_versions(plan: Plan, client: Any, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Registered versions that were measured on the same tokens, for the report's comparison."""
-    same = plan.evaluation_set(metrics["evaluation_tokens"])
-    names = ("l0", "explained_variance", "loss_recovered")
+    from components.tracking.registry import earlier_metrics
+
+    same, names = plan.evaluation_set(metrics["evaluation_tokens"]), ("l0", "explained_variance", "loss_recovered")
     return [
-        {"name": f"version {version.version}", **{name: float(version.tags[f"eval.{name}"]) for name in names}}
-        for version in client.search_model_versions(f"name = '{plan.registered_model}'")
-        if version.tags.get("sae.evaluation_set") == same
-        and version.tags.get("sae.run_digest") != plan.run_digest
-        and all(f"eval.{name}" in version.tags for name in names)
+        {"name": f"version {version['version']}", **{name: version[name] for name in names}}
+        for version in earlier_metrics(client, plan.registered_model)
+        if version["evaluation_set"] == same
+        and version["run_digest"] != plan.run_digest
+        and all(version[name] is not None for name in names)
     ]
 
 
@@ -259,12 +284,12 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
     record = plan.training_record()
     if plan.dataset_manifest() is None or record is None or plan.evaluation_record() is None:
         return None
-    from components.tracking import registry, runs
+    from components.tracking import registry, runs, store
 
     config = plan.config
-    if not runs.database_exists(config.tracking, config.storage.root):
+    if not store.database_exists(config.tracking, config.storage.root):
         return None
-    client = runs.connect(config.tracking, config.storage.root)
+    client = store.connect(config.tracking, config.storage.root)
     run = runs.find_run(client, config.tracking.experiment, plan.run_digest)
     version = registry.find_version(client, plan.registered_model, plan.run_digest, record["weights_sha256"], finished=True)
     if run is None or version is None or run.info.status != "FINISHED":
@@ -280,7 +305,7 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
 
 def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
     """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
-    from components.tracking.runs import public_uri, tracking_uri
+    from components.tracking.store import public_uri, tracking_uri
 
     measured = plan.evaluation_record()
     assert measured is not None

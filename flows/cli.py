@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from flows import data_cli
+from flows.models_cli import models
 from flows.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_cli.app)
+app.add_typer(models, name="models")
 
 
 @app.command()
@@ -156,7 +158,7 @@ def ui(
     """Open the MLflow UI on what CONFIG's runs have made."""
     with command(False):
         from components.config import load_config
-        from components.tracking.runs import public_uri, quiet_mlflow, tracking_uri
+        from components.tracking.store import public_uri, quiet_mlflow, tracking_uri
 
         settings = load_config(config, overrides or ())
         uri = tracking_uri(settings.tracking, settings.storage.root)
@@ -165,8 +167,10 @@ def ui(
             return
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+        # Not an argument: the process list shows those to every user, and the URI may hold a password.
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
         Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
-        server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--port", str(port)]
+        server = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
         os.execv(server[0], server)
 
 

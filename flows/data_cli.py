@@ -141,14 +141,14 @@ def delete(
 def _models_of(digest: str, root: str, tracking_uri: str | None) -> list[str]:
     """Registered versions that name the dataset; a UserError where nobody can say."""
     from components.settings import UserError
-    from components.tracking import registry, runs
+    from components.tracking import registry, store
     from components.tracking.settings import TrackingSettings
 
     settings = TrackingSettings(uri=tracking_uri)
-    if not runs.database_exists(settings, root):
+    if not store.database_exists(settings, root):
         return []
     try:
-        return registry.versions_of_dataset(runs.connect(settings, root), digest)
+        return registry.versions_of_dataset(store.connect(settings, root), digest)
     except Exception as error:  # each kind of server has its own
         raise UserError(
             f"tracking.uri: cannot ask MLflow whether a registered model names the dataset ({type(error).__name__}); "

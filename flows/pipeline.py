@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
@@ -45,7 +46,10 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
     plan = Plan(config)
     check(plan)
     seconds: dict[str, float] = {}
-    with steps.tracked(plan, {"prefect.flow_run_id": str(flow_run.get_id())}) as run:
+    with steps.tracked(
+        plan, {steps.FLOW_RUN_TAG: str(flow_run.get_id()), "prefect.flow_run_name": str(flow_run.get_name())}
+    ) as run:
+        create_markdown_artifact(lineage(plan, run.run_id), key="mlflow-run")
         with _timed(seconds, "tokens"):
             prepare_tokens(config)
         with _timed(seconds, "extract"):
@@ -56,7 +60,17 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
             evaluate(config)
         with _timed(seconds, "register"):
             outcome = register(config, run)
+    create_markdown_artifact(lineage(plan, run.run_id, outcome), key="model-version")
     return steps.summary(plan, {"mlflow_run": run.run_id, **outcome}, seconds, reused=False)
+
+
+def lineage(plan: Plan, run_id: str, outcome: dict[str, Any] | None = None) -> str:
+    """What the flow run's page shows of where its results are, in Markdown; MLflow's run names the flow run in turn."""
+    rows = {"MLflow run": run_id, "activation dataset": plan.dataset_digest, "SAE": plan.sae_digest}
+    if outcome is not None:
+        rows["model version"] = f"models:/{outcome['registered_model']}/{outcome['model_version']}"
+        rows["alias"] = f"{outcome['alias']}: {outcome['alias_reason']}"
+    return "\n".join(f"- {name}: `{value}`" for name, value in rows.items())
 
 
 @contextmanager

@@ -80,4 +80,12 @@ def tiny_tree(tiny_model: str, text_corpus: str, tmp_path: Path) -> dict:
         "sae": {"d_sae": 64},
         "training": {"tokens": 20_000, "batch_size": 256, "checkpoint_tokens": 4_000, "log_tokens": 2_000},
         "evaluation": {"tokens": 1_000},
+        "tracking": {"gates": str(tiny_gates(tmp_path))},
     }
+
+
+def tiny_gates(folder: Path) -> Path:
+    """Gates for SAEs of a random model on a few tokens: the comparisons with the champion, and no bounds."""
+    path = folder / "gates.yaml"
+    path.write_text("evaluation_tokens: 100\n")
+    return path

@@ -8,8 +8,8 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from components.settings import UserError
-from components.tracking.runs import connect
 from components.tracking.settings import TrackingSettings
+from components.tracking.store import connect
 
 
 def registered_sae(settings: TrackingSettings, root: str, uri: str, folder: Path) -> Path:

@@ -4,134 +4,115 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import subprocess
+import threading
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import mlflow
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Run
+from mlflow.entities import DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.types.schema import ColSpec, DataType, Schema
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
+from mlflow.utils.rest_utils import http_request
 
-from components import storage
 from components.activations.manifest import Manifest
-from components.settings import UserError
+from components.tracking import liveness
+from components.tracking.buffer import MetricBuffer, Values
+from components.tracking.code import git_tags
 from components.tracking.settings import TrackingSettings
+from components.tracking.store import connect, is_server, public_uri, tracking_uri
+from components.tracking.system import SystemMetrics
+from components.tracking.termination import Terminated, raised_on_sigterm
 
-_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_DIGEST_TAG = "sae.run_digest"
-_FLUSH_POINTS, _FLUSH_SECONDS = 100, 5.0
-_MAXIMUM_METRICS = 1000  # of one log_batch call
+PARENT_TAG = MLFLOW_PARENT_RUN_ID
+_CLOSING_SECONDS = 15.0
+"""How long a run that failed for another reason waits for its server, to say so there."""
+_PER_CALL = 100  # parameters and tags of one log_batch call
 
 logger = logging.getLogger(__name__)
 
 
-def tracking_uri(settings: TrackingSettings, root: str) -> str:
-    """Settings, then environment, then a SQLite file under a local root; a UserError where none is possible."""
-    uri = settings.uri or os.environ.get(_URI_VARIABLE)
-    if uri:
-        return uri
-    if not storage.is_local(root):
-        raise UserError(f"tracking.uri: not given, and storage.root '{root}' cannot hold a database; name an MLflow server")
-    return f"sqlite:///{storage.local_path(root).resolve() / 'mlflow.db'}"
-
-
-def public_uri(uri: str) -> str:
-    """The URI without user and password, fit to be printed."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
-
-
-def connect(settings: TrackingSettings, root: str) -> MlflowClient:
-    """Point MLflow at the configured store and make sure that the experiment is there."""
-    quiet_mlflow()
-    uri = tracking_uri(settings, root)
-    environment = os.environ.get(_URI_VARIABLE)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    # MLflow writes the variable too; left there, it would decide the next run of this process with another root.
-    if environment is None:
-        os.environ.pop(_URI_VARIABLE, None)
-    else:
-        os.environ[_URI_VARIABLE] = environment
-    client = MlflowClient()
-    if client.get_experiment_by_name(settings.experiment) is None:
-        # A database in a file keeps its artifacts beside it, not in the working directory.
-        location = (_file(uri).resolve().parent / "mlflow-artifacts").as_uri() if _is_file(uri) else None
-        client.create_experiment(settings.experiment, artifact_location=location)
-    mlflow.set_experiment(settings.experiment)
-    return client
-
-
-def database_exists(settings: TrackingSettings, root: str) -> bool:
-    """Whether there is a store to ask; a SQLite file that is not there yet would be created by asking."""
-    uri = tracking_uri(settings, root)
-    return not _is_file(uri) or _file(uri).is_file()
-
-
-def _is_file(uri: str) -> bool:
-    return uri.startswith("sqlite:")
-
-
-def _file(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///"))
-
-
-def quiet_mlflow() -> None:
-    """Settings of the library that must stand before its first use; no telemetry, no copies of this repository."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # With a uv.lock in the working directory, log_model would copy lock and project into the model.
-    os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.utils.environment", "mlflow.system_metrics", "mlflow.pyfunc"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted in multiple ways")
-
-
-@dataclass
 class TrackedRun:
-    """An open MLflow run; training points are buffered and none is logged twice."""
+    """An open MLflow run. Metrics are buffered and sent by a thread of their own; none is logged twice."""
 
-    client: MlflowClient
-    run_id: str
-    _logged: set[int] = field(default_factory=set)
-    _buffer: list[list[Metric]] = field(default_factory=list)
-    _flushed_at: float = field(default_factory=time.monotonic)
+    def __init__(self, client: MlflowClient, run: Run, experiment: str, uri: str, patience_seconds: float) -> None:
+        self.client = client
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.experiment = experiment
+        """Its name."""
+        self.tags: dict[str, str] = dict(run.data.tags)
+        """As they were when the run was opened."""
+        self._patience = patience_seconds
+        self._lock = threading.Lock()
+        self._logged: set[int] = set()
+        self.buffer = MetricBuffer(
+            send=lambda values: client.log_batch(self.run_id, metrics=values),
+            is_reachable=lambda: _answers(uri),
+            on_drop=self._forget,
+            on_beat=lambda: liveness.beat(client, self.run_id),
+            beat_seconds=liveness.BEAT_SECONDS,
+        )
 
-    def add_points(self, points: list[dict[str, float]]) -> None:
-        """Training curves under `train/`, with tokens as MLflow's step."""
+    def add_points(self, points: Iterable[dict[str, float]]) -> None:
+        """Training curves under `train/`, with tokens as MLflow's step. Returns at once; where the server has been away
+        for very long, the oldest points are dropped until `complete_points` brings them back."""
         now = int(time.time() * 1000)
-        for point in points:
-            step = int(point["tokens"])
-            if step in self._logged:
-                continue
-            self._logged.add(step)
-            values = {name: value for name, value in point.items() if name != "tokens" and math.isfinite(value)}
-            self._buffer.append([Metric(f"train/{name}", value, now, step) for name, value in values.items()])
-        if len(self._buffer) >= _FLUSH_POINTS or time.monotonic() - self._flushed_at >= _FLUSH_SECONDS:
+        fresh = []
+        with self._lock:
+            for point in points:
+                step = int(point["tokens"])
+                if step not in self._logged:
+                    self._logged.add(step)
+                    fresh.append(_values(point, now, step))
+        self.buffer.add(fresh)
+
+    def complete_points(self, points: list[dict[str, float]]) -> None:
+        """All points of a finished training: those that have not been logged yet are, and have arrived on return."""
+        for start in range(0, len(points), 1000):
             self.flush()
+            self.add_points(points[start : start + 1000])
+        self.flush()
 
     def flush(self) -> None:
-        # A point is never cut in two: whether it was logged is asked of its loss alone.
-        while self._buffer:
-            count = max(1, _MAXIMUM_METRICS // len(self._buffer[0]))
-            batch, self._buffer = self._buffer[:count], self._buffer[count:]
-            self.client.log_batch(self.run_id, metrics=[metric for point in batch for metric in point])
-        self._flushed_at = time.monotonic()
+        """Wait until every buffered metric has arrived."""
+        if not self.buffer.drain(self._patience):
+            raise TimeoutError(
+                f"the MLflow server has not answered for {self._patience:g} s (tracking.patience_seconds); "
+                "nothing is lost: run the same again when it does"
+            )
+        if self.buffer.failure is not None:
+            raise self.buffer.failure
+
+    def _forget(self, values: Values) -> None:
+        if values and values[0].key.startswith("train/"):
+            with self._lock:
+                self._logged.discard(values[0].step)
 
     def log_evaluation(self, metrics: dict[str, Any]) -> None:
-        """Metrics under `eval/`; those that are null are left out."""
-        mlflow.log_metrics({f"eval/{name}": value for name, value in metrics.items() if value is not None}, run_id=self.run_id)
+        """Numbers under `eval/`, once; those that are null or not finite are left out, for MLflow has no such thing."""
+        now = int(time.time() * 1000)
+        numbers = finite_numbers(metrics)
+        known = self.client.get_run(self.run_id).data.metrics
+        fresh = [Metric(f"eval/{name}", value, now, 0) for name, value in numbers.items() if known.get(f"eval/{name}") != value]
+        for start in range(0, len(fresh), 1000):
+            self.client.log_batch(self.run_id, metrics=fresh[start : start + 1000])
+
+    def log_parameters(self, parameters: dict[str, Any]) -> None:
+        """Those that the run has not got yet; MLflow keeps the first value of a parameter for good."""
+        known = self.client.get_run(self.run_id).data.params
+        fresh = [Param(name, str(value)) for name, value in parameters.items() if name not in known]
+        for start in range(0, len(fresh), _PER_CALL):
+            self.client.log_batch(self.run_id, params=fresh[start : start + _PER_CALL])
 
     def log_dataset(self, manifest: Manifest, url: str) -> None:
         """The activation dataset as the run's input; logging the same one again changes nothing."""
@@ -139,18 +120,49 @@ class TrackedRun:
         dataset = MetaDataset(
             source=resolve_dataset_source(url), name=url.rstrip("/").rsplit("/", 1)[-1], digest=manifest.digest, schema=schema
         )
-        mlflow.log_input(dataset, context="training")
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+
+    def log_model_output(self, model_id: str) -> None:
+        """The logged model as the run's output, which is how MLflow's pages link the two."""
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
 
     def log_figures(self, figures: dict[str, Any]) -> None:
+        """As files under `figures/`, and as images by key, which MLflow's charts show side by side for several runs."""
+        shown = {entry.path for entry in self.client.list_artifacts(self.run_id, "images")}
         for name, figure in figures.items():
             self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
+            key = f"figures/{name}"
+            if not any(path.startswith(f"images/{key.replace('/', '~')}+") for path in shown):
+                self.client.log_image(self.run_id, _pixels(figure), key=key, step=0)
+
+    def log_text(self, text: str, path: str) -> None:
+        self.client.log_text(self.run_id, text, path)
 
     def log_artifact_folder(self, folder: Path, name: str) -> None:
         self.client.log_artifacts(self.run_id, str(folder), name)
 
     def set_tags(self, tags: dict[str, Any]) -> None:
-        for key, value in tags.items():
-            self.client.set_tag(self.run_id, key, str(value))
+        self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:8000]) for key, value in tags.items()])
+
+
+def finite_numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The values that MLflow can hold, by name."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _values(point: dict[str, float], now: int, step: int) -> Values:
+    # Whether a point was logged is asked of its loss alone: it leads.
+    names = sorted((name for name in point if name != "tokens"), key=lambda name: name != "loss")
+    return [Metric(f"train/{name}", float(point[name]), now, step) for name in names if math.isfinite(point[name])]
+
+
+def _pixels(figure: Any) -> Any:
+    """A matplotlib figure as uint8 `[height, width, 3]`."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token": DataType.integer}
@@ -158,6 +170,16 @@ _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token
 
 def _column_names(manifest: Manifest) -> list[str]:
     return [line.split(":", 1)[0] for line in manifest.arrow_schema]
+
+
+def _answers(uri: str) -> bool:
+    """Whether the server answers at all, within seconds; MLflow's own calls try for minutes."""
+    if not is_server(uri):
+        return True
+    with suppress(Exception):
+        http_request(get_default_host_creds(uri), "/health", "GET", max_retries=0, timeout=5, raise_on_status=False)
+        return True
+    return False
 
 
 def find_run(client: MlflowClient, experiment: str, run_digest: str) -> Run | None:
@@ -180,50 +202,85 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """The run of that digest: continued where a killed or failed process left it, or a new one.
 
-    It ends as FINISHED, or as FAILED with the reason in the tag `sae.failure`.
+    It ends as FINISHED, or as FAILED with the reason in the tag `sae.failure`: after an exception, after SIGTERM, and
+    after a `kill -9` when the next run of the experiment starts. With the tag `mlflow.parentRunId` it is a child run.
     """
     client = connect(settings, root)
-    mlflow.set_system_metrics_sampling_interval(settings.system_metrics_seconds)
-    mlflow.set_system_metrics_samples_before_logging(1)
-    earlier = find_run(client, settings.experiment, run_digest)
-    everything = {**tags, **git_tags(), RUN_DIGEST_TAG: run_digest}
-    with mlflow.start_run(
-        run_id=earlier.info.run_id if earlier else None,
-        run_name=name,
-        tags=everything,
-        log_system_metrics=True,
-    ) as active:
-        run = TrackedRun(client=client, run_id=active.info.run_id)
-        if earlier:
-            logger.info("mlflow: continuing run %s", run.run_id)
-            run._logged = {metric.step for metric in client.get_metric_history(run.run_id, "train/loss")}
-        # What changes no result (a batch size, a log interval) may differ from when the run began; MLflow keeps the first.
-        logged = earlier.data.params if earlier else {}
-        mlflow.log_params({name: value for name, value in parameters.items() if name not in logged})
+    uri = tracking_uri(settings, root)
+    with raised_on_sigterm():
+        active, earlier = _open(client, settings, name, run_digest, tags)
+        run = TrackedRun(client, active, settings.experiment, uri, settings.patience_seconds)
+        system = SystemMetrics(active, uri, run.buffer, settings.system_metrics_seconds)
         try:
+            if earlier:
+                logger.info("mlflow: continuing run %s", run.run_id)
+                run._logged |= {metric.step for metric in client.get_metric_history(run.run_id, "train/loss")}
+            run.log_parameters(parameters)
+            system.start()
             yield run
-        except BaseException as error:
+            system.stop()
             run.flush()
-            client.set_tag(run.run_id, "sae.failure", f"{type(error).__name__}: {error}"[:4000])
+            if earlier and liveness.FAILURE_TAG in earlier.data.tags:
+                client.delete_tag(run.run_id, liveness.FAILURE_TAG)
+            client.set_terminated(run.run_id, status="FINISHED")
+        except BaseException as error:
+            system.stop()
+            # In a thread, and not for long: a server that is away must not hide or delay what really happened.
+            _within(_CLOSING_SECONDS, partial(_close_as_failed, run, error), public_uri(uri))
             raise
-        run.flush()
-        if earlier and "sae.failure" in earlier.data.tags:
-            client.delete_tag(run.run_id, "sae.failure")
+        finally:
+            run.buffer.close()
+            liveness.closed(run.run_id)
 
 
-def git_tags() -> dict[str, str]:
-    """Commit of the code that runs, and whether it was changed since; empty outside a checkout."""
-    folder = Path(__file__).parent
+def _open(
+    client: MlflowClient, settings: TrackingSettings, name: str, run_digest: str, tags: dict[str, str]
+) -> tuple[Run, Run | None]:
+    """The run, RUNNING, and what was there of it before."""
+    experiment = client.get_experiment_by_name(settings.experiment)
+    liveness.close_dead_runs(client, experiment.experiment_id)
+    earlier = find_run(client, settings.experiment, run_digest)
+    everything = {
+        **tags, **git_tags(), **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
+    }  # fmt: skip
+    if earlier is None:
+        active = client.create_run(experiment.experiment_id, tags={**everything, MLFLOW_RUN_NAME: name}, run_name=name)
+        liveness.opened(active.info.run_id)
+        return active, None
+    liveness.opened(earlier.info.run_id)
+    client.log_batch(earlier.info.run_id, tags=[RunTag(key, str(value)) for key, value in everything.items()])
+    client.update_run(earlier.info.run_id, status="RUNNING")
+    return client.get_run(earlier.info.run_id), earlier
 
-    def git(*arguments: str) -> str | None:
+
+def _close_as_failed(run: TrackedRun, error: BaseException) -> None:
+    run.buffer.drain(_CLOSING_SECONDS / 2)
+    run.client.set_tag(run.run_id, liveness.FAILURE_TAG, reason_of(error))
+    run.client.set_terminated(run.run_id, status="FAILED")
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for the tag: what ended the run."""
+    if isinstance(error, Terminated) or type(error).__name__ == "TerminationSignal":  # the second is Prefect's
+        return "SIGTERM: the process was asked to end"
+    if isinstance(error, KeyboardInterrupt):
+        return "KeyboardInterrupt: stopped from the keyboard"
+    return f"{type(error).__name__}: {error}"[:4000]
+
+
+def _within(seconds: float, action: Callable[[], None], server: str) -> None:
+    """Do it, for at most so many seconds; what goes wrong is a warning."""
+    failures: list[BaseException] = []
+
+    def attempt() -> None:
         try:
-            done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+            action()
+        except Exception as error:
+            failures.append(error)
 
-    # An installed copy inside somebody else's checkout must not claim that checkout's commit.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return {}
-    dirty = "true" if git("status", "--porcelain") else "false"
-    return {MLFLOW_GIT_COMMIT: git("rev-parse", "HEAD") or "none", "sae.git_dirty": dirty}
+    thread = threading.Thread(target=attempt, name="mlflow-closing", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive() or failures:
+        why = f"{type(failures[0]).__name__}" if failures else f"no answer in {seconds:g} s"
+        logger.warning("mlflow: %s could not be told of the failure (%s); the next run will close this one", server, why)

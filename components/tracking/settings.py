@@ -21,8 +21,14 @@ class TrackingSettings(Settings):
     registered_model: str | None = Field(default=None, pattern=r"^[^/:]+$")
     """Name in the model registry, without slash or colon; `<language model>.<hook point>` where it is not given."""
 
-    l0_tolerance: float = Field(default=1.05, ge=1)
-    """A better SAE may use so many times the champion's L0, at most, to become champion itself."""
+    purpose: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """What the SAE is for, where one language model and hook point have several: the last part of the registered name."""
+
+    gates: str | None = None
+    """YAML file with the gates that a version must pass to become champion; `mlflow/gates.yaml` where it is not given."""
+
+    patience_seconds: float = Field(default=600.0, gt=0)
+    """How long a finished step waits for an MLflow server that does not answer, before the run fails."""
 
     system_metrics_seconds: float = Field(default=5.0, gt=0)
     """Seconds between two samples of CPU, memory, disk and GPU use."""

@@ -41,11 +41,39 @@ def flow_runs(environment: dict[str, str]) -> list[dict]:
         return json.load(answer)
 
 
+def ask(environment: dict[str, str], path: str, body: dict) -> list[dict]:
+    request = urllib.request.Request(
+        environment["PREFECT_API_URL"] + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def test_sigterm_closes_the_mlflow_run_with_the_reason(config: Path, tmp_path: Path, prefect_environment: dict):
+    root = tmp_path / "root"
+    process = subprocess.Popen(
+        [SAE, "run", str(config), "--set", "training.tokens=20_000_000"], env=prefect_environment, stderr=subprocess.DEVNULL
+    )
+    while not seen(root, "saes/*/checkpoints/step-*")():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=120) != 0
+    with sqlite3.connect(root / "mlflow.db") as database:
+        tagged = "select status, value from runs join tags using (run_uuid) where key = 'sae.failure'"
+        ((status, reason),) = database.execute(tagged).fetchall()
+    assert status == "FAILED"
+    assert reason.startswith("SIGTERM")
+
+
 def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(config: Path, prefect_environment: dict):
     before = len(flow_runs(prefect_environment))
     first = run(config, prefect_environment)
     (flow_run,) = flow_runs(prefect_environment)[: len(flow_runs(prefect_environment)) - before]
     assert flow_run["state_type"] == "COMPLETED"
+    artifacts = ask(prefect_environment, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
+    assert any(first["mlflow_run"] in found["data"] for found in artifacts)
+    assert any(f"models:/{first['registered_model']}/1" in found["data"] for found in artifacts)
     assert not first["reused"]
     assert (first["alias"], first["model_version"]) == ("champion", 1)
     assert set(first["seconds"]) == {"tokens", "extract", "train", "evaluate", "register", "total"}

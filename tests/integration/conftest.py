@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pwd
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,3 +65,94 @@ def saelens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode != 0:
         pytest.skip(f"SAELens cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     return folder
+
+
+class MLflowServer:
+    """`mlflow server` as `mlflow/server.env` sets it up, that can be killed and started again on the same port."""
+
+    def __init__(self, folder: Path, database: str, artifacts: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
+        self.environment = {
+            **os.environ,
+            "MLFLOW_BACKEND_STORE_URI": database,
+            "MLFLOW_ARTIFACTS_DESTINATION": artifacts,
+            "MLFLOW_S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"],
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "2"]
+        log_path = self.folder / "mlflow.log"
+        with log_path.open("a") as log:
+            self.process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        for _ in range(480):
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert self.process.poll() is None, log_path.read_text()
+                time.sleep(0.25)
+        raise TimeoutError(log_path.read_text())
+
+    def kill(self) -> None:
+        """kill -9, with its workers."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def _postgres_tool(name: str) -> str | None:
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    return shutil.which(name) or (str(found[-1]) if found else None)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URI of an empty database; skips where PostgreSQL is not installed. (SQLAlchemy 2.1 takes a plain `postgresql:`
+    for psycopg 3.)"""
+    initdb, pg_ctl = _postgres_tool("initdb"), _postgres_tool("pg_ctl")
+    if initdb is None or pg_ctl is None:
+        pytest.skip("PostgreSQL is not installed: initdb and pg_ctl are needed (apt-get install postgresql)")
+    # Not under pytest's folder: every pytest that starts makes that one private to its user again.
+    folder = Path(tempfile.mkdtemp(prefix="sae-postgres-"))
+    user: dict[str, int] = {}
+    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+        try:
+            owner = pwd.getpwnam("postgres")
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user 'postgres' to run it as")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        user = {"user": owner.pw_uid, "group": owner.pw_gid}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    data = str(folder / "data")
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off -c max_connections=200"
+    commands = [
+        [initdb, "-D", data, "-U", "mlflow", "--auth=trust", "-E", "UTF8", "--locale=C", "-N"],
+        [pg_ctl, "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "-t", "60", "start"],
+    ]
+    for command in commands:
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **user)
+        assert done.returncode == 0, (folder / "log").read_text() if (folder / "log").exists() else command
+    try:
+        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([pg_ctl, "-D", data, "-m", "immediate", "stop"], cwd=folder, stdout=subprocess.DEVNULL, **user)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(postgres: str, s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    """MLflow on PostgreSQL, with artifacts on S3 through the server's proxy."""
+    server = MLflowServer(tmp_path_factory.mktemp("mlflow"), postgres, "s3://mlflow/artifacts")
+    server.start()
+    yield server
+    server.kill()

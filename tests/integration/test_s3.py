@@ -34,7 +34,7 @@ BIN = Path(sys.executable).parent
 @pytest.fixture
 def tree(tiny_tree: dict, s3: str, tmp_path: Path) -> dict:
     tiny_tree["storage"]["root"] = f"{s3}/{tmp_path.name}"
-    tiny_tree["tracking"] = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    tiny_tree["tracking"]["uri"] = f"sqlite:///{tmp_path}/mlflow.db"
     return tiny_tree
 
 
@@ -50,7 +50,7 @@ def line(tree: dict) -> tuple[Plan, dict]:
 def test_the_line_on_s3_gives_the_same_bytes_as_on_a_local_disk(tree: dict, tmp_path: Path):
     remote, outcome = line(tree)
     assert outcome["alias"] == "champion"
-    local, _ = line({**tree, "storage": {"root": str(tmp_path / "local")}, "tracking": {}})
+    local, _ = line({**tree, "storage": {"root": str(tmp_path / "local")}, "tracking": {"gates": tree["tracking"]["gates"]}})
     assert remote.dataset_manifest() == local.dataset_manifest()
     assert remote.training_record()["weights_sha256"] == local.training_record()["weights_sha256"]
     assert remote.evaluation_record()["metrics"] == local.evaluation_record()["metrics"]

@@ -1,0 +1,255 @@
+"""Gates: what a version must show to become champion, and the table of what it showed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from components.settings import Settings, UserError, digest
+
+COMPARED = ("loss_recovered", "l0")
+
+
+class Bound(Settings):
+    at_least: float | None = None
+    """The smallest value that passes."""
+
+    at_most: float | None = None
+    """The largest value that passes."""
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Bound:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("give at_least, at_most or both")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least:g} is over at_most {self.at_most:g}")
+        return self
+
+
+class ChampionGates(Settings):
+    same_evaluation_set: bool = True
+    """Both were measured on the same held-out tokens, language model and hook point, in the same way."""
+
+    l0_at_most_times: float = Field(default=1.05, gt=0)
+    """The candidate's L0 is at most so many times the champion's."""
+
+    loss_recovered_margin_at_most: float = Field(default=0.01, ge=0)
+    """Upper limit of the margin by which loss_recovered may be lower: half the width of its confidence interval."""
+
+    must_improve: bool = True
+    """More loss recovered by more than the margin, or a smaller L0 within it."""
+
+
+class Gates(Settings):
+    evaluation_tokens: int = Field(default=50_000, ge=0)
+    """Held-out tokens that the metrics were measured on, at least."""
+
+    bounds: dict[str, Bound] = Field(default_factory=dict)
+    """Metric -> the values that pass."""
+
+    champion: ChampionGates = ChampionGates()
+    """Comparisons with the champion, skipped where there is none."""
+
+
+def shipped_gates() -> Path:
+    """`mlflow/gates.yaml` of a checkout, or its copy in an installed wheel."""
+    installed = Path(__file__).parent / "gates.yaml"
+    return installed if installed.is_file() else Path(__file__).parents[2] / "mlflow" / "gates.yaml"
+
+
+def load_gates(path: str | None) -> Gates:
+    """The gates in a YAML file, those that ship where none is named; a UserError for what does not fit."""
+    source = Path(path) if path else shipped_gates()
+    try:
+        return Gates.model_validate(yaml.safe_load(source.read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise UserError(f"tracking.gates: cannot read '{source}'; name a YAML file such as mlflow/gates.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"tracking.gates: '{source}' is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(Gates.model_fields) if len(first["loc"]) == 1 else "the fields that mlflow/gates.yaml shows"
+            raise UserError(f"tracking.gates: '{source}': there is no gate '{where}' (accepted here: {known})") from error
+        raise UserError(f"tracking.gates: '{source}': {where}: {first['input']!r}: {first['msg']}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    gate: str
+    passed: bool
+    measured: str
+    required: str
+    short_by: float | None = None
+    """How much is missing, in the metric's unit; None where it passed or cannot be said as a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """The table of one candidate's gates."""
+
+    results: tuple[GateResult, ...]
+    champion: str | None
+    """Version of the champion that it was compared with."""
+    gates_digest: str
+
+    @property
+    def passed(self) -> bool:
+        return all(result.passed for result in self.results)
+
+    @property
+    def reason(self) -> str:
+        """One sentence: why it passed, or by which gates it is refused and how much."""
+        failed = [result for result in self.results if not result.passed]
+        if failed:
+            return "refused by " + "; ".join(_sentence(result) for result in failed)
+        if self.champion is None:
+            return f"there was no champion, and {len(self.results)} of {len(self.results)} gates passed"
+        better = next((result.measured for result in self.results if result.gate == "champion.improvement"), "no worse")
+        return f"better than version {self.champion}: {better}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "reason": self.reason,
+            "champion": self.champion,
+            "gates_digest": self.gates_digest,
+            "gates": [asdict(result) for result in self.results],
+        }
+
+    def as_markdown(self) -> str:
+        return markdown_table(self.as_json())
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """A report, as `GateReport.as_json` gives it, as a Markdown table."""
+    lines = ["| gate | | measured | required | short by |", "|---|---|---|---|---|"]
+    for row in report["gates"]:
+        verdict = "pass" if row["passed"] else "**fail**"
+        short = "" if row["short_by"] is None else f"{row['short_by']:.5g}"
+        lines.append(f"| {row['gate']} | {verdict} | {row['measured']} | {row['required']} | {short} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(result: GateResult) -> str:
+    short = "" if result.short_by is None else f", short by {result.short_by:.5g}"
+    return f"{result.gate} ({result.measured}; required {result.required}{short})"
+
+
+def check_gates(
+    gates: Gates,
+    candidate: dict[str, Any],
+    candidate_set: str,
+    champion: dict[str, Any] | None = None,
+    champion_set: str | None = None,
+    champion_version: str | None = None,
+) -> GateReport:
+    """All gates, also after the first that fails.
+
+    candidate, champion: metrics by name, with `NAME_low` and `NAME_high` where there is a confidence interval;
+    *_set: names what they were measured on.
+    """
+    results = [_finite(candidate), _tokens(gates, candidate)]
+    results += [_bound(name, bound, candidate.get(name)) for name, bound in gates.bounds.items()]
+    if champion is not None:
+        results += _against(gates.champion, candidate, candidate_set, champion, champion_set)
+    return GateReport(
+        results=tuple(results),
+        champion=champion_version if champion is not None else None,
+        gates_digest=digest(json.loads(gates.model_dump_json())),
+    )
+
+
+def _finite(candidate: dict[str, Any]) -> GateResult:
+    bad = sorted(name for name, value in candidate.items() if isinstance(value, float) and not math.isfinite(value))
+    return GateResult(
+        gate="finite", passed=not bad, measured="not finite: " + ", ".join(bad) if bad else "all metrics are finite",
+        required="no NaN, no infinity",
+    )  # fmt: skip
+
+
+def _tokens(gates: Gates, candidate: dict[str, Any]) -> GateResult:
+    tokens = int(candidate.get("evaluation_tokens") or 0)
+    missing = gates.evaluation_tokens - tokens
+    return GateResult(
+        gate="evaluation_tokens", passed=missing <= 0, measured=f"{tokens:,}", required=f">= {gates.evaluation_tokens:,}",
+        short_by=float(missing) if missing > 0 else None,
+    )  # fmt: skip
+
+
+def _bound(name: str, bound: Bound, value: Any) -> GateResult:
+    required = " and ".join(
+        f"{sign} {limit:g}" for sign, limit in ((">=", bound.at_least), ("<=", bound.at_most)) if limit is not None
+    )
+    if not _is_number(value):
+        return GateResult(gate=name, passed=False, measured=str(value), required=required)
+    under = bound.at_least - value if bound.at_least is not None else -math.inf
+    over = value - bound.at_most if bound.at_most is not None else -math.inf
+    short = max(under, over)
+    return GateResult(
+        gate=name, passed=short <= 0, measured=f"{value:.5g}", required=required, short_by=short if short > 0 else None
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def margin_of(gates: ChampionGates, candidate: dict[str, Any], champion: dict[str, Any]) -> float:
+    """Half the width of the wider confidence interval of loss_recovered, capped; 0 where there is none."""
+    widths = [0.0]
+    for metrics in (candidate, champion):
+        low, high = metrics.get("loss_recovered_low"), metrics.get("loss_recovered_high")
+        if _is_number(low) and _is_number(high):
+            widths.append((float(high) - float(low)) / 2)  # type: ignore[arg-type]
+    return min(max(widths), gates.loss_recovered_margin_at_most)
+
+
+def _against(
+    gates: ChampionGates, candidate: dict[str, Any], candidate_set: str, champion: dict[str, Any], champion_set: str | None
+) -> list[GateResult]:
+    results = []
+    if gates.same_evaluation_set:
+        same = candidate_set == champion_set
+        measured = "the same" if same else f"{candidate_set}, champion {champion_set}"
+        required = "the champion's held-out tokens, language model and hook point"
+        results.append(GateResult(gate="champion.evaluation_set", passed=same, measured=measured, required=required))
+    unknown = [name for name in COMPARED if not (_is_number(candidate.get(name)) and _is_number(champion.get(name)))]
+    if unknown:
+        measured = ", ".join(f"{name} {candidate.get(name)} against {champion.get(name)}" for name in unknown)
+        return [*results, GateResult(gate="champion.comparable", passed=False, measured=measured, required="numbers")]
+    recovered, before = float(candidate["loss_recovered"]), float(champion["loss_recovered"])
+    l0, l0_before = float(candidate["l0"]), float(champion["l0"])
+    margin = margin_of(gates, candidate, champion)
+    limit = gates.l0_at_most_times * l0_before
+    lowest = before - margin
+    short, over = lowest - recovered, l0 - limit
+    results.append(
+        GateResult(
+            gate="champion.loss_recovered", passed=short <= 0, measured=f"{recovered:.5f}",
+            required=f">= {lowest:.5f} (champion {before:.5f}, margin {margin:.5f})", short_by=short if short > 0 else None,
+        )
+    )  # fmt: skip
+    results.append(
+        GateResult(
+            gate="champion.l0", passed=over <= 0, measured=f"{l0:.4g}",
+            required=f"<= {limit:.4g} ({gates.l0_at_most_times:g} times {l0_before:.4g})", short_by=over if over > 0 else None,
+        )
+    )  # fmt: skip
+    if gates.must_improve:
+        # Only a gain beyond the margin counts as more loss recovered, so that of two versions at most one beats the other.
+        more, fewer = recovered > before + margin, abs(recovered - before) <= margin and l0 < l0_before
+        kind = "recovers more loss" if more else "recovers no less loss with fewer features" if fewer else "no improvement"
+        if recovered == before and l0 == l0_before:
+            kind = "is equal"
+        measured = f"{kind}: loss_recovered {recovered:.5f} against {before:.5f}, l0 {l0:.4g} against {l0_before:.4g}"
+        required = "more loss recovered beyond the margin, or a smaller l0 within it"
+        results.append(GateResult(gate="champion.improvement", passed=more or fewer, measured=measured, required=required))
+    return results

@@ -1,0 +1,104 @@
+"""Which runs that MLflow shows as RUNNING have a process behind them, and closing the others.
+
+Each run says who writes it: host, process and when that process started, and a heartbeat. On the same host the process
+table decides; from another host, a heartbeat that is too old.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+HOST_TAG, PROCESS_TAG, HEARTBEAT_TAG, FAILURE_TAG = "sae.host", "sae.process", "sae.heartbeat", "sae.failure"
+BEAT_SECONDS = 30.0
+SILENT_SECONDS = 900.0
+"""Without a heartbeat for so long, a run of another host counts as dead."""
+
+logger = logging.getLogger(__name__)
+
+_open_here: set[str] = set()
+"""Runs that this process has open."""
+
+
+def host_identity() -> str:
+    """Names the process table that a process number belongs to: host name, boot and PID namespace."""
+    boot, namespace = "", ""
+    if Path("/proc/sys/kernel/random/boot_id").exists():
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return "/".join(part for part in (platform.node(), boot, namespace) if part)
+
+
+def process_identity() -> str:
+    """Process number and start: a number alone is given again to others."""
+    return f"{os.getpid()}@{psutil.Process().create_time():.2f}"
+
+
+def ownership_tags() -> dict[str, str]:
+    return {HOST_TAG: host_identity(), PROCESS_TAG: process_identity(), HEARTBEAT_TAG: f"{time.time():.0f}"}
+
+
+def opened(run_id: str) -> None:
+    _open_here.add(run_id)
+
+
+def closed(run_id: str) -> None:
+    _open_here.discard(run_id)
+
+
+def beat(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, HEARTBEAT_TAG, f"{time.time():.0f}")
+
+
+def cause_of_death(run: Run, now: float | None = None) -> str | None:
+    """Why nobody writes this RUNNING run any more, None where somebody may."""
+    tags = run.data.tags
+    host, process = tags.get(HOST_TAG), tags.get(PROCESS_TAG)
+    if host is None or process is None:
+        return None  # not one of ours
+    number = process.partition("@")[0]
+    if host == host_identity():
+        if process == process_identity():
+            return None if run.info.run_id in _open_here else "its process lost the answer when it made the run"
+        return None if _is_alive(process) else f"process {number} on {platform.node()} ended without a word"
+    silence = (time.time() if now is None else now) - float(tags.get(HEARTBEAT_TAG, "0"))
+    if silence <= SILENT_SECONDS:
+        return None
+    return f"no heartbeat for {silence / 60:.0f} minutes from process {number} on {host.partition('/')[0]}"
+
+
+def _is_alive(process: str) -> bool:
+    number, _, created = process.partition("@")
+    try:
+        found = psutil.Process(int(number))
+        return abs(found.create_time() - float(created)) < 1.0 and found.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+
+
+def close_dead_runs(client: MlflowClient, experiment_id: str) -> list[str]:
+    """Set every run of the experiment whose process is dead to FAILED, with the reason; their ids."""
+    ended = []
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=500, page_token=token)
+        for run in page:
+            cause = cause_of_death(run)
+            if cause is None:
+                continue
+            found = f"{cause}; closed by {platform.node()} at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            client.set_tag(run.info.run_id, FAILURE_TAG, found)
+            client.set_terminated(run.info.run_id, status="FAILED")
+            logger.info("mlflow: run %s is closed as FAILED: %s", run.info.run_id, cause)
+            ended.append(run.info.run_id)
+        token = page.token
+        if not token:
+            return ended

@@ -1,0 +1,129 @@
+"""The model card of a version, in Markdown: what it is, how good it is, how to use it, how to make it again."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from components.tracking.gates import markdown_table
+
+_METRICS = {
+    "loss_recovered": "share of the language model's loss that survives splicing the SAE in; 1 is perfect",
+    "explained_variance": "1 is perfect, 0 the mean predictor",
+    "l0": "features active per token",
+    "dead_fraction": "features that never fired on the evaluation tokens",
+    "ce_loss_clean": "nats per token, language model as it is",
+    "ce_loss_sae": "nats per token, SAE spliced in",
+    "ce_loss_mean": "nats per token, mean activation spliced in",
+    "ce_loss_zero": "nats per token, zeros spliced in",
+    "kl_divergence": "nats per token, clean against spliced",
+    "mse": "per dimension",
+    "cosine_similarity": "of activation and reconstruction",
+    "norm_ratio": "of reconstruction to activation; under 1 is shrinkage",
+}
+
+
+class _Decided(Protocol):
+    @property
+    def alias(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def report(self) -> dict[str, Any]: ...
+
+
+def model_card(
+    name: str, version: str, metrics: dict[str, Any], lineage: dict[str, Any], weights_sha256: str, decision: _Decided
+) -> str:
+    """metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
+    configuration = lineage["configuration"]
+    corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
+    hook_point = training.get("hook_point") or configuration["activations"]["hook_points"][0]
+    text = corpus.get("dataset") or corpus["source"]
+    recipe = {
+        "language model": _with_revision(model),
+        "hook point": hook_point,
+        "corpus": f"{text}, {corpus['train_tokens']:,} tokens for training, sequences of {corpus['context_length']}",
+        "SAE": ", ".join(f"{key} {value}" for key, value in configuration["sae"].items() if value is not None),
+        "training": ", ".join(f"{key} {_short(value)}" for key, value in training.items() if value is not None),
+        "seed": configuration["seed"],
+    }
+    code = lineage.get("code", {})
+    commit = code.get("mlflow.source.git.commit", "not a checkout")
+    changed = ", with changes that are not committed" if code.get("sae.git_dirty") == "true" else ""
+    origin = {
+        "MLflow run": lineage["mlflow_run"],
+        "Prefect flow run": lineage.get("prefect_flow_run") or "none",
+        "git commit": commit + changed,
+        "activation dataset": f"{lineage['dataset_digest']} at {lineage['dataset_url']}",
+        "token dataset": f"{lineage['token_digest']} at {lineage['token_url']}",
+        "weights (SHA-256)": weights_sha256,
+    }
+    measured = f"{metrics['evaluation_tokens']:,} held-out tokens" if "evaluation_tokens" in metrics else "held-out tokens"
+    return f"""# {name}, version {version}
+
+A sparse autoencoder on the activations of `{model["name"]}` at `{hook_point}`: float32 activations `[n, d_in]` in, features
+`[n, d_sae]` and their reconstruction `[n, d_in]` out. It is for studying what the language model represents; a feature's
+meaning is a hypothesis until it is tested by an intervention.
+
+## Recipe
+
+{_list(recipe)}
+
+## Quality
+
+On {measured} of documents that were not trained on; intervals are what the evaluation recorded.
+
+{_metric_table(metrics)}
+
+## Gates
+
+When it was registered: **{decision.alias}**. {decision.reason}.
+
+{markdown_table(decision.report)}
+## How to load
+
+```python
+import mlflow
+
+model = mlflow.pyfunc.load_model("models:/{name}/{version}")
+model.predict(activations)  # {{"features": ..., "reconstruction": ...}}
+```
+
+The files `cfg.json` and `sae_weights.safetensors` in the run's artifact folder `sae/` load in SAELens 6 with
+`SAE.load_from_disk`.
+
+## Lineage
+
+{_list(origin)}
+
+## How to reproduce
+
+    sae models show {name}/{version} --config > reproduction.yaml
+    sae run reproduction.yaml
+
+With the same code, on the same kind of machine with the same number of threads, the weights have the checksum above.
+"""
+
+
+def _with_revision(model: dict[str, Any]) -> str:
+    return f"{model['name']} at {model['revision']}" if model.get("revision") else str(model["name"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _list(rows: dict[str, Any]) -> str:
+    return "\n".join(f"- {key}: {value}" for key, value in rows.items())
+
+
+def _metric_table(metrics: dict[str, Any]) -> str:
+    lines = ["| metric | value | interval | meaning |", "|---|---|---|---|"]
+    for name, meaning in _METRICS.items():
+        if name not in metrics:
+            continue
+        value = metrics[name]
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        interval = f"{low:.5g} to {high:.5g}" if low is not None and high is not None else ""
+        lines.append(f"| `{name}` | {'null' if value is None else f'{value:.5g}'} | {interval} | {meaning} |")
+    return "\n".join(lines)

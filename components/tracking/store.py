@@ -1,0 +1,98 @@
+"""Which MLflow store a configuration means, and a client for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from components import storage
+from components.settings import UserError
+from components.tracking.settings import TrackingSettings
+
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+
+
+def tracking_uri(settings: TrackingSettings, root: str) -> str:
+    """Settings, then environment, then a SQLite file under a local root; a UserError where none is possible."""
+    uri = settings.uri or os.environ.get(_URI_VARIABLE)
+    if uri:
+        return uri
+    if not storage.is_local(root):
+        raise UserError(f"tracking.uri: not given, and storage.root '{root}' cannot hold a database; name an MLflow server")
+    return f"sqlite:///{storage.local_path(root).resolve() / 'mlflow.db'}"
+
+
+def public_uri(uri: str) -> str:
+    """The URI without user and password, fit to be printed."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def connect(settings: TrackingSettings, root: str) -> MlflowClient:
+    """Point MLflow at the configured store and make sure that the experiment is there."""
+    quiet_mlflow()
+    uri = tracking_uri(settings, root)
+    environment = os.environ.get(_URI_VARIABLE)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    # MLflow writes the variable too; left there, it would decide the next run of this process with another root.
+    if environment is None:
+        os.environ.pop(_URI_VARIABLE, None)
+    else:
+        os.environ[_URI_VARIABLE] = environment
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    ensure_experiment(client, settings.experiment)
+    return client
+
+
+def ensure_experiment(client: MlflowClient, name: str) -> str:
+    """The id of the experiment of that name, made if it is not there."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        uri = client.tracking_uri
+        # A database in a file keeps its artifacts beside it, not in the working directory.
+        location = (_file(uri).resolve().parent / "mlflow-artifacts").as_uri() if _is_file(uri) else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:  # another run that starts at the same time was first
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
+
+
+def database_exists(settings: TrackingSettings, root: str) -> bool:
+    """Whether there is a store to ask; a SQLite file that is not there yet would be created by asking."""
+    uri = tracking_uri(settings, root)
+    return not _is_file(uri) or _file(uri).is_file()
+
+
+def _is_file(uri: str) -> bool:
+    return uri.startswith("sqlite:")
+
+
+def _file(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+def quiet_mlflow() -> None:
+    """Settings of the library that must stand before its first use; no telemetry, no copies of this repository."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    # With a uv.lock in the working directory, log_model would copy lock and project into the model.
+    os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.utils.environment", "mlflow.system_metrics", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The specified dataset source can be interpreted in multiple ways")

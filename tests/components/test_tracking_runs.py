@@ -1,0 +1,135 @@
+"""The life of an MLflow run: closed with the reason whatever ends its process, and no metric lost while a server is away."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from components.tracking import liveness
+from components.tracking.buffer import MetricBuffer
+from components.tracking.runs import PARENT_TAG, tracked_run
+from components.tracking.settings import TrackingSettings
+from components.tracking.store import connect
+
+WORK = """
+import sys, time
+from components.tracking.runs import tracked_run
+from components.tracking.settings import TrackingSettings
+root, digest = sys.argv[1:3]
+with tracked_run(TrackingSettings(), root, "work", digest, {"a": 1}, {}) as run:
+    run.add_points([{"tokens": 10.0, "loss": 1.0}])
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("runs"))
+    connect(TrackingSettings(), folder)
+    return folder
+
+
+def stopped(root: str, digest: str, number: signal.Signals) -> tuple[int, MlflowClient, str]:
+    """A process with an open run gets the signal; its exit code, a client and the run."""
+    process = subprocess.Popen([sys.executable, "-c", WORK, root, digest], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    process.send_signal(number)
+    process.wait(timeout=30)
+    client = connect(TrackingSettings(), root)
+    experiment = client.get_experiment_by_name("sae-foundry").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`sae.run_digest` = '{digest}'")
+    return process.returncode, client, run.info.run_id
+
+
+def test_sigterm_closes_the_run_with_the_reason_and_its_metrics(root: str):
+    code, client, run_id = stopped(root, "term", signal.SIGTERM)
+    run = client.get_run(run_id)
+    assert code == 143
+    assert run.info.status == "FAILED"
+    assert run.data.tags["sae.failure"].startswith("SIGTERM")
+    assert run.data.metrics["train/loss"] == 1.0
+
+
+def test_after_kill_9_the_next_run_of_any_pipeline_closes_it_and_its_own_continues_it(root: str):
+    code, client, run_id = stopped(root, "kill", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert client.get_run(run_id).info.status == "RUNNING"
+    with tracked_run(TrackingSettings(), root, "other", "another", {}, {}) as other:
+        dead = client.get_run(run_id)
+        assert dead.info.status == "FAILED"
+        assert "ended without a word" in dead.data.tags["sae.failure"]
+        assert client.get_run(other.run_id).info.status == "RUNNING"
+        with tracked_run(TrackingSettings(), root, "third", "third", {}, {}):
+            pass
+        assert client.get_run(other.run_id).info.status == "RUNNING"  # it lives, in this very process
+    with tracked_run(TrackingSettings(), root, "work", "kill", {}, {}) as again:
+        assert again.run_id == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert "sae.failure" not in client.get_run(run_id).data.tags
+
+
+def test_a_run_of_another_host_is_dead_only_after_a_long_silence(root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(liveness, "host_identity", lambda: "elsewhere/boot/1")
+    with tracked_run(TrackingSettings(), root, "far", "far", {}, {}) as run:
+        monkeypatch.undo()
+        found = run.client.get_run(run.run_id)
+        assert liveness.cause_of_death(found) is None
+        assert liveness.cause_of_death(found, time.time() + 600) is None
+        assert "no heartbeat for 20 minutes" in str(liveness.cause_of_death(found, time.time() + 1200))
+
+
+def test_child_runs_hang_below_their_sweep(root: str):
+    with tracked_run(TrackingSettings(), root, "sweep", "sweep", {"lambda": [1, 2]}, {}) as parent:
+        for value in (1, 2):
+            with tracked_run(TrackingSettings(), root, f"p{value}", f"p{value}", {}, {PARENT_TAG: parent.run_id}) as child:
+                child.log_evaluation({"l0": 10.0 * value, "note": None, "broken": float("nan")})
+    found = parent.client.search_runs([parent.experiment_id], f"tags.mlflow.parentRunId = '{parent.run_id}'")
+    assert sorted(run.data.metrics["eval/l0"] for run in found) == [10.0, 20.0]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert parent.client.get_run(parent.run_id).info.status == "FINISHED"
+
+
+def test_a_full_buffer_drops_the_oldest_points_and_the_end_brings_them_back():
+    away, sent = [True], []
+    forgotten: list[int] = []
+    buffer = MetricBuffer(
+        send=sent.extend,
+        is_reachable=lambda: not away[0],
+        on_drop=lambda values: forgotten.append(values[0].step),
+        capacity=5,
+    )
+    buffer.add([[Metric("train/loss", 1.0, 0, step)] for step in range(8)])
+    assert forgotten == [0, 1, 2]
+    assert not buffer.drain(0.5)
+    away[0] = False
+    assert buffer.drain(30)
+    assert [metric.step for metric in sent] == [3, 4, 5, 6, 7]
+    buffer.close()
+
+
+def test_a_refused_value_is_reported_and_does_not_hold_up_the_others():
+    from mlflow.exceptions import MlflowException
+
+    sent: list[Metric] = []
+
+    def send(values: list[Metric]) -> None:
+        if values[0].key == "bad key":
+            raise MlflowException("no such name", error_code=1000)  # INVALID_PARAMETER_VALUE
+        sent.extend(values)
+
+    buffer = MetricBuffer(send=send)
+    buffer.add([[Metric("bad key", 1.0, 0, 1)]])
+    assert buffer.drain(10)
+    assert "no such name" in str(buffer.failure)
+    buffer.add([[Metric("good", 1.0, 0, 2)]])
+    assert buffer.drain(10)
+    assert [metric.key for metric in sent] == ["good"]
+    buffer.close()
