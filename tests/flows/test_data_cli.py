@@ -73,7 +73,8 @@ def test_delete_asks_first_and_refuses_what_a_registered_model_names(plan: Plan,
     code, _, error = data("delete", plan.dataset_digest, answer="n\n")
     assert code == 1
     assert url.exists()
-    client = MlflowClient(f"sqlite:///{plan.config.storage.root}/mlflow.db")
+    uri = f"sqlite:///{plan.config.storage.root}/mlflow.db"
+    client = MlflowClient(uri, registry_uri=uri)
     client.create_registered_model("some-model")
     client.create_model_version("some-model", str(url), tags={"sae.dataset_digest": plan.dataset_digest})
     code, _, error = data("delete", plan.dataset_digest, "--yes")
