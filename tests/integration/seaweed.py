@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KEYS = {"AWS_ACCESS_KEY_ID": "foundry-test", "AWS_SECRET_ACCESS_KEY": "planted-secret-31415", "AWS_DEFAULT_REGION": "us-east-1"}
+LIMITED = {"AWS_ACCESS_KEY_ID": "foundry-limited", "AWS_SECRET_ACCESS_KEY": "planted-secret-16180"}
 WEED = str(Path(sys.executable).parent / "weed")
 
 
@@ -39,7 +40,13 @@ class Seaweed:
         self.folder = folder
         credentials = [{"accessKey": KEYS["AWS_ACCESS_KEY_ID"], "secretKey": KEYS["AWS_SECRET_ACCESS_KEY"]}]
         identity = {"name": "test", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-        (folder / "id.json").write_text(json.dumps({"identities": [identity]}))
+        # The administrator's first write would make a bucket; this one may only use those that are there.
+        limited = {
+            "name": "limited",
+            "credentials": [{"accessKey": LIMITED["AWS_ACCESS_KEY_ID"], "secretKey": LIMITED["AWS_SECRET_ACCESS_KEY"]}],
+            "actions": ["Read", "Write", "List"],
+        }
+        (folder / "id.json").write_text(json.dumps({"identities": [identity, limited]}))
         self.port, self.master, self.volume, self.filer = free_ports(4)
         self.environment = {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}"}
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from backports import zstd
+from seaweed import LIMITED
 
 from components import steps, storage
 from components.config import parse_config
@@ -134,7 +135,6 @@ def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp
 
 
 def test_wrong_keys_are_one_sentence_without_a_secret(tree: dict, tmp_path: Path):
-    """(A bucket that does not exist is no error here: SeaweedFS makes it on the first write.)"""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": "wrong-secret-27182"}
@@ -142,5 +142,19 @@ def test_wrong_keys_are_one_sentence_without_a_secret(tree: dict, tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert "storage.root" in done.stderr
     assert tree["storage"]["root"] in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "secret-" not in done.stderr
+
+
+def test_a_bucket_that_does_not_exist_is_one_sentence(tree: dict, tmp_path: Path):
+    """With keys that may not make buckets: SeaweedFS makes a missing one for an administrator."""
+    tree["storage"]["root"] = "s3://no-such-bucket/runs"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = subprocess.run(
+        [str(BIN / "sae"), "extract", str(config)], capture_output=True, text=True, env={**os.environ, **LIMITED}
+    )
+    assert done.returncode == 2, done.stderr
+    assert "storage.root: cannot write to 's3://no-such-bucket/runs'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "secret-" not in done.stderr
