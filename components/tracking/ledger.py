@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
 from components.settings import UserError
-from components.tracking.liveness import ownership_tags
+from components.tracking.liveness import close_dead_runs, ownership_tags
 from components.tracking.store import ensure_experiment
 
 CHAMPION = "champion"
@@ -61,6 +61,7 @@ def ensure_model(client: MlflowClient, name: str, experiment: str, tags: dict[st
     if found is not None and LEDGER_TAG in found.tags:
         return
     experiment_id = ensure_experiment(client, f"{experiment}-promotions")
+    close_dead_runs(client, experiment_id)  # of calls that were killed right here
     if found is None:
         ledger = _new_ledger(client, name, experiment_id)
         try:

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from mlflow import MlflowClient
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
@@ -128,13 +126,9 @@ class TrackedRun:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
 
     def log_figures(self, figures: dict[str, Any]) -> None:
-        """As files under `figures/`, and as images by key, which MLflow's charts show side by side for several runs."""
-        shown = {entry.path for entry in self.client.list_artifacts(self.run_id, "images")}
+        """As `NAME.png` in the run's uppermost folder: only files there does MLflow's compare page show side by side."""
         for name, figure in figures.items():
-            self.client.log_figure(self.run_id, figure, f"figures/{name}.png")
-            key = f"figures/{name}"
-            if not any(path.startswith(f"images/{key.replace('/', '~')}+") for path in shown):
-                self.client.log_image(self.run_id, _pixels(figure), key=key, step=0)
+            self.client.log_figure(self.run_id, figure, f"{name}.png")
 
     def log_text(self, text: str, path: str) -> None:
         self.client.log_text(self.run_id, text, path)
@@ -156,13 +150,6 @@ def _values(point: dict[str, float], now: int, step: int) -> Values:
     # Whether a point was logged is asked of its loss alone: it leads.
     names = sorted((name for name in point if name != "tokens"), key=lambda name: name != "loss")
     return [Metric(f"train/{name}", float(point[name]), now, step) for name in names if math.isfinite(point[name])]
-
-
-def _pixels(figure: Any) -> Any:
-    """A matplotlib figure as uint8 `[height, width, 3]`."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token": DataType.integer}
