@@ -36,6 +36,7 @@ from components.activations.manifest import Column, Manifest, Shard
 from components.activations.reader import ActivationReader
 from components.activations.schema import Layout, memory
 from components.activations.shard import write_shard_file
+from components.activations.work import chunk_sequences
 from components.config import parse_config
 from components.hardware import keep_freed_memory
 from components.language_model.hook_points import capture
@@ -101,7 +102,7 @@ def extraction_overhead(folder: Path, arguments: argparse.Namespace) -> dict[str
     bare = whole = 0.0
 
     def forward(chunk: int) -> None:
-        block = extraction.chunk_sequences(work, chunk)
+        block = chunk_sequences(work, chunk)
         for start in range(0, len(block), 16):
             capture(model, work.points, forward_inputs(work.source, block[start : start + 16], cpu))
 
@@ -113,7 +114,7 @@ def extraction_overhead(folder: Path, arguments: argparse.Namespace) -> dict[str
             forward(chunk)
             bare += time.perf_counter() - started
             started = time.perf_counter()
-            block = extraction.chunk_sequences(work, chunk)
+            block = chunk_sequences(work, chunk)
             rows = run_chunk(work.source, model, work.points, block, "float16", cpu)
             writer.submit(extraction.write_chunk, work, chunk, rows).result()  # not overlapped here: all of its cost is counted
             whole += time.perf_counter() - started

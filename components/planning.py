@@ -14,9 +14,10 @@ import torch
 
 from components import storage
 from components.activations.cache import DiskCache
-from components.activations.extraction import Extraction, dataset_identity
 from components.activations.manifest import Manifest, read_manifest
+from components.activations.reader import WINDOW_GROUPS
 from components.activations.schema import DTYPES, TOKEN_BYTES
+from components.activations.work import Extraction, dataset_identity
 from components.config import RunConfig
 from components.corpus import sources as corpus_sources
 from components.corpus.images import ImageLayout, image_identity
@@ -291,11 +292,15 @@ def estimate(plan: Plan) -> dict[str, Any]:
     model_parameters = sum(parameter.numel() for parameter in plan.source.skeleton.parameters())
     share = max(depth(plan.source.skeleton, point) for point in plan.points)
     evaluated = min(config.evaluation.tokens, held_out)
-    shard_bytes = min(stored, config.activations.rows_per_shard) * row_bytes
+    settings = config.activations
+    # chunks on their way to the disk beside the next one, then shards being shuffled at the same time
+    chunk_bytes = min(stored, settings.sequences_per_chunk * config.corpus.context_length) * row_bytes
+    shuffled_bytes = settings.shuffle_workers * (min(stored, settings.rows_per_shard) + 4 * settings.rows_per_group) * row_bytes
     vocabulary = getattr(plan.source.config.get_text_config(), "vocab_size", 0)
     logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * vocabulary * 4
-    # weights, gradients and Adam's two moments; features and their gradients; the reader's window
-    training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 3 * shard_bytes
+    # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
+    window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * d_in * DTYPES[settings.dtype].itemsize
+    training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 4 * window_bytes
     return {
         "name": config.name,
         "device": str(plan.device),
@@ -311,7 +316,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "digest": plan.dataset_digest, "url": plan.dataset_url, "exists": manifest is not None,
             "tokens": stored, "bytes": stored * row_bytes, "bytes_per_token": row_bytes,
             # scattered chunks and finished shards stand side by side until the commit
-            "peak_bytes": stored * (2 * row_bytes + 8),
+            "peak_bytes": stored * 2 * row_bytes,
             "flops": 2 * model_parameters * share * stored,
         },
         "sae": {
@@ -328,7 +333,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
             "flops": (1 + 3 * (1 - share)) * 2 * model_parameters * evaluated,
         },
         "memory_bytes": {
-            "extraction": 4 * model_parameters + 4 * shard_bytes,
+            "extraction": 4 * model_parameters + max(4 * chunk_bytes, shuffled_bytes),
             "training": training_bytes,
             "evaluation": 4 * model_parameters + 2 * logit_bytes,
         },

@@ -16,7 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from components import steps, storage
 from components.activations import extraction
-from components.activations.extraction import Extraction
+from components.activations.work import Extraction
 from components.config import ExecutionSettings, RunConfig
 from components.hardware import resolve_device
 from components.planning import Plan, check, pinned

@@ -12,9 +12,6 @@ import platform
 import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,90 +20,16 @@ import torch
 from components import storage
 from components.activations.forward import Chunk, run_chunk
 from components.activations.manifest import SCHEMA_VERSION, Column, Manifest, Shard, manifest_url, read_manifest
-from components.activations.schema import Layout
-from components.activations.settings import ActivationSettings
 from components.activations.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
 from components.activations.shuffle import read_bucket, write_scattered
-from components.corpus.tokens import Sequences, read_sequences
-from components.language_model.hook_points import HookPoint, expand_hook_points
-from components.language_model.loading import ModelSource, load_model
+from components.activations.work import Extraction, chunk_sequences
+from components.language_model.loading import load_model
 from components.progress import progress
 from components.settings import UserError, digest
 
 logger = logging.getLogger(__name__)
 
 _CHUNKS_AT_ONCE = 2  # being written while the language model runs on the next one
-
-
-def dataset_identity(
-    settings: ActivationSettings, source: ModelSource, token_identity: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    """Everything that decides the bytes of an activation dataset. The device and the batch size are left out: they
-    change nothing beyond the last bit of a rounding."""
-    return {
-        "kind": "activations",
-        "schema_version": SCHEMA_VERSION,
-        "model": source.identity,
-        "tokens": token_identity,
-        "seed": seed,
-        **settings.model_dump(mode="json", exclude={"sequences_per_chunk", "shuffle_workers"}),
-        "hook_points": [str(point) for point in expand_hook_points(settings.hook_points, source, "activations.hook_points")],
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """One dataset's work, cut into chunks and buckets."""
-
-    url: str
-    identity: dict[str, Any]
-    configuration: dict[str, Any]
-    settings: ActivationSettings
-    source: ModelSource
-    token_url: str
-    token_manifest: dict[str, Any]
-    seed: int
-
-    @cached_property
-    def split(self) -> dict[str, Any]:
-        return self.token_manifest["splits"][self.settings.split]
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.split["sequences"] // self.settings.sequences_per_chunk)
-
-    @property
-    def buckets(self) -> int:
-        return max(1, round(self.split["tokens"] / self.settings.rows_per_shard))
-
-    @cached_property
-    def points(self) -> list[HookPoint]:
-        return expand_hook_points(self.settings.hook_points, self.source, "activations.hook_points")
-
-    @cached_property
-    def layout(self) -> Layout:
-        widths = self.source.widths(self.points)
-        return Layout({str(point): widths[point] for point in self.points}, self.settings.dtype)
-
-    @property
-    def scatter_url(self) -> str:
-        """Where scattered chunks wait. Their size is part of the name: it decides what is in them, not what comes of them."""
-        return storage.join(self.url, "scatter", str(self.settings.sequences_per_chunk))
-
-    def chunk_name(self, chunk: int) -> str:
-        return f"chunk-{chunk:06d}.bin"
-
-    def chunk_url(self, chunk: int) -> str:
-        return storage.join(self.scatter_url, self.chunk_name(chunk))
-
-    def shard_name(self, bucket: int) -> str:
-        return f"shard-{bucket:05d}.parquet"
-
-    def record_name(self, bucket: int) -> str:
-        return f"shard-{bucket:05d}.json"
-
-    def record_url(self, bucket: int) -> str:
-        return storage.join(self.scatter_url, self.record_name(bucket))
 
 
 def extract(work: Extraction, device: torch.device) -> Manifest:
@@ -188,12 +111,6 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
             advance(sequences.tokens.size, "")
         for future in pending:
             future.result()
-
-
-def chunk_sequences(work: Extraction, chunk: int) -> Sequences:
-    """The token sequences of a chunk."""
-    size = work.settings.sequences_per_chunk
-    return read_sequences(work.token_url, work.token_manifest, work.settings.split, chunk * size, (chunk + 1) * size)
 
 
 def _shared(work: Extraction) -> bool:

@@ -26,6 +26,7 @@ from components.activations.schema import memory
 from components.activations.values import Values
 
 PIECE_ROWS = 128
+WINDOW_GROUPS = 8
 _WINDOWS_AHEAD = 2
 
 
@@ -45,7 +46,7 @@ class ActivationReader:
     seed: int
     rank: int = 0
     ranks: int = 1
-    window_groups: int = 8
+    window_groups: int = WINDOW_GROUPS
     threads: int = 4
     pin_memory: bool = False
     """Read into page-locked memory, for copies to a GPU that do not wait; needs CUDA."""

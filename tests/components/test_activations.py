@@ -24,6 +24,7 @@ from components.activations.forward import run_chunk
 from components.activations.manifest import read_manifest
 from components.activations.reader import ActivationReader
 from components.activations.shuffle import bucket_of, order_of
+from components.activations.work import Extraction, chunk_sequences
 from components.config import parse_config
 from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
@@ -39,8 +40,8 @@ def shards(url: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(f"{url}/{shard.name}") for shard in manifest.shards)
 
 
-def put_chunk(work: extraction.Extraction, model: torch.nn.Module, chunk: int) -> None:
-    block = extraction.chunk_sequences(work, chunk)
+def put_chunk(work: Extraction, model: torch.nn.Module, chunk: int) -> None:
+    block = chunk_sequences(work, chunk)
     extraction.write_chunk(work, chunk, run_chunk(work.source, model, work.points, block, work.settings.dtype, CPU))
 
 
