@@ -98,10 +98,10 @@ def test_the_first_step_is_adam_on_the_clipped_gradient(plan: Plan, tiny_tree: d
     work = one.training(manifest)
     state = loop._initial_state(work, column, CPU)
     source = loop.ActivationReader(
-        url=plan.dataset_url, manifest=manifest, hook_point="resid_post.1", batch_size=256, seed=plan.config.seed
+        url=plan.dataset_url, manifest=manifest, columns=("resid_post.1",), batch_size=256, seed=plan.config.seed
     )
     batches = source.batches()
-    x = next(batches).float() * column.scale
+    x = next(batches)["resid_post.1"].float() * column.scale
     batches.close()
     relu_loss(state.sae, x, one.config.training.sparsity_coefficient).total.backward()
     gradients = {name: parameter.grad for name, parameter in state.sae.named_parameters()}
