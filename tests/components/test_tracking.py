@@ -82,17 +82,6 @@ def test_registering_again_adds_neither_run_nor_version_nor_point(tiny_tree: dic
     assert len(client.get_metric_history(first["run"], "train/loss")) == points
 
 
-def test_a_worse_sae_is_challenger_with_the_reason_and_the_champion_stays(tiny_tree: dict):
-    plan, first = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
-    _, second = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
-    assert (first["alias"], second["alias"]) == (CHAMPION, CHALLENGER)
-    client = client_of(plan)
-    assert int(champion_of(client, plan.registered_model).version) == first["model_version"]
-    tags = client.get_model_version(plan.registered_model, str(second["model_version"])).tags
-    assert "loss_recovered" in tags["sae.alias_reason"]
-    assert tags["sae.alias"] == CHALLENGER
-
-
 def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_tree: dict):
     plan, first = complete(tiny_tree)
     # as if the same configuration had been trained on another kind of device

@@ -187,8 +187,8 @@ def test_killed_at_many_moments_the_line_ends_as_if_it_had_never_been(
         def count(query: str) -> int:
             return database.execute(query).fetchone()[0]
 
-        runs = "select count(*) from runs join experiments using (experiment_id) where name = 'sae-foundry'"
-        assert count(runs) == count(f"{runs} and status = 'FINISHED'") == 1
+        runs = "select count(*) from runs join experiments using (experiment_id) where experiments.name = 'sae-foundry'"
+        assert count(runs) == count(f"{runs} and runs.status = 'FINISHED'") == 1
         assert count("select count(*) from params where key like 'promotion.%'") == 1
         assert count("select count(*) from registered_model_aliases where alias = 'champion'") == 1
         assert count("select count(*) from model_versions") == 1
