@@ -319,7 +319,12 @@ def test_an_sae_trains_where_none_can_be_evaluated(kind: str, request: pytest.Fi
 @pytest.mark.parametrize(
     ("model", "change", "points", "says"),
     [
-        ("vit", {"source": "standard_library"}, ["resid_post.1"], r"corpus\.source: .* reads images; accepted is 'images'"),
+        (
+            "vit",
+            {"source": "standard_library", "paths": []},
+            ["resid_post.1"],
+            r"corpus\.source: .* reads images; accepted is 'images'",
+        ),
         ("vit", {"prompt": "see"}, ["resid_post.1"], r"corpus\.prompt: .* reads no text"),
         ("vit", {"paths": ["/nowhere/*.png"]}, ["resid_post.1"], r"corpus\.paths: '/nowhere/\*\.png' names no image"),
         ("vit", {}, ["pooler.dense"], r"activations\.hook_points: 'pooler.dense' has the shape \[2, 16\]"),

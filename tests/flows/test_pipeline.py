@@ -149,6 +149,11 @@ def everything(root: Path) -> dict[str, bytes]:
 
 LATER_ONLY = {  # left to `make soak`: each kill costs a start of 10 seconds
     "the MLflow run is open",
+    "documents are being written",
+    "the first checkpoint is there",
+    "activations are committed",
+    "training is committed",
+    "the version is there",
     "four chunks are there",
     "the second shard is there",
     "weights are there",
@@ -170,7 +175,7 @@ def test_killed_at_many_moments_the_line_ends_as_if_it_had_never_been(
             kills.append(moment)
         else:  # the moment was over before it was seen: from the start again for the ones that follow
             shutil.rmtree(root)
-    assert len(kills) >= 10, kills
+    assert len(kills) >= (10 if not left_out else 5), kills
     last = run(config, prefect_environment)
 
     tiny_tree["storage"]["root"] = str(tmp_path / "undisturbed")
