@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components import storage
 from components.activations.cache import DiskCache
 from components.activations.manifest import Manifest, Shard
 from components.activations.schema import memory
@@ -47,7 +49,8 @@ class ActivationReader:
     rank: int = 0
     ranks: int = 1
     window_groups: int = WINDOW_GROUPS
-    threads: int = 4
+    threads: int | None = None
+    """That read; by default 2 from a local disk, where more only get in each other's way, and 8 from an object store."""
     pin_memory: bool = False
     """Read into page-locked memory, for copies to a GPU that do not wait; needs CUDA."""
     cache: DiskCache | None = None
@@ -68,37 +71,46 @@ class ActivationReader:
                 self.manifest.column(column)  # says which there are
         held: dict[str, Tensor] = {}
         rows_held = 0
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="activations") as threads:
-            windows = self._loaded(threads, start)
-            try:
-                for window, rows in windows:
-                    first = 0
-                    if held:
-                        first = min(self.batch_size - rows_held, rows)
-                        held = {name: torch.cat([held[name], window[name][:first]]) for name in self.columns}
-                        rows_held += first
-                        if rows_held == self.batch_size:
-                            yield held
-                            held, rows_held = {}, 0
-                    while first + self.batch_size <= rows:
-                        yield {name: window[name][first : first + self.batch_size] for name in self.columns}
-                        first += self.batch_size
-                    if first < rows:
-                        held, rows_held = {name: window[name][first:].clone() for name in self.columns}, rows - first
-            finally:
-                windows.close()
-                threads.shutdown(cancel_futures=True)
+        with closing(self._loaded(start)) as windows:
+            for window, rows in windows:
+                first = 0
+                if held:
+                    first = min(self.batch_size - rows_held, rows)
+                    held = {name: torch.cat([held[name], window[name][:first]]) for name in self.columns}
+                    rows_held += first
+                    if rows_held == self.batch_size:
+                        yield held
+                        held, rows_held = {}, 0
+                while first + self.batch_size <= rows:
+                    yield {name: window[name][first : first + self.batch_size] for name in self.columns}
+                    first += self.batch_size
+                if first < rows:
+                    held, rows_held = {name: window[name][first:].clone() for name in self.columns}, rows - first
 
-    def _loaded(self, threads: ThreadPoolExecutor, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
+    def _loaded(self, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
         """Windows of mixed rows from row `start` on, read ahead of use."""
         buffers = _Buffers(self.pin_memory)
         values = Values(self.url, self.manifest, self.cache)
-        coming: deque[tuple[_Window, dict[str, np.ndarray], list[Future[None]], int]] = deque()
-        for plan, skip in self._plans(start):
+        plans = self._plans(start)
+        readers = ThreadPoolExecutor(self.threads or (2 if storage.is_local(self.url) else 8), thread_name_prefix="activations")
+        # A thread of its own for all that comes before reading: in the trainer's thread it would wait for the interpreter
+        # lock at every window (measured: 2 to 9 ms).
+        planner = ThreadPoolExecutor(1, thread_name_prefix="activations-plan")
+
+        def prepare() -> tuple[_Window, dict[str, np.ndarray], list[Future[None]], int]:
+            plan, skip = next(plans)
             raw = {name: buffers.take(plan.rows, self.manifest.layout.column_bytes[name]) for name in self.columns}
-            coming.append((plan, raw, list(self._read(threads, values, plan, raw)), skip))
-            while len(coming) > _WINDOWS_AHEAD:
-                yield self._ready(*coming.popleft())
+            return plan, raw, list(self._read(readers, values, plan, raw)), skip
+
+        try:
+            coming = deque(planner.submit(prepare) for _ in range(_WINDOWS_AHEAD))
+            while True:
+                following = coming.popleft()
+                coming.append(planner.submit(prepare))
+                yield self._ready(*following.result())
+        finally:
+            planner.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
 
     def _ready(
         self, plan: _Window, raw: dict[str, np.ndarray], reads: list[Future[None]], skip: int
