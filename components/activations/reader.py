@@ -89,7 +89,7 @@ class ActivationReader:
 
     def _loaded(self, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
         """Windows of mixed rows from row `start` on, read ahead of use."""
-        buffers = _Buffers(self.pin_memory)
+        buffers = _Buffers(min(self.window_groups * self.manifest.rows_per_group, self.tokens), self.pin_memory)
         values = Values(self.url, self.manifest, self.cache)
         plans = self._plans(start)
         readers = ThreadPoolExecutor(self.threads or (2 if storage.is_local(self.url) else 8), thread_name_prefix="activations")
@@ -199,21 +199,20 @@ def _window(groups: list[tuple[Shard, int, int]], mixing: np.random.Generator) -
 class _Buffers:
     """Memory for windows, used again when nobody holds a tensor on it any more: fresh pages cost a fault each."""
 
-    def __init__(self, pin_memory: bool) -> None:
-        self.pin_memory = pin_memory
+    def __init__(self, rows: int, pin_memory: bool) -> None:
+        """rows: of the largest window. All are as large, so that any of them may hold any window."""
+        self.rows, self.pin_memory = rows, pin_memory
         self._free: dict[int, list[tuple[np.ndarray, Any]]] = {}
 
     def take(self, rows: int, width: int) -> np.ndarray:
         """uint8 `[rows, width]`, of any content."""
         free = self._free.setdefault(width, [])
-        for index, (whole, copied) in enumerate(free):
-            if len(whole) >= rows:
-                del free[index]
-                if copied is not None:
-                    copied.synchronize()  # a copy to the GPU may still be reading it
-                break
+        if free:
+            whole, copied = free.pop()
+            if copied is not None:
+                copied.synchronize()  # a copy to the GPU may still be reading it
         else:
-            whole = torch.empty((rows, width), dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
+            whole = torch.empty((self.rows, width), dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
         view = whole[:rows]
         # Tensors made of it hold `view`; when the last one is gone, so is it.
         weakref.finalize(view, self._give_back, width, whole).atexit = False

@@ -103,7 +103,7 @@ def test_memory_is_used_again_when_nobody_holds_it(dataset: tuple[str, Manifest]
     reader = ActivationReader(url=url, manifest=manifest, columns=("resid_post.1",), batch_size=64, seed=0, window_groups=1)
     with closing(reader.batches()) as batches:
         places = {next(batches)["resid_post.1"].untyped_storage().data_ptr() for _ in range(1_000)}
-    assert len(places) < 40  # windows of different sizes, and the batches that span two of them
+    assert len(places) < 20  # a handful of windows, and the batches that span two of them
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])
