@@ -6,6 +6,7 @@ YAML files, `--set` on the command line, the form in the Prefect UI and the para
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
@@ -26,8 +27,8 @@ from components.training.settings import TrainingSettings
 
 
 class StorageSettings(Settings):
-    root: str = Field(default="data", min_length=1)
-    """Folder or `s3://bucket/prefix` under which everything is stored."""
+    root: str = Field(default_factory=lambda: os.environ.get("SAE_STORAGE_ROOT") or "data", min_length=1)
+    """Folder or `s3://bucket/prefix` under which everything is stored; SAE_STORAGE_ROOT of the machine, or else `data`."""
 
     cache: str | None = None
     """Local folder that keeps activations read from an object store for the next epoch or run; none where not given."""
@@ -37,13 +38,20 @@ class StorageSettings(Settings):
 
 
 class ExecutionSettings(Settings):
-    """How extraction is spread over workers; it does not change the result."""
+    """How a run is carried out; it does not change the result."""
 
     runner: Literal["threads", "ray", "dask"] = "threads"
     """Where the workers are: in this process, or on a Ray or Dask cluster (`pip install sae-foundry[ray]`, `[dask]`)."""
 
     workers: int = Field(default=1, ge=1)
     """How many work at the same time, each with a copy of the language model; at most one per GPU is of use."""
+
+    training_limit: str | None = Field(default_factory=lambda: os.environ.get("SAE_TRAINING_LIMIT") or None)
+    """Prefect's global concurrency limit that a training waits for, such as `gpu`; SAE_TRAINING_LIMIT of the machine, or
+    else none."""
+
+    training_timeout_minutes: float | None = Field(default=None, gt=0)
+    """A training that takes longer is stopped, leaves a checkpoint, and fails."""
 
     address: str | None = None
     """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; a local one is started where it is not given."""
@@ -65,7 +73,11 @@ class RunConfig(Settings):
     device: str = "auto"
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:0`."""
 
-    storage: StorageSettings = StorageSettings()
+    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Trains again what was trained before: another word, another SAE, on the same activations. `retrain` sets it where the
+    code changed, the last SAE is too old, or a run is forced."""
+
+    storage: StorageSettings = Field(default_factory=lambda: StorageSettings())
     corpus: CorpusSettings = CorpusSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
     activations: ActivationSettings = ActivationSettings()
@@ -73,7 +85,7 @@ class RunConfig(Settings):
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
-    execution: ExecutionSettings = ExecutionSettings()
+    execution: ExecutionSettings = Field(default_factory=lambda: ExecutionSettings())
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from components import storage
-from components.activations.cache import DiskCache
+from components.activations.cache import CachePlace
 from components.activations.manifest import Manifest, read_manifest
 from components.activations.reader import WINDOW_GROUPS
 from components.activations.schema import DTYPES, TOKEN_BYTES
@@ -134,15 +134,17 @@ class Plan:
             seed=self.config.seed,
         )
 
-    def cache(self) -> DiskCache | None:
+    def cache(self) -> CachePlace | None:
         settings = self.config.storage
-        return None if settings.cache is None else DiskCache(settings.cache, settings.cache_bytes)
+        return None if settings.cache is None else CachePlace(folder=settings.cache, limit=settings.cache_bytes)
 
     # SAE
 
     @cached_property
     def sae_identity(self) -> dict[str, Any]:
-        return training_identity(self.config.training, self.config.sae, self.dataset_digest, self.hook_point, self.config.seed)
+        config = self.config
+        identity = training_identity(config.training, config.sae, self.dataset_digest, self.hook_point, config.seed)
+        return identity if config.rerun is None else {**identity, "rerun": config.rerun}
 
     @cached_property
     def sae_digest(self) -> str:

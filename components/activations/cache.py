@@ -6,9 +6,22 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from components.storage import local_path, put_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlace:
+    """Where a cache is and how large it may be; `open` makes the folder."""
+
+    folder: str
+    limit: int
+    """Bytes."""
+
+    def open(self) -> DiskCache:
+        return DiskCache(self.folder, self.limit)
 
 
 class DiskCache:

@@ -150,9 +150,11 @@ def lineage_of(client: MlflowClient, version: ModelVersion) -> dict[str, Any]:
 
 
 def reproduction(lineage: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that makes the version again: as it was, without where it was stored and tracked."""
+    """The configuration that makes the version again: as it was, without where it was stored and tracked and what
+    ran it."""
     tree = json.loads(json.dumps(lineage["configuration"]))
     tree.pop("storage", None)
+    tree.pop("execution", None)  # of the machines that it ran on
     tracking = tree.pop("tracking", {})
     kept = {key: tracking[key] for key in ("registered_model", "purpose") if tracking.get(key)}
     return {**tree, "storage": {"root": "reproduction"}, **({"tracking": kept} if kept else {})}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.activations.cache import DiskCache
+from components.activations.cache import CachePlace
 from components.activations.manifest import Column, Manifest
 from components.activations.reader import ActivationReader
 from components.hardware import keep_freed_memory
@@ -73,7 +73,7 @@ class Training:
     seed: int
     metadata: dict[str, Any]
     """What SAELens shows beside the SAE."""
-    cache: DiskCache | None = None
+    cache: CachePlace | None = None
     """Where what is read from an object store is kept."""
 
     @property
@@ -86,17 +86,25 @@ def read_training_record(url: str) -> dict[str, Any] | None:
     return storage.read_json_if_present(storage.join(url, "training.json"))
 
 
+class Stopped(Exception):
+    """Training was asked to stop, and has left a checkpoint."""
+
+
 def train(
-    work: Training, device: torch.device, on_points: Callable[[list[Point]], None] = lambda points: None
+    work: Training,
+    device: torch.device,
+    on_points: Callable[[list[Point]], None] = lambda points: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, or continue, or return what is there: the record of the finished training.
 
     on_points: gets the training curves' points, once each, as they come; after a resume from the first on again.
+    should_stop: asked after every step; once it says yes, a checkpoint is put and `Stopped` is raised.
     """
     record = read_training_record(work.url)
     if record is None:
         with storage.exclusive(work.url):
-            record = read_training_record(work.url) or _train(work, device, on_points)
+            record = read_training_record(work.url) or _train(work, device, on_points, should_stop)
     else:
         on_points(record["curves"])
     storage.delete(checkpoint_folder(work.url))
@@ -104,7 +112,9 @@ def train(
     return record
 
 
-def _train(work: Training, device: torch.device, on_points: Callable[[list[Point]], None]) -> dict[str, Any]:
+def _train(
+    work: Training, device: torch.device, on_points: Callable[[list[Point]], None], should_stop: Callable[[], bool]
+) -> dict[str, Any]:
     keep_freed_memory()
     settings, column = work.settings, work.manifest.column(work.hook_point)
     state = _initial_state(work, column, device)
@@ -118,7 +128,7 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
         batch_size=settings.batch_size,
         seed=work.seed,
         pin_memory=device.type == "cuda",
-        cache=work.cache,
+        cache=None if work.cache is None else work.cache.open(),
     )
     checkpoint_steps = max(1, settings.checkpoint_tokens // settings.batch_size)
     log_steps = max(1, settings.log_tokens // settings.batch_size)
@@ -140,8 +150,11 @@ def _train(work: Training, device: torch.device, on_points: Callable[[list[Point
                 on_points([point])
                 note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
             advance(settings.batch_size, note)
-            if state.step % checkpoint_steps == 0 and state.step < work.steps:
+            stop = should_stop()
+            if state.step < work.steps and (stop or state.step % checkpoint_steps == 0):
                 save_checkpoint(state, work.url)
+                if stop:
+                    raise Stopped(f"stopped after step {state.step:,} of {work.steps:,}, at a checkpoint")
     return _finish(work, state, column, device, time.monotonic() - started, work.steps - started_step)
 
 

@@ -1,0 +1,189 @@
+"""Training in a process of its own: the one place that starts it, and where torchrun takes that place later.
+
+A process can be stopped for certain: by a time limit, by a cancelled run, by the death of whoever waits for it. Asked to
+stop, it finishes its step, puts a checkpoint and ends.
+
+Between the two: the work as one line of JSON on standard input, which stays open for as long as the parent lives; messages as
+lines of JSON on standard output; the log on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any, NoReturn, cast
+
+import torch
+from pydantic import TypeAdapter
+
+from components.settings import UserError
+from components.training.checkpoint import Point
+from components.training.loop import Training, train
+
+STOP_SECONDS = 25.0
+"""How long a training that was asked to stop may take for its last checkpoint; then it is killed. Under the 30 s after which
+Prefect kills a cancelled run."""
+
+_MODULE = "components.training.process"
+_LEVEL_END = ": "
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingTimeout(TimeoutError):
+    """Training took longer than it was given; it has been stopped and left a checkpoint."""
+
+
+def launch(
+    work: Training,
+    device: torch.device,
+    on_points: Callable[[list[Point]], None] = lambda points: None,
+    timeout_seconds: float | None = None,
+) -> dict[str, Any]:
+    """`loop.train` in a process of its own: the record of the finished training.
+
+    Raises what the training raised where it is a UserError or a FloatingPointError, TrainingTimeout after
+    `timeout_seconds`, and RuntimeError where the process failed in another way or was killed. However this call ends, the
+    process has ended before it.
+    """
+    order = {"work": json.loads(_TRAINING.dump_json(work)), "device": str(device)}
+    own_terminal = sys.stderr.isatty()  # then the progress bar goes there
+    process = subprocess.Popen(
+        [sys.executable, "-m", _MODULE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=None if own_terminal else subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is the parent's to handle
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    last: dict[str, Any] = {}
+    try:
+        if process.stderr is not None:
+            threading.Thread(target=_forward_log, args=(process.stderr,), name="training-log", daemon=True).start()
+        with suppress(BrokenPipeError):  # it ended at once; its exit code says more
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+        with _stopped_at(process, deadline) as overdue:
+            for line in process.stdout:
+                last = json.loads(line)
+                if "points" in last:
+                    on_points(last["points"])
+            process.wait()
+    finally:
+        _end(process)
+    if "record" in last:
+        return cast("dict[str, Any]", last["record"])
+    if overdue.is_set():
+        assert timeout_seconds is not None
+        raise TrainingTimeout(f"training took more than {timeout_seconds / 60:g} minutes; it continues from its checkpoint")
+    _raise(last, process.returncode)
+
+
+_TRAINING: TypeAdapter[Training] = TypeAdapter(Training)
+
+
+@contextmanager
+def _stopped_at(process: subprocess.Popen[str], deadline: float | None) -> Iterator[threading.Event]:
+    """Stops the process at `deadline` (`time.monotonic`); the event says that it came to that."""
+    overdue = threading.Event()
+    if deadline is None:
+        yield overdue
+        return
+
+    def stop() -> None:
+        overdue.set()
+        _end(process)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield overdue
+    finally:
+        timer.cancel()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ask it to stop, wait for its checkpoint, then make sure."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("train: no end %g s after it was asked to stop; it is killed", STOP_SECONDS)
+        process.kill()
+        process.wait()
+
+
+def _raise(message: dict[str, Any], code: int) -> NoReturn:
+    kind, text = message.get("error"), message.get("text", "")
+    for known in (UserError, FloatingPointError):
+        if kind == known.__name__:
+            raise known(text)
+    if kind is not None:
+        raise RuntimeError(f"training failed: {kind}: {text}")
+    if code == -signal.SIGKILL:
+        raise RuntimeError("the training process was killed (SIGKILL), by hand or because memory ran out")
+    raise RuntimeError(f"the training process ended with exit code {code} and said nothing")
+
+
+def _forward_log(stream: IO[str]) -> None:
+    """Lines `LEVEL: text` into this process's log; a line without a level belongs to the one before it."""
+    level = logging.INFO
+    for line in stream:
+        name, end, text = line.rstrip("\n").partition(_LEVEL_END)
+        if end and name in logging.getLevelNamesMapping():
+            level = logging.getLevelNamesMapping()[name]
+        else:
+            text = line.rstrip("\n")
+        logger.log(level, "%s", text)
+
+
+def main() -> None:
+    """The other side."""
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if sys.stderr.isatty():
+        logging.basicConfig(level=logging.WARNING)
+    else:
+        logging.basicConfig(level=logging.INFO, format=f"%(levelname)s{_LEVEL_END}%(message)s", stream=sys.stderr)
+    order = json.loads(sys.stdin.readline())
+    threading.Thread(target=_stop_when_closed, args=(stop,), name="parent", daemon=True).start()
+
+    def say(**message: Any) -> None:
+        # A parent that is gone cannot listen; the checkpoint is still wanted.
+        with suppress(BrokenPipeError):
+            print(json.dumps(message), flush=True)
+
+    try:
+        work = _TRAINING.validate_python(order["work"])
+        record = train(work, torch.device(order["device"]), lambda points: say(points=points), stop.is_set)
+    except Exception as error:
+        if not isinstance(error, UserError | FloatingPointError):
+            logger.exception("train: failed")
+        say(error=type(error).__name__, text=str(error))
+        sys.exit(1)
+    say(record=record)
+
+
+def _stop_when_closed(stop: threading.Event) -> None:
+    """Standard input ends when the parent does, however that came about."""
+    while os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin`, whose lock would be held when the interpreter ends
+        pass
+    stop.set()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Training in a process of its own: the same weights, and an end for certain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from components import steps, storage
+from components.config import parse_config
+from components.planning import Plan
+from components.settings import UserError
+from components.training import process
+from components.training.checkpoint import checkpoint_folder
+from components.training.process import TrainingTimeout, launch
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def plan(tiny_tree: dict) -> Plan:
+    plan = Plan(parse_config(tiny_tree))
+    steps.extract(plan)
+    return plan
+
+
+def with_tokens(tree: dict, tokens: int, **more) -> Plan:
+    return Plan(parse_config({**tree, "training": {**tree["training"], "tokens": tokens, **more}}))
+
+
+def work_of(plan: Plan):
+    manifest = plan.dataset_manifest()
+    assert manifest is not None
+    return plan.training(manifest)
+
+
+def children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "components.training.process" in " ".join(child.cmdline())]
+
+
+def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_process(plan: Plan):
+    record = steps.train(plan)
+    weights = storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors")
+    storage.delete(plan.sae_url)
+    seen: list[dict] = []
+    launched = launch(work_of(plan), CPU, seen.extend)
+    assert storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors") == weights
+    assert launched["curves"] == record["curves"] == seen
+
+
+def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(plan: Plan, tiny_tree: dict):
+    slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
+    started = time.monotonic()
+    with pytest.raises(TrainingTimeout, match="more than 0.15 minutes"):
+        launch(work_of(slow), CPU, timeout_seconds=9)
+    assert time.monotonic() - started < 9 + process.STOP_SECONDS
+    assert children() == []
+    (checkpoint,) = storage.list_names(checkpoint_folder(slow.sae_url))
+    assert int(checkpoint.removeprefix("step-").removesuffix(".safetensors")) > 0
+
+
+def test_an_interrupt_in_the_parent_stops_the_process_and_leaves_a_checkpoint(tiny_tree: dict, plan: Plan):
+    slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
+
+    def cancelled(points: list[dict]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        launch(work_of(slow), CPU, cancelled)
+    assert children() == []
+    assert storage.list_names(checkpoint_folder(slow.sae_url))
+
+
+def test_the_process_ends_with_a_checkpoint_when_its_parent_is_killed(tiny_tree: dict, plan: Plan, tmp_path: Path):
+    slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
+    order = tmp_path / "order.json"
+    order.write_bytes(process._TRAINING.dump_json(work_of(slow)))
+    script = (
+        "import sys, torch; from components.training import process as p\n"
+        f"work = p._TRAINING.validate_json(open({str(order)!r}).read())\n"
+        "p.launch(work, torch.device('cpu'), lambda points: print('point', flush=True))\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"point\n"
+    (child,) = psutil.Process(parent.pid).children()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    child.wait(timeout=process.STOP_SECONDS)
+    assert storage.list_names(checkpoint_folder(slow.sae_url))
+
+
+def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_tree: dict, plan: Plan):
+    longer = with_tokens(tiny_tree, 200_000)
+
+    def kill(points: list[dict]) -> None:
+        if points[-1]["tokens"] >= 20_000:
+            children()[0].kill()
+
+    with pytest.raises(RuntimeError, match="SIGKILL"):
+        launch(work_of(longer), CPU, kill)
+    assert storage.list_names(checkpoint_folder(longer.sae_url))
+    record = launch(work_of(longer), CPU)
+    storage.delete(longer.sae_url)
+    assert steps.train(longer)["weights_sha256"] == record["weights_sha256"]
+
+
+def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Plan):
+    wild = with_tokens(tiny_tree, 20_000, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="training.learning_rate"):
+        launch(work_of(wild), CPU)
+    work = work_of(plan)
+    other = process.Training(**{**vars(work), "hook_point": "resid_post.7"})
+    with pytest.raises(UserError, match="training.hook_point"):
+        launch(other, CPU)
