@@ -57,10 +57,21 @@ lint: $(INSTALLED)  ## Check style, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+# An environment of its own, so that no validator decides a version in $(VENV).
+$(VENV)-infra/.installed: requirements-infra.lock
+	@"$$(command -v python3.11 || command -v python3)" -m venv --clear $(VENV)-infra
+	@$(VENV)-infra/bin/python -m pip --disable-pip-version-check install -q -r requirements-infra.lock
+	@touch $@
+
+.PHONY: lint-infra
+lint-infra: $(VENV)-infra/.installed  ## Validate the files under infra/ and .github/, and that a broken one would be noticed
+	@$(VENV)-infra/bin/python infra/lint.py
+	@$(VENV)-infra/bin/python infra/lint.py --prove
+
 .PHONY: lock
 lock:  ## Resolve pyproject.toml anew into requirements.lock
 	@infra/lock.sh
 
 .PHONY: clean
 clean:  ## Remove .venv and caches; data/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-infra .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
