@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from flows import data_cli
+from flows.doctor_cli import doctor
 from flows.models_cli import models
 from flows.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
@@ -77,7 +78,7 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
         from components.activations.manifest import require_manifest
 
         work = _checked_plan(config, overrides, only_data=True)
-        if work.config.execution.runner == "threads" and work.config.execution.workers == 1:
+        if _alone(work.config):
             manifest = steps.extract(work)
         else:
             _extract_on_workers(work.config)
@@ -131,7 +132,12 @@ def evaluate(
         from components import steps
 
         work = _checked_plan(config, overrides)
-        record = {"url": work.sae_url, **steps.evaluate(work)} if sae is None else steps.evaluate_given(work, sae)
+        if sae is not None:
+            record = steps.evaluate_given(work, sae)
+        elif _alone(work.config):
+            record = {"url": work.sae_url, **steps.evaluate(work)}
+        else:
+            record = _evaluate_on_workers(work.config)
         show({key: record[key] for key in ("url", "metrics", "baselines")}, print_tree)
 
 
@@ -174,6 +180,9 @@ def ui(
         os.execv(server[0], server)
 
 
+app.command()(doctor)
+
+
 def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Plan:
     from components.config import load_config
     from components.planning import Plan, check, pinned
@@ -195,6 +204,17 @@ def _extract_on_workers(config: RunConfig) -> None:
     from flows.extraction import extract_on_its_runner
 
     extract_on_its_runner(config)
+
+
+def _evaluate_on_workers(config: RunConfig) -> dict[str, Any]:
+    _prepare_prefect()
+    from flows.evaluation import evaluate_on_its_runner
+
+    return evaluate_on_its_runner(config)
+
+
+def _alone(config: RunConfig) -> bool:
+    return config.execution.runner == "threads" and config.execution.workers == 1
 
 
 def _prepare_prefect() -> None:

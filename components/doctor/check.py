@@ -1,0 +1,178 @@
+"""What a check finds, checks that run side by side under one time limit, and one HTTP request with the server's clock."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from typing import Literal
+
+Status = Literal["ok", "warning", "failure", "skipped"]
+SECTIONS = ("versions", "storage", "MLflow", "Prefect", "device", "machine", "clock")
+"""In the order in which people read them."""
+
+REQUEST_SECONDS = 4.0
+"""How long one request may wait for a connection, and again for an answer."""
+ALL_SECONDS = 18.0
+"""How long all checks together may take."""
+
+CLOCK_WARNING_SECONDS = 5.0
+CLOCK_FAILURE_SECONDS = 900.0
+"""S3 refuses signatures that are older or younger than this."""
+
+_SECRET_NAMES = re.compile("(SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN|AUTH_STRING|API_KEY)$", re.IGNORECASE)
+_USER_IN_ADDRESS = re.compile(r"(://)[^\s/'\"]*@")
+_SECRET_IN_QUERY = re.compile(r"\b(\w*(?:password|pwd|secret|token))=[^&\s'\"]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Check:
+    section: str
+    name: str
+    status: Status
+    found: str
+    advice: str | None = None
+    """What to do about it, one sentence; None where nothing has to be done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Checks that depend on each other: one generator, in a thread of its own."""
+
+    section: str
+    checks: Callable[[], Iterator[Check]]
+
+
+def run(jobs: Sequence[Job], seconds: float = ALL_SECONDS) -> list[Check]:
+    """What all jobs find within `seconds`, by section; an error or a job that does not end is a failure and stops no other."""
+    found: list[list[Check]] = [[] for _ in jobs]
+
+    def work(job: Job, into: list[Check]) -> None:
+        try:
+            into.extend(job.checks())  # one by one: what was found before an error or the time limit is kept
+        except Exception as error:
+            advice = "This is an error of the check itself or of a library under it; see whether the versions above are right."
+            into.append(Check(job.section, "check", "failure", explained(error), advice))
+
+    # Daemons: a library that hangs must not keep the command from ending.
+    threads = [threading.Thread(target=work, args=pair, daemon=True) for pair in zip(jobs, found, strict=True)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    checks: list[Check] = []
+    for job, thread, into in zip(jobs, threads, found, strict=True):
+        thread.join(max(0.0, deadline - time.monotonic()))
+        checks += list(into)
+        if thread.is_alive():
+            advice = (
+                "Something answers too slowly: run `sae doctor` again, and look at the network and the load of this machine."
+            )
+            checks.append(Check(job.section, "time limit", "failure", f"not done after {seconds:.0f} s", advice))
+    if not any(check.section == "clock" for check in checks):
+        checks.append(Check("clock", "clock", "skipped", "no server answered whose clock could be compared"))
+    clean = [replace(check, found=redacted(check.found), advice=check.advice and redacted(check.advice)) for check in checks]
+    return sorted(clean, key=lambda check: SECTIONS.index(check.section))
+
+
+def redacted(text: str) -> str:
+    """`text` without users and passwords in addresses, and without the values of secret environment variables."""
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name) and len(value) >= 4:
+            text = text.replace(value, "***")
+    return _SECRET_IN_QUERY.sub(r"\1=***", _USER_IN_ADDRESS.sub(r"\1", text))
+
+
+def explained(error: BaseException) -> str:
+    """An error as one short line."""
+    reason = getattr(error, "reason", None)
+    if isinstance(error, urllib.error.URLError) and reason is not None:
+        return explained(reason) if isinstance(reason, BaseException) else str(reason)
+    if isinstance(error, TimeoutError):
+        return f"no answer within {REQUEST_SECONDS:.0f} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line[:200]}{'...' if len(line) > 200 else ''}" if line else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+    seconds: float
+    clock_offset: float | None
+    """By how many seconds the server's clock is ahead of this machine's; None where it sends no date."""
+
+
+def ask(
+    url: str,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    body: bytes | None = None,
+    context: ssl.SSLContext | None = None,
+    seconds: float = REQUEST_SECONDS,
+) -> Answer:
+    """One request; every status is an answer, and only no answer is an error (an OSError)."""
+    request = urllib.request.Request(url, data=body, headers=dict(headers or {}), method=method)
+    before, started = time.time(), time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=seconds, context=context) as response:
+            status, sent, content = response.status, response.headers, response.read(1 << 20)
+    except urllib.error.HTTPError as error:
+        with error:
+            status, sent, content = error.code, error.headers, error.read(1 << 20)
+    except (http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(f"no HTTP answer ({explained(error)})") from error
+    taken = time.monotonic() - started
+    return Answer(status, content, taken, clock_offset(sent.get("Date"), before, taken))
+
+
+def clock_offset(date: str | None, before: float, taken: float) -> float | None:
+    """Seconds by which the server of a `Date` header is ahead; the request began at `before` and took `taken` seconds."""
+    if date is None:
+        return None
+    try:
+        server = parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+    # The date has whole seconds and was made at some time during the request: only what is beyond both is an offset.
+    earliest, latest = before - 1.0, before + taken
+    return server - latest if server > latest else min(0.0, server - earliest)
+
+
+def clock_check(server: str, answer: Answer) -> Iterator[Check]:
+    """This machine's clock against that of a server that has just answered; nothing where it sent no date."""
+    if answer.clock_offset is None:
+        return
+    offset = abs(answer.clock_offset)
+    if offset < CLOCK_WARNING_SECONDS:
+        yield Check("clock", server, "ok", f"within {CLOCK_WARNING_SECONDS:.0f} s of this machine's")
+        return
+    direction = "ahead of" if answer.clock_offset > 0 else "behind"
+    found = f"the server's clock is {_duration(offset)} {direction} this machine's"
+    advice = "Set the clock that is wrong, and have both machines follow a time server (`timedatectl set-ntp true`)"
+    if offset < CLOCK_FAILURE_SECONDS:
+        yield Check("clock", server, "warning", found, f"{advice}.")
+    else:
+        yield Check("clock", server, "failure", found, f"{advice}: S3 refuses requests that are over 15 minutes off.")
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def human_bytes(count: float) -> str:
+    """Decimal units, as disks are sold: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
