@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,7 +38,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """Every version with its aliases and main metrics."""
-    with command(as_json) as print_result:
+    with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
         from components.tracking.catalogue import list_models
 
@@ -52,7 +54,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Metrics, gates, lineage, history, and the command that reproduces the version."""
-    with command(as_json) as print_result:
+    with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
         from components.tracking import catalogue, registry
 
@@ -72,7 +74,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Metrics side by side, and whether each later version would beat the first."""
-    with command(as_json) as print_result:
+    with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
         from components.tracking.catalogue import compare as compared
         from components.tracking.gates import load_gates
@@ -91,7 +93,7 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Make a version champion if it passes the gates. Exit code 1 where it is refused."""
-    with command(as_json) as print_result:
+    with _on_the_registry(as_json) as print_result:
         from components.settings import UserError
 
         if force and not reason:
@@ -120,7 +122,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make the champion before this one champion again."""
-    with command(as_json) as print_result:
+    with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
         from components.tracking.promotion import rollback as roll_back
 
@@ -135,20 +137,52 @@ def rollback(
 @models.command()
 def webhook(
     url: Annotated[str, typer.Argument(metavar="URL", help="https:// address that the MLflow server calls.")],
-    name: Annotated[str, typer.Option("--name", help="Name of the webhook.")] = "sae-promotions",
+    name: Annotated[str, typer.Option("--name", help="Name of the webhook; one of this name is replaced.")] = "sae-promotions",
     secret_variable: Annotated[
         str, typer.Option("--secret-variable", help="Environment variable with the secret that signs the calls.")
     ] = "SAE_WEBHOOK_SECRET",
+    test: Annotated[bool, typer.Option("--test", help="Have it called now, with an invented version.")] = False,
     root: Root = "data",
     uri: Uri = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have the MLflow server call an address after every promotion."""
-    with command(as_json) as print_result:
+    """Have the MLflow server call an address after every promotion. Exit code 1 where a test does not arrive."""
+    with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
         from components.tracking.webhooks import add_webhook
 
-        print_result(add_webhook(client, name, url, os.environ.get(secret_variable)), _print_yaml)
+        made = add_webhook(client, name, url, os.environ.get(secret_variable), test)
+        print_result(made, _print_yaml)
+        if test and not made["test"]["delivered"]:
+            raise typer.Exit(1)
+
+
+@models.command()
+def webhooks(
+    remove: Annotated[str | None, typer.Option("--remove", metavar="NAME", help="Remove the one of that name.")] = None,
+    root: Root = "data",
+    uri: Uri = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the webhooks of the MLflow server, or remove one."""
+    with _on_the_registry(as_json) as print_result:
+        client = _client(root, uri)
+        from components.tracking.webhooks import list_webhooks, remove_webhook
+
+        if remove is not None:
+            print_result({"name": remove, "removed": remove_webhook(client, remove)}, _print_yaml)
+        else:
+            print_result({"webhooks": list_webhooks(client)}, _print_yaml)
+
+
+@contextmanager
+def _on_the_registry(as_json: bool) -> Iterator[Any]:
+    """As `command`; that a server refuses somebody is said in one sentence as well."""
+    with command(as_json) as print_result:
+        from components.tracking.store import refusal_explained
+
+        with refusal_explained():
+            yield print_result
 
 
 def _client(root: str, uri: str | None) -> MlflowClient:

@@ -23,8 +23,13 @@ from components.tracking.registry import (
     recorded_metrics,
     resolve_version,
     search_versions,
+    version_or_none,
 )
 
+COMPARED = (
+    "loss_recovered", "l0", "explained_variance", "dead_fraction", "ce_loss_clean", "ce_loss_sae", "kl_divergence", "mse",
+    "cosine_similarity", "norm_ratio", "evaluation_tokens",
+)  # fmt: skip
 SHOWN = ("loss_recovered", "l0", "explained_variance", "dead_fraction", "evaluation_tokens")
 
 
@@ -100,6 +105,37 @@ def show(client: MlflowClient, reference: str) -> dict[str, Any]:
             "weights_sha256": tags.get(WEIGHTS_TAG),
         },
         "reproduce": command,
+    }
+
+
+def against_champion(client: MlflowClient, name: str, version: str) -> dict[str, Any]:
+    """A version beside the champion that its gates compared it with: rows of two tables, for people."""
+    found = client.get_model_version(name, version)
+    report = json.loads(found.tags.get(GATES_TAG, '{"gates": [], "champion": null}'))
+    before = None if report["champion"] is None else version_or_none(client, name, str(report["champion"]))
+    here, there = recorded_metrics(found), recorded_metrics(before) if before else {}
+    shown = [metric for metric in COMPARED if metric in here or metric in there]
+    return {
+        "champion": report["champion"],
+        "metrics": [
+            {
+                "metric": metric,
+                "this version": here.get(metric),
+                "champion": there.get(metric),
+                "change": here[metric] - there[metric] if metric in here and metric in there else None,
+            }
+            for metric in shown
+        ],
+        "gates": [
+            {
+                "gate": row["gate"],
+                "verdict": "pass" if row["passed"] else "fail",
+                "measured": row["measured"],
+                "required": row["required"],
+                "short by": row["short_by"],
+            }
+            for row in report["gates"]
+        ],
     }
 
 

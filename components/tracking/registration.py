@@ -66,12 +66,13 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
     """The artifact as a version of its registered model, champion if it passes the gates and challenger otherwise; what a
     killed call has done is not done again.
 
-    Order: model, version, decision as tags, alias, and last the tag that says that all is done.
+    Order: model, its metrics, version, decision as tags, alias, and last the tag that says that all is done.
     """
     client, name = run.client, candidate.name
     version = find_version(client, name, candidate.run_digest, candidate.weights_sha256)
     if version is None:
         model = _logged_model(run, candidate)
+        run.log_model_metrics(model.model_id, candidate.metrics, candidate.evaluation_set, candidate.lineage["token_url"])
         ensure_model(client, name, run.experiment, candidate.model_tags)
         numbers = {f"{METRIC_PREFIX}{key}": repr(value) for key, value in candidate.metrics.items() if _is_number(value)}
         everything = {

@@ -54,6 +54,11 @@ def search_versions(client: MlflowClient, filter_string: str) -> list[ModelVersi
             return sorted(found, key=lambda version: (version.name, int(version.version)))
 
 
+def finished_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
+    """The versions of one registered model whose registration came to its end, by number."""
+    return [version for version in search_versions(client, f"name = '{name}'") if DONE_TAG in version.tags]
+
+
 def version_or_none(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
     try:
         return client.get_model_version(name, version)

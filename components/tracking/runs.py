@@ -26,12 +26,14 @@ from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer, Values
 from components.tracking.code import git_tags
 from components.tracking.settings import TrackingSettings
-from components.tracking.store import connect, is_server, public_uri, tracking_uri
+from components.tracking.store import connect, is_server, public_uri, refusal_explained, run_address, tracking_uri
 from components.tracking.system import SystemMetrics
 from components.tracking.termination import Terminated, raised_on_sigterm
 
 RUN_DIGEST_TAG = "sae.run_digest"
 PARENT_TAG = MLFLOW_PARENT_RUN_ID
+EVALUATION_SET = "held-out"
+"""Name of the dataset that evaluations are measured on; its digest is the evaluation set's."""
 _CLOSING_SECONDS = 15.0
 """How long a run that failed for another reason waits for its server, to say so there."""
 _PER_CALL = 100  # parameters and tags of one log_batch call
@@ -60,6 +62,11 @@ class TrackedRun:
             on_beat=lambda: liveness.beat(client, self.run_id),
             beat_seconds=liveness.BEAT_SECONDS,
         )
+
+    @property
+    def address(self) -> str | None:
+        """Of the run's page, None where there is no server."""
+        return run_address(self.client, self.experiment_id, self.run_id)
 
     def add_points(self, points: Iterable[dict[str, float]]) -> None:
         """Training curves under `train/`, with tokens as MLflow's step. Returns at once; where the server has been away
@@ -118,12 +125,35 @@ class TrackedRun:
         dataset = MetaDataset(
             source=resolve_dataset_source(url), name=url.rstrip("/").rsplit("/", 1)[-1], digest=manifest.digest, schema=schema
         )
-        tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+        self.client.log_inputs(self.run_id, [_input(dataset, "training")])
 
     def log_model_output(self, model_id: str) -> None:
         """The logged model as the run's output, which is how MLflow's pages link the two."""
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model_id, step=0)])
+
+    def log_model_metrics(self, model_id: str, metrics: dict[str, Any], evaluation_set: str, url: str) -> None:
+        """The evaluation's numbers as the logged model's own, once, with what they were measured on: the held-out text at
+        `url`, which becomes an input of the run.
+
+        A model's metric is also one of the run: it takes the run's own point, time and all, so that the store sees the
+        same one again and does not keep a second.
+        """
+        model = self.client.get_logged_model(model_id)
+        present = {metric.key for metric in model.metrics or []}
+        points = {metric.key: metric for metric in self.client.get_run(self.run_id).data._metric_objs}
+        now, fresh = int(time.time() * 1000), []
+        for name, value in finite_numbers(metrics).items():
+            key = f"eval/{name}"
+            point = points.get(key)
+            time_and_step = (point.timestamp, point.step) if point is not None and point.value == value else (now, 0)
+            if key not in present:
+                fresh.append(Metric(key, value, *time_and_step, model_id, EVALUATION_SET, evaluation_set))
+        if fresh:
+            source = resolve_dataset_source(url)
+            dataset = MetaDataset(source=source, name=EVALUATION_SET, digest=evaluation_set)
+            self.client.log_inputs(self.run_id, [_input(dataset, "evaluation")])
+        for start in range(0, len(fresh), 1000):
+            self.client.log_batch(self.run_id, metrics=fresh[start : start + 1000])
 
     def log_figures(self, figures: dict[str, Any]) -> None:
         """As `NAME.png` in the run's uppermost folder: only files there does MLflow's compare page show side by side."""
@@ -150,6 +180,10 @@ def _values(point: dict[str, float], now: int, step: int) -> Values:
     # Whether a point was logged is asked of its loss alone: it leads.
     names = sorted((name for name in point if name != "tokens"), key=lambda name: name != "loss")
     return [Metric(f"train/{name}", float(point[name]), now, step) for name in names if math.isfinite(point[name])]
+
+
+def _input(dataset: MetaDataset, context: str) -> DatasetInput:
+    return DatasetInput(dataset._to_mlflow_entity(), [InputTag(MLFLOW_DATASET_CONTEXT, context)])
 
 
 _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token": DataType.integer}
@@ -195,7 +229,8 @@ def tracked_run(
     client = connect(settings, root)
     uri = tracking_uri(settings, root)
     with raised_on_sigterm():
-        active, earlier = _open(client, settings, name, run_digest, tags)
+        with refusal_explained():
+            active, earlier = _open(client, settings, name, run_digest, tags)
         run = TrackedRun(client, active, settings.experiment, uri, settings.patience_seconds)
         system = SystemMetrics(active, uri, run.buffer, settings.system_metrics_seconds)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,6 +37,12 @@ def public_uri(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
+def run_address(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
+    """Where the UI of the client's server shows a run; None where it is a database without a server."""
+    uri = client.tracking_uri
+    return f"{public_uri(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if is_server(uri) else None
+
+
 def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
@@ -52,8 +60,29 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     else:
         os.environ[_URI_VARIABLE] = environment
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    ensure_experiment(client, settings.experiment)
+    with refusal_explained():
+        ensure_experiment(client, settings.experiment)
     return client
+
+
+@contextmanager
+def refusal_explained() -> Iterator[None]:
+    """A server that wants to know who asks, or does not allow it to them, as a UserError."""
+    try:
+        yield
+    except MlflowException as error:
+        server = public_uri(mlflow.get_tracking_uri())
+        if error.error_code == "UNAUTHENTICATED":
+            raise UserError(
+                f"tracking.uri: {server} wants a user and a password, or refuses those given; "
+                "they come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
+        if error.error_code == "PERMISSION_DENIED":
+            raise UserError(
+                f"tracking.uri: {server} does not allow this to '{os.environ.get('MLFLOW_TRACKING_USERNAME', 'you')}'; its "
+                "administrator can (mlflow/README.md, 'Users'), or take an experiment and a registered model of your own"
+            ) from error
+        raise
 
 
 def ensure_experiment(client: MlflowClient, name: str) -> str:

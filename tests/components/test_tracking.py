@@ -20,6 +20,7 @@ from components.sae.artifact import load_sae
 from components.settings import UserError
 from components.tracking.ledger import CHAMPION
 from components.tracking.registry import CHALLENGER, champion_of
+from components.tracking.runs import EVALUATION_SET, TrackedRun
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect, tracking_uri
 
@@ -58,7 +59,9 @@ def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(t
     for name, value in measured["metrics"].items():
         if value is not None:
             assert run.data.metrics[f"eval/{name}"] == pytest.approx(value)
-    (dataset,) = run.inputs.dataset_inputs
+    by_name = {found.dataset.name: found for found in run.inputs.dataset_inputs}
+    assert set(by_name) == {Path(plan.dataset_url).name, EVALUATION_SET}
+    dataset = by_name[Path(plan.dataset_url).name]
     assert dataset.dataset.digest == plan.dataset_digest
     assert plan.dataset_url in dataset.dataset.source
     assert run.data.tags["sae.dataset_digest"] == plan.dataset_digest
@@ -80,6 +83,51 @@ def test_registering_again_adds_neither_run_nor_version_nor_point(tiny_tree: dic
     assert len(client.search_model_versions(f"name='{plan.registered_model}'")) == 1
     assert len(client.search_logged_models([client.get_run(first["run"]).info.experiment_id])) == 1
     assert len(client.get_metric_history(first["run"], "train/loss")) == points
+
+
+def eval_points(client: MlflowClient, run: str, names: list[str]) -> list[tuple]:
+    return [(m.key, m.value, m.timestamp) for name in names for m in client.get_metric_history(run, f"eval/{name}")]
+
+
+def test_the_logged_model_has_the_evaluation_as_its_metrics_once(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
+    def killed(*arguments) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(TrackedRun, "log_model_metrics", killed)
+        complete(tiny_tree)
+    plan, outcome = complete(tiny_tree)
+    client, run = client_of(plan), outcome["run"]
+    measured = plan.evaluation_record()["metrics"]
+    numbers = {name: value for name, value in measured.items() if value is not None}
+    version = client.get_model_version(plan.registered_model, str(outcome["model_version"]))
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert {metric.key: metric.value for metric in model.metrics} == {f"eval/{name}": numbers[name] for name in numbers}
+    evaluation_set = plan.evaluation_set(measured["evaluation_tokens"])
+    assert {(m.dataset_name, m.dataset_digest, m.run_id) for m in model.metrics} == {(EVALUATION_SET, evaluation_set, run)}
+    points = eval_points(client, run, list(numbers))
+    assert len(points) == len(numbers)  # the model's are the run's own, not a second point of each
+
+    client.delete_model_version(plan.registered_model, version.version)  # as if killed just before it was made
+    complete(tiny_tree)
+    (again,) = client.search_logged_models([client.get_run(run).info.experiment_id])
+    assert (again.model_id, len(again.metrics)) == (model.model_id, len(numbers))
+    assert eval_points(client, run, list(numbers)) == points
+
+
+def test_logged_models_are_found_and_ordered_by_what_was_measured(tiny_tree: dict):
+    plan, worse = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
+    _, better = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
+    client = client_of(plan)
+    experiment = [client.get_run(worse["run"]).info.experiment_id]
+    key = "metrics.`eval/explained_variance`"
+    tokens = plan.evaluation_record()["metrics"]["evaluation_tokens"]
+    same_text = {"dataset_name": EVALUATION_SET, "dataset_digest": plan.evaluation_set(tokens)}
+    ordered = client.search_logged_models(experiment, order_by=[{"field_name": key, "ascending": False, **same_text}])
+    assert [model.source_run_id for model in ordered] == [better["run"], worse["run"]]
+    found = client.search_logged_models(experiment, f"{key} > 0.5", datasets=[same_text])
+    assert [model.source_run_id for model in found] == [better["run"]]
+    assert not client.search_logged_models(experiment, f"{key} > 0.5", datasets=[{**same_text, "dataset_digest": "other"}])
 
 
 def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_tree: dict):
