@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from components import storage
 from components.activations.settings import ActivationSettings
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
@@ -95,15 +96,12 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a YAML file, or of the shipped one of that name, with `field=value` overrides applied.
+    """The configuration in a YAML file (also on `s3://`), or of the shipped one of that name, with `field=value` overrides.
 
     Raises a UserError that names the field, the value and what is accepted.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = shipped_configs().get(source, path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.safe_load(read_config(source)) or {}
     except OSError as error:
         names = ", ".join(shipped_configs())
         raise UserError(f"CONFIG: cannot read '{source}'; give a YAML file or one of {names}") from error
@@ -114,6 +112,14 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree)
+
+
+def read_config(source: str) -> str:
+    """The text of a YAML file, local or on `s3://`, or of the shipped configuration of that name."""
+    if not storage.is_local(source):
+        return storage.read_bytes(source).decode("utf-8")
+    path = Path(source)
+    return (path if path.is_file() else shipped_configs().get(source, path)).read_text(encoding="utf-8")
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -185,8 +191,8 @@ def _fields_at(location: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def flattened(config: RunConfig) -> dict[str, Any]:
-    """`{"training.tokens": 2000000, ...}`: the leaves of the tree by their dotted names."""
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"training.tokens": 2000000, ...}`: the leaves of a configuration's tree of plain values by their dotted names."""
     leaves: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -199,5 +205,5 @@ def flattened(config: RunConfig) -> dict[str, Any]:
         else:
             leaves[prefix] = value
 
-    visit("", config.model_dump(mode="json"))
+    visit("", dict(tree))
     return leaves

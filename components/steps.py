@@ -5,30 +5,39 @@ Every step returns at once where its result is there already, and continues wher
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
-from components import storage
+from components import staleness, storage
 from components.activations import extraction
 from components.activations.manifest import Manifest
 from components.config import flattened
 from components.corpus import images, tokens
 from components.evaluation import evaluate as evaluation
+from components.evaluation import passes, results
 from components.evaluation.given import require_same_place
+from components.evaluation.sums import Measured, SpanSums
+from components.evaluation.work import EvaluationWork, Span
 from components.language_model.loading import load_encoder, load_model, load_tokenizer
 from components.planning import Plan
 from components.sae import saelens
 from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
 from components.settings import UserError
-from components.training import loop
+from components.training import loop, process
 from components.training.checkpoint import Point
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
+# transformers changes global state while it loads, torch's default type for one: of two threads that did so at once, one
+# was seen to miss tensors.
+_LOADING = threading.Lock()
 
 
 def prepare_tokens(plan: Plan) -> dict[str, Any]:
@@ -48,24 +57,103 @@ def extract(plan: Plan) -> Manifest:
 
 def train(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> dict[str, Any]:
     """Activation dataset -> SAE artifact; its training record."""
+    return loop.train(plan.training(_activations(plan)), plan.device, on_points)
+
+
+def launch_training(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> dict[str, Any]:
+    """`train` in a process of its own, which `execution.training_timeout_minutes` and a cancelled run really end."""
+    record = plan.training_record()
+    if record is not None:
+        return train(plan, on_points)
+    minutes = plan.config.execution.training_timeout_minutes
+    work = plan.training(_activations(plan))
+    return process.launch(work, plan.device, on_points, None if minutes is None else minutes * 60)
+
+
+def _activations(plan: Plan) -> Manifest:
     manifest = plan.dataset_manifest()
     if manifest is None:
         raise UserError(f"activations: the dataset {plan.dataset_url} is not there yet; run `sae extract` first")
-    return loop.train(plan.training(manifest), plan.device, on_points)
+    return manifest
 
 
 def evaluate(plan: Plan) -> dict[str, Any]:
     """SAE artifact -> its metrics on held-out documents; the evaluation record."""
-    record, token_manifest = plan.training_record(), plan.token_manifest()
-    if record is None or token_manifest is None:
-        raise UserError(f"sae: the artifact {plan.sae_url} is not there yet; run `sae train` first")
+    record, token_manifest = _trained(plan)
     present = plan.evaluation_record()
     if present is not None:
         return present
-    with storage.local_copies(plan.sae_url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
-        sae = load_sae(folder, plan.device)
+    sae = _own_sae(plan.sae_url, plan.device)
     identity = plan.evaluation_identity(record["weights_sha256"])
     return _measured(plan, lambda _: sae, identity, plan.sae_url, token_manifest, plan.config.sae.architecture)
+
+
+# The same evaluation for several workers: `evaluation_work`, `evaluation_reference`, `measure_span` for every span, then
+# `measure_baselines` for every span of those, and `finish_evaluation`.
+
+
+def evaluation_work(plan: Plan) -> EvaluationWork:
+    """What there is to measure of the trained SAE, for workers that may be elsewhere."""
+    _, token_manifest = _trained(plan)
+    return EvaluationWork(
+        settings=plan.config.evaluation,
+        source=replace(plan.source),  # without what is cached
+        point=plan.point,
+        text=evaluation.HeldOut(url=plan.token_url, manifest=token_manifest),
+        sae_url=plan.sae_url,
+    )
+
+
+def evaluation_reference(work: EvaluationWork, device: torch.device) -> evaluation.Reference:
+    """What an evaluation takes from training text, once for all spans; on the CPU."""
+    settings, model = work.settings, load_model(work.source, device)
+    found = evaluation.reference_statistics(
+        model, work.point, work.text, settings.reference_tokens, settings.batch_sequences, device
+    )
+    return found.on(torch.device("cpu"))
+
+
+def measure_span(work: EvaluationWork, mean: torch.Tensor, limit: float | None, device: torch.device, span: Span) -> SpanSums:
+    """The SAE on a span of `passes.sae_spans`. mean, limit: see `passes.measure_sae`."""
+    subject = _subject(work, device, evaluation.TokenClasses(load_tokenizer(work.source)))
+    return passes.measure_sae(work.settings, subject, mean, limit, span)
+
+
+def measure_baselines(
+    work: EvaluationWork, reference: evaluation.Reference, l0: float, device: torch.device, span: Span
+) -> SpanSums:
+    """What the SAE is compared with, on a span of `passes.baseline_spans`. l0: the SAE's, on all of the text."""
+    return passes.measure_baselines(work.settings, _subject(work, device), reference, l0, span)
+
+
+def finish_evaluation(plan: Plan, measured: Measured, compared: Measured | None) -> dict[str, Any]:
+    """The merged sums of both passes -> the evaluation record beside the SAE."""
+    record, _ = _trained(plan)
+    sae = _own_sae(plan.sae_url, plan.device)
+    found = results.finish(plan.config.evaluation, measured, compared, sae.W_dec)
+    identity, about = plan.evaluation_identity(record["weights_sha256"]), _about(plan, sae, plan.sae_url)
+    return evaluation.write_evaluation(plan.sae_url, identity, found, torch.device(measured.device), about)
+
+
+def _trained(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Training record and token manifest; a UserError unless both are there."""
+    record, token_manifest = plan.training_record(), plan.token_manifest()
+    if record is None or token_manifest is None:
+        raise UserError(f"sae: the artifact {plan.sae_url} is not there yet; run `sae train` first")
+    return record, token_manifest
+
+
+def _own_sae(url: str, device: torch.device) -> Any:
+    with storage.local_copies(url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
+        return load_sae(folder, device)
+
+
+def _subject(work: EvaluationWork, device: torch.device, classes: evaluation.TokenClasses | None = None) -> passes.Subject:
+    with _LOADING:
+        sae, model = _own_sae(work.sae_url, device), load_model(work.source, device)
+    return passes.Subject(
+        sae=sae, d_sae=sae.d_sae, model=model, point=work.point, text=work.text, device=device, classes=classes
+    )
 
 
 def evaluate_given(plan: Plan, sae: str) -> dict[str, Any]:
@@ -118,15 +206,20 @@ def _measured(
     sae: Any = load(reference)
     classes = evaluation.TokenClasses(load_tokenizer(plan.source))
     found = evaluation.evaluate(settings, sae, sae.d_sae, model, plan.point, text, reference, device, classes)
-    about = {
-        "name": name or url.rstrip("/").rsplit("/", 1)[-1],
+    about = _about(plan, sae, url) | {"architecture": architecture}
+    return evaluation.write_evaluation(url, identity, found, device, about if name is None else about | {"name": name})
+
+
+def _about(plan: Plan, sae: Any, url: str) -> dict[str, Any]:
+    """What the report says of an SAE."""
+    return {
+        "name": url.rstrip("/").rsplit("/", 1)[-1],
         "language_model": plan.config.language_model.name,
         "hook_point": plan.hook_point,
-        "architecture": architecture,
+        "architecture": plan.config.sae.architecture,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
     }
-    return evaluation.write_evaluation(url, identity, found, device, about)
 
 
 @contextmanager
@@ -170,7 +263,7 @@ def tracked(plan: Plan, tags: dict[str, str]) -> AbstractContextManager[Any]:
         config.storage.root,
         config.name,
         plan.run_digest,
-        flattened(config),
+        flattened(config.model_dump(mode="json")),
         {**tags, "sae.dataset_digest": plan.dataset_digest, "sae.digest": plan.sae_digest},
     )
 
@@ -247,7 +340,13 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
             metrics=metrics,
             evaluation_set=plan.evaluation_set(metrics["evaluation_tokens"]),
             lineage=lineage,
-            tags={"sae.digest": plan.sae_digest, registry.DATASET_TAG: plan.dataset_digest, **flow_run, **git_tags()},
+            tags={
+                "sae.digest": plan.sae_digest,
+                registry.DATASET_TAG: plan.dataset_digest,
+                **staleness.version_tags(plan),
+                **flow_run,
+                **git_tags(),
+            },
             model_tags={
                 "sae.language_model": plan.config.language_model.name,
                 "sae.hook_point": plan.hook_point,
@@ -263,6 +362,23 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
     }
     run.set_tags({f"sae.{key}": value for key, value in outcome.items()})
     return outcome
+
+
+def comparison(plan: Plan, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The registered version of `outcome` beside the champion that it was measured against: `champion` (a version, None
+    where there was none), and `metrics` and `gates` as rows of a table."""
+    from components.tracking import catalogue, store
+
+    client = store.connect(plan.config.tracking, plan.config.storage.root)
+    return catalogue.against_champion(client, outcome["registered_model"], str(outcome["model_version"]))
+
+
+def run_address(plan: Plan, run_id: str) -> str | None:
+    """Where the MLflow UI shows a run; None where there is no server."""
+    from components.tracking import store
+
+    client = store.connect(plan.config.tracking, plan.config.storage.root)
+    return store.run_address(client, client.get_run(run_id).info.experiment_id, run_id)
 
 
 def _earlier_versions(plan: Plan, client: Any, metrics: dict[str, Any]) -> list[dict[str, Any]]:

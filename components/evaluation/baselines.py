@@ -60,15 +60,17 @@ def random_directions(reference: Reference, features: int, count: int) -> Varian
     One scale for all, the one that fits training activations best, keeps overlapping directions from overshooting.
     Drawn on the CPU, so that every device has the same ones.
     """
-    drawn = torch.randn(features, reference.d_in, generator=torch.Generator().manual_seed(RANDOM_SEED))
+    # The type is given since another thread that loads a model changes the default one meanwhile.
+    seeded = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = torch.randn(features, reference.d_in, generator=seeded, dtype=torch.float32)
     rows = (drawn / drawn.norm(dim=1, keepdim=True)).to(reference.mean)
 
     def code(centred: Tensor) -> Tensor:
         return _largest(torch.relu(centred @ rows.to(centred).T), count)
 
     sample = reference.sample - reference.mean
-    rebuilt = code(sample) @ rows
-    scale = (sample * rebuilt).sum() / rebuilt.square().sum().clamp_min(torch.finfo(rebuilt.dtype).tiny)
+    rebuilt = (code(sample) @ rows).double()  # a float32 sum would depend on the number of threads, in the seventh digit
+    scale = (sample.double() * rebuilt).sum() / rebuilt.square().sum().clamp_min(torch.finfo(rebuilt.dtype).tiny)
 
     def reconstruct(given: Rows) -> Reconstruction:
         mean = reference.mean.to(given.x)

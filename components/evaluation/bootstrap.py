@@ -18,8 +18,9 @@ _WEIGHTS_AT_ONCE = 2**22
 class DocumentGroups:
     """Deals documents to groups in the order in which they are first seen."""
 
-    def __init__(self, groups: int = MAXIMUM_GROUPS) -> None:
-        self.groups = groups
+    def __init__(self, groups: int = MAXIMUM_GROUPS, first_alone: bool = False) -> None:
+        """first_alone: the first document has a group of its own, beside the `groups` of the others."""
+        self.groups, self._alone = groups, int(first_alone)
         self._number: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -27,15 +28,26 @@ class DocumentGroups:
         return len(self._number)
 
     @property
+    def most(self) -> int:
+        """Groups that there can be."""
+        return self.groups + self._alone
+
+    @property
     def used(self) -> int:
-        return min(len(self), self.groups)
+        return min(len(self), self.most)
+
+    @property
+    def documents(self) -> np.ndarray:
+        """Ids in the order in which they were first seen; the first `used` of them opened a group each, in its order."""
+        return np.array(list(self._number), dtype=np.int64)
 
     def of(self, documents: np.ndarray) -> np.ndarray:
         """The group of each id in `documents` `[n]`."""
         ids, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
         for place in np.argsort(first):
             self._number.setdefault(int(ids[place]), len(self._number))
-        return np.array([self._number[document] % self.groups for document in ids.tolist()], dtype=np.int64)[inverse]
+        numbers = np.array([self._number[document] for document in ids.tolist()], dtype=np.int64) - self._alone
+        return np.where(numbers < 0, 0, numbers % self.groups + self._alone)[inverse]
 
 
 def intervals(

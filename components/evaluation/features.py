@@ -30,6 +30,19 @@ class FeatureSums:
             self.largest = torch.maximum(self.largest, features.amax(dim=0).float())
         return firing.sum(dim=1)
 
+    def on_cpu(self) -> FeatureSums:
+        """The same sums where they can be sent to another process."""
+        copy = FeatureSums(len(self.fired), torch.device("cpu"))
+        copy.include(self)
+        return copy
+
+    def include(self, other: FeatureSums) -> None:
+        """Add the sums over other tokens."""
+        self.tokens += other.tokens
+        self.fired += other.fired.to(self.fired.device)
+        self.activation += other.activation.to(self.activation.device)
+        self.largest = torch.maximum(self.largest, other.largest.to(self.largest.device))
+
     @property
     def dead_fraction(self) -> float:
         return (self.fired == 0).double().mean().item()

@@ -13,10 +13,12 @@ from components.corpus.tokens import PADDING, Sequences, read_sequences
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """The held-out sequences of a token dataset."""
+    """The held-out sequences of a token dataset, or some of them."""
 
     url: str
     manifest: dict[str, Any]
+    sequences: range | None = None
+    """Which ones; all where it is not given."""
 
     @property
     def tokens(self) -> int:
@@ -24,9 +26,10 @@ class HeldOut:
 
     def batches(self, tokens: int, size: int) -> Iterator[Sequences]:
         """Sequences in blocks of `size` until `tokens` counted tokens; the last sequence is cut there."""
-        left, total = tokens, self.manifest["splits"]["held_out"]["sequences"]
-        for start in range(0, total, size):
-            block = read_sequences(self.url, self.manifest, "held_out", start, min(start + size, total))
+        left = tokens
+        chosen = range(self.manifest["splits"]["held_out"]["sequences"]) if self.sequences is None else self.sequences
+        for start in range(chosen.start, chosen.stop, size):
+            block = read_sequences(self.url, self.manifest, "held_out", start, min(start + size, chosen.stop))
             counted = block.documents >= 0
             running = counted.ravel().cumsum().reshape(counted.shape)
             documents = np.where(counted & (running > left), PADDING, block.documents)

@@ -1,10 +1,10 @@
-"""One pass over held-out text: every variant of a hook point measured on the same tokens."""
+"""One pass over a span of held-out text: every variant of a hook point measured on the same tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,31 +14,15 @@ from components.corpus.tokens import PADDING, Sequences
 from components.evaluation.baselines import Rows, Variant
 from components.evaluation.bootstrap import DocumentGroups
 from components.evaluation.held_out import HeldOut, right_padded
-from components.evaluation.metrics import GroupedSums, Totals, column_names, reconstruction_columns, token_losses
+from components.evaluation.metrics import GroupedSums, column_names, reconstruction_columns, token_losses
 from components.evaluation.splicing import Splicer
+from components.evaluation.sums import SpanSums
 from components.evaluation.token_classes import CLASSES, TokenClasses
+from components.evaluation.work import Span, batch_size
+from components.hardware import keep_freed_memory
 from components.progress import progress
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Sums over the text by document, by place in the sequence and by class of token."""
-
-    variants: tuple[str, ...]
-    documents: int
-    by_document: GroupedSums
-    by_position: GroupedSums
-    """Group 0 is place 0, group g holds the places from `2^(g-1)` to `2^g - 1`."""
-    by_class: GroupedSums | None
-
-    def rows(self, sums: GroupedSums) -> tuple[np.ndarray, np.ndarray]:
-        return sums.table.cpu().numpy(), sums.shifted.cpu().numpy()
-
-    def totals(self) -> Totals:
-        table, shifted = self.rows(self.by_document)
-        return Totals(table.sum(axis=0), shifted.sum(axis=0), self.variants)
 
 
 class Measurement:
@@ -59,13 +43,14 @@ class Measurement:
         self.splicer, self.variants, self.limit, self.classes = splicer, variants, limit, classes
         self._with_kl = [name in with_kl for name in variants]
         self._shift = shift.double()
-        self._documents = DocumentGroups()
+        # the first one may have begun in an earlier span, where its group is another
+        self._documents = DocumentGroups(first_alone=True)
         self._names = column_names(tuple(variants))
 
         def sums(groups: int) -> GroupedSums:
             return GroupedSums(groups, len(self._names), len(shift), shift.device)
 
-        self._by_document = sums(self._documents.groups)
+        self._by_document = sums(self._documents.most)
         self._by_position = sums(context_length.bit_length() + 1)
         self._by_class = sums(len(CLASSES)) if classes is not None else None
 
@@ -103,10 +88,15 @@ class Measurement:
         self._group(block, counted, torch.stack(columns, dim=1), shifted)
         return len(rows)
 
-    def finish(self) -> Measured:
+    def finish(self) -> SpanSums:
         used = self._documents.used
-        self._by_document.table, self._by_document.shifted = self._by_document.table[:used], self._by_document.shifted[:used]
-        return Measured(tuple(self.variants), len(self._documents), self._by_document, self._by_position, self._by_class)
+        return SpanSums(
+            variants=tuple(self.variants),
+            documents=self._documents.documents,
+            by_document=self._by_document.rows(used),
+            by_position=self._by_position.rows(),
+            by_class=None if self._by_class is None else self._by_class.rows(),
+        )
 
     def _losses(self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies `[batch, length]`, `[variants, batch, length]` and KL alike, zero where nothing is predicted."""
@@ -134,11 +124,12 @@ class Measurement:
             self._by_class.add(torch.tensor(classes).to(values.device), values, shifted)
 
 
-def measure(measurement: Measurement, held_out: HeldOut, tokens: int, batch_sequences: int, title: str) -> Measured:
-    """All batches of the first `tokens` held-out tokens."""
-    size = max(1, batch_sequences // (1 + len(measurement.variants)))
-    with progress(logger, title, min(tokens, held_out.tokens), "tokens") as advance:
-        for block in held_out.batches(tokens, size):
+def measure(measurement: Measurement, text: HeldOut, span: Span, batch_sequences: int, title: str) -> SpanSums:
+    """All batches of a span of the text."""
+    keep_freed_memory()
+    part = dataclasses.replace(text, sequences=span.sequences)
+    with progress(logger, title, min(span.tokens, text.tokens), "tokens") as advance:
+        for block in part.batches(span.tokens, batch_size(batch_sequences, len(measurement.variants))):
             measurement.add(block)
             advance(int((block.documents >= 0).sum()), "")
     return measurement.finish()

@@ -7,6 +7,7 @@ quantity. A metric is a function of one such row, or of any weighted sum of rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,15 @@ def column_names(variants: Sequence[str]) -> tuple[str, ...]:
     return (*SHARED, *(f"{variant}.{name}" for variant in variants for name in PER_VARIANT))
 
 
+class Sums(NamedTuple):
+    """A row of sums per group, in float64."""
+
+    table: np.ndarray
+    """`[groups, columns]`, see `column_names`."""
+    shifted: np.ndarray
+    """`[groups, d_in]`, of `x - shift`."""
+
+
 class GroupedSums:
     """Sums of every column per group, `[groups, columns]`, and of `x - shift`, `[groups, d_in]`, in float64."""
 
@@ -36,6 +46,10 @@ class GroupedSums:
         """group `[n]`, values `[n, columns]`, shifted `[n, d_in]`: one row per token."""
         self.table.index_add_(0, group, values)
         self.shifted.index_add_(0, group, shifted)
+
+    def rows(self, groups: int | None = None) -> Sums:
+        """Those of the first `groups` groups, or of all."""
+        return Sums(self.table[:groups].cpu().numpy(), self.shifted[:groups].cpu().numpy())
 
 
 def reconstruction_columns(x: Tensor, x_hat: Tensor, active: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ is measured against the same numbers as ours, with or without an activation data
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ _SAMPLE_ROWS = 4_096
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Statistics of training activations at the hook point; tensors are on the device of the evaluation."""
+    """Statistics of training activations at the hook point."""
 
     mean: Tensor
     """`[d_in]`"""
@@ -37,6 +37,10 @@ class Reference:
     @property
     def d_in(self) -> int:
         return len(self.mean)
+
+    def on(self, device: torch.device) -> Reference:
+        """The same with every tensor on `device`."""
+        return replace(self, mean=self.mean.to(device), covariance=self.covariance.to(device), sample=self.sample.to(device))
 
 
 def reference_statistics(

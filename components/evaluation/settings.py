@@ -32,3 +32,7 @@ class EvaluationSettings(Settings):
 
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences in one forward pass, spliced copies included; it decides memory (so many logits), not results."""
+
+    def norm_limit(self, median_norm: float) -> float | None:
+        """The largest norm of a token that counts."""
+        return None if self.exclude_norms_above is None else self.exclude_norms_above * median_norm

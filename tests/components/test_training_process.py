@@ -58,7 +58,7 @@ def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_proce
 def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(plan: Plan, tiny_tree: dict):
     slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
     started = time.monotonic()
-    with pytest.raises(TrainingTimeout, match="more than 0.15 minutes"):
+    with pytest.raises(TrainingTimeout, match=r"more than 0\.15 minutes"):
         launch(work_of(slow), CPU, timeout_seconds=9)
     assert time.monotonic() - started < 9 + process.STOP_SECONDS
     assert children() == []
@@ -114,9 +114,9 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
 
 def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Plan):
     wild = with_tokens(tiny_tree, 20_000, learning_rate=1e30)
-    with pytest.raises(FloatingPointError, match="training.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):
         launch(work_of(wild), CPU)
     work = work_of(plan)
     other = process.Training(**{**vars(work), "hook_point": "resid_post.7"})
-    with pytest.raises(UserError, match="training.hook_point"):
+    with pytest.raises(UserError, match=r"training\.hook_point"):
         launch(other, CPU)

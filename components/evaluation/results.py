@@ -1,0 +1,127 @@
+"""From the sums of a whole text to what is reported of an SAE; the language model is not needed any more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from components.evaluation import bootstrap
+from components.evaluation.features import feature_table
+from components.evaluation.metrics import Sums, Totals, number
+from components.evaluation.settings import EvaluationSettings
+from components.evaluation.sums import Measured
+from components.evaluation.token_classes import CLASSES
+from components.settings import UserError
+
+WITH_INTERVAL = (
+    "explained_variance", "loss_recovered", "loss_recovered_mean", "l0", "mse", "kl_divergence",
+    "ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "ce_loss_mean",
+)  # fmt: skip
+"""Metrics that come with `_low` and `_high`, the bounds of their 95% confidence interval over documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    metrics: dict[str, Any]
+    """Flat: names of the README's table to numbers, None where one is not defined."""
+    breakdown: dict[str, list[dict[str, Any]]]
+    """`position` and `token_class`: a row per group with its tokens and metrics."""
+    baselines: list[dict[str, Any]]
+    """A row per reconstruction, the SAE's first, all on the same tokens."""
+    features: pa.Table
+    """A row per feature."""
+
+
+def active_features(settings: EvaluationSettings, measured: Measured) -> float:
+    """The SAE's L0, which the baselines are given too; a UserError where there is nothing to be found out."""
+    totals = measured.totals()
+    if totals.tokens == 0 or totals.positions == 0:
+        raise UserError(
+            f"evaluation: no held-out token is left to measure on; raise evaluation.tokens ({settings.tokens}) or "
+            f"evaluation.exclude_norms_above ({settings.exclude_norms_above})"
+        )
+    return float(totals.of("sae")["l0"])
+
+
+def finish(settings: EvaluationSettings, measured: Measured, compared: Measured | None, decoder: Tensor | None) -> Evaluation:
+    """Everything that is said of one SAE.
+
+    measured: by `measure_sae`. compared: by `measure_baselines`, None without baselines. decoder: rows `[d_sae, d_in]`.
+    """
+    totals, features = measured.totals(), measured.features
+    assert features is not None
+    metrics: dict[str, Any] = {name: number(value) for name, value in totals.summary().items()}
+    metrics |= _bounds(measured, metrics)
+    metrics["dead_fraction"] = features.dead_fraction
+    metrics["evaluation_tokens"] = int(totals.tokens)
+    metrics["evaluation_documents"] = measured.documents
+    return Evaluation(
+        metrics=metrics,
+        breakdown=_breakdown(measured),
+        baselines=[] if compared is None else _baseline_rows(settings, compared),
+        features=feature_table(features, decoder, settings.neighbours),
+    )
+
+
+def _bounds(measured: Measured, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """`<metric>_low` and `<metric>_high` of every metric with an interval."""
+
+    def summary(table: np.ndarray, shifted: np.ndarray) -> dict[str, np.ndarray]:
+        values = Totals(table, shifted, measured.variants).summary()
+        return {name: values[name] for name in WITH_INTERVAL}
+
+    found = bootstrap.intervals(*measured.by_document, summary)
+    bounds: dict[str, float | None] = {}
+    for name, interval in found.items():
+        low, high = (None, None) if interval is None or metrics[name] is None else interval
+        bounds |= {f"{name}_low": low, f"{name}_high": high}
+    return bounds
+
+
+def _breakdown(measured: Measured) -> dict[str, list[dict[str, Any]]]:
+    """Metrics per group. The variance of every group is taken around the mean of the whole set, so that groups add up."""
+    whole = measured.by_document
+    centre = whole.shifted.sum(axis=0) / whole.table[:, 0].sum()
+
+    def rows(sums: Sums) -> list[dict[str, Any]]:
+        totals = Totals(*sums, measured.variants, centre)
+        summary = totals.summary()
+        kept = ("ce_loss_clean", "ce_loss_sae", "loss_recovered", "explained_variance", "l0")
+        return [
+            {"group": group, "tokens": int(totals.tokens[group]), **{name: number(summary[name][group]) for name in kept}}
+            for group in range(len(sums.table))
+            if totals.tokens[group] > 0
+        ]
+
+    position = rows(measured.by_position)
+    for row in position:
+        group = row.pop("group")
+        row["first"], row["last"] = (0, 0) if group == 0 else (2 ** (group - 1), 2**group - 1)
+    by_class = [] if measured.by_class is None else rows(measured.by_class)
+    for row in by_class:
+        row["token_class"] = CLASSES[row.pop("group")]
+    return {"position": position, "token_class": by_class}
+
+
+def _baseline_rows(settings: EvaluationSettings, compared: Measured) -> list[dict[str, Any]]:
+    """The SAE and what it is compared with, on the same tokens."""
+    totals = compared.totals()
+    if totals.tokens == 0 or totals.positions == 0:
+        return []
+    shared = {"tokens": int(totals.tokens)}
+    found = {
+        name: {"name": name, **{key: number(value) for key, value in totals.of(name).items()}, **shared}
+        | {"loss_recovered": number(totals.loss_recovered(name))}
+        for name in compared.variants
+    }
+    perfect = {"mse": 0.0, "normalized_mse": 0.0, "explained_variance": 1.0, "cosine_similarity": 1.0, "norm_ratio": 1.0}
+    clean = number(totals.ce_loss("clean"))
+    recovered = None if found["zero"]["loss_recovered"] is None else 1.0
+    identity = {"l0": float(totals.d_in), "ce_loss": clean, "kl_divergence": 0.0, "loss_recovered": recovered}
+    found["identity"] = {"name": "identity", **perfect, **identity, **shared}
+    return [found[name] for name in ("sae", *settings.baselines)]

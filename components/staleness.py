@@ -1,0 +1,110 @@
+"""Whether a configuration's SAE has to be trained again, and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from components.code_version import code_versions
+from components.config import RunConfig, flattened
+from components.planning import Plan
+from components.settings import digest
+
+NAME_TAG, BASE_TAG, RERUN_TAG = "sae.name", "sae.base_digest", "sae.rerun"
+MODEL_TAG, TOKENS_TAG = "sae.language_model_digest", "sae.token_digest"
+CODE_PREFIX = "sae.code."
+
+# They say where and how a run is done and recorded, not what comes out.
+_WITHOUT_EFFECT = ("storage.", "execution.", "tracking.", "device", "rerun", "name", "evaluation.batch_sequences")
+_SHOWN_CHANGES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    stale: bool
+    reason: str
+    """One sentence: what changed, or which version stands."""
+    rerun: str | None = None
+    """`RunConfig.rerun` of the run that is due."""
+    version: str | None = None
+    """The version that stands, where nothing is stale."""
+
+
+def version_tags(plan: Plan) -> dict[str, str]:
+    """What a registered version must remember for `verdict` to compare with later."""
+    return {
+        NAME_TAG: plan.config.name,
+        BASE_TAG: base_digest(plan.config),
+        MODEL_TAG: digest(plan.source.identity),
+        TOKENS_TAG: plan.token_digest,
+        **({RERUN_TAG: plan.config.rerun} if plan.config.rerun else {}),
+        **{f"{CODE_PREFIX}{component}": version for component, version in code_versions().items()},
+    }
+
+
+def base_digest(config: RunConfig) -> str:
+    """Of all that decides a run, whether it is the first of its kind or a repetition."""
+    return Plan(config.model_copy(update={"rerun": None})).run_digest
+
+
+def verdict(plan: Plan, force: str | None = None, max_age_days: float | None = None, now: float | None = None) -> Verdict:
+    """Whether the plan's SAE is to be trained (again): by the digests of corpus, language model, code and configuration,
+    and by its age.
+
+    force: a word that names a run which is wanted in any case. max_age_days: a version that is older is stale.
+    now: seconds since 1970, the present where it is not given.
+    """
+    from components.tracking import registry, store
+
+    if force is not None:
+        return Verdict(stale=True, reason="forced", rerun=f"forced-{force}")
+    settings, root = plan.config.tracking, plan.config.storage.root
+    if not store.database_exists(settings, root):
+        return Verdict(stale=True, reason="there is no registry yet")
+    client = store.connect(settings, root)
+    # Every page: the search by tag would need quotes in names to be escaped, and a model has few versions.
+    every = registry.finished_versions(client, plan.registered_model)
+    base = base_digest(plan.config)
+    same = [version for version in every if version.tags.get(BASE_TAG) == base]
+    if not same:
+        of_name = [version for version in every if version.tags.get(NAME_TAG) == plan.config.name]
+        if not of_name:
+            return Verdict(stale=True, reason=f"'{plan.config.name}' has no version of {plan.registered_model} yet")
+        last = of_name[-1]
+        changes = _changes(registry.lineage_of(client, last)["configuration"], plan.config)
+        return Verdict(stale=True, reason=_what_changed(last.tags, plan, changes, last.version))
+    last = same[-1]
+    label = f"version {last.version} of {plan.registered_model}"
+    here = code_versions()
+    changed = [name for name, version in here.items() if last.tags.get(f"{CODE_PREFIX}{name}") != version]
+    if changed:
+        reason = f"the code of {', '.join(changed)} changed since {label}"
+        return Verdict(stale=True, reason=reason, rerun=f"code-{digest(here)}")
+    age = (time.time() if now is None else now) - last.creation_timestamp / 1000
+    if max_age_days is not None and age > max_age_days * 86400:
+        reason = f"{label} is {age / 86400:.1f} days old, more than {max_age_days:g}"
+        return Verdict(stale=True, reason=reason, rerun=f"after-{last.version}")
+    made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(last.creation_timestamp / 1000))
+    reason = f"nothing to do: {label} of {made} UTC has the same corpus, language model, code and configuration"
+    return Verdict(stale=False, reason=reason, version=str(last.version))
+
+
+def _what_changed(tags: Mapping[str, str], plan: Plan, changes: list[str], version: Any) -> str:
+    since = f"since version {version} of {plan.registered_model}"
+    if changes:
+        more = f" and {len(changes) - _SHOWN_CHANGES} more" if len(changes) > _SHOWN_CHANGES else ""
+        return f"the configuration changed {since}: {', '.join(changes[:_SHOWN_CHANGES])}{more}"
+    if tags.get(MODEL_TAG) != digest(plan.source.identity):
+        return f"the language model changed {since}"
+    if tags.get(TOKENS_TAG) != plan.token_digest:
+        return f"the corpus changed {since}"
+    return f"the recipe or the metrics have another version {since}"
+
+
+def _changes(before: dict[str, Any], config: RunConfig) -> list[str]:
+    """`field old -> new` for every field that has another value and an effect."""
+    old, new = flattened(before), flattened(config.model_dump(mode="json"))
+    names = [name for name in {**old, **new} if not name.startswith(_WITHOUT_EFFECT)]
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

@@ -1,0 +1,36 @@
+"""What a flow run's page shows: where the run is in MLflow, and how the SAE stands against its champion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from components import steps
+from components.planning import Plan
+
+
+def mlflow_run(plan: Plan, run_id: str, address: str | None) -> None:
+    """The MLflow run: a link where there is a server, its name where there is a database. MLflow's run names the flow run
+    in turn."""
+    rows = {"MLflow run": run_id, "activation dataset": plan.dataset_digest, "SAE": plan.sae_digest}
+    text = "\n".join(f"- {name}: `{value}`" for name, value in rows.items())
+    if address is None:
+        create_markdown_artifact(text, key="mlflow-run")
+    else:
+        create_link_artifact(address, link_text=f"MLflow run {run_id}", key="mlflow-run", description=text)
+
+
+def verdict(plan: Plan, summary: dict[str, Any]) -> None:
+    """The version and its alias; its metrics beside those of the champion that it was measured against; the gates."""
+    rows = {
+        "model version": f"models:/{summary['registered_model']}/{summary['model_version']}",
+        "MLflow run": summary["mlflow_run"],
+        "alias": f"{summary['alias']}: {summary['alias_reason']}",
+    }
+    create_markdown_artifact("\n".join(f"- {name}: `{value}`" for name, value in rows.items()), key="model-version")
+    compared = steps.comparison(plan, summary)
+    against = "there was no champion" if compared["champion"] is None else f"against version {compared['champion']}"
+    name = f"{summary['registered_model']} version {summary['model_version']}"
+    create_table_artifact(compared["metrics"], key="metrics", description=f"{name}, {against}")
+    create_table_artifact(compared["gates"], key="gates", description=f"{name}: {summary['alias_reason']}")

@@ -1,0 +1,70 @@
+"""Retraining as Prefect flows: `retrain` for one configuration, `nightly` for several; only what is stale is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, get_run_logger, tags
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed, Failed
+
+from components import staleness, steps
+from components.config import RunConfig, load_config
+from components.planning import Plan, check, pinned
+from flows import artifacts
+from flows.pipeline import pipeline
+from flows.runs import begin
+
+NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refused", "Retrained"
+"""Names of the states in which these flows complete."""
+
+
+@flow(name="retrain", flow_run_name="{config.name}")
+def retrain(
+    config: RunConfig, force: bool = False, max_age_days: float | None = None, commit: str | None = None
+) -> State[dict[str, Any]]:
+    """Train again if corpus, language model, code, configuration or age say so, or by `force`; activations are reused.
+
+    max_age_days: an SAE that is older is trained anew. commit: of the change that asks for it, a tag of the runs.
+    Completes as `NothingToDo`, `Promoted` or `Refused`, with the reason.
+    """
+    begin()
+    config = pinned(config)
+    plan = Plan(config)
+    check(plan)
+    # The flow run's name for itself: a run that crashed and is started again goes on with the same SAE.
+    word = str(flow_run.get_id()).split("-")[0] if force else None
+    due = staleness.verdict(plan, word, max_age_days)
+    get_run_logger().info("%s: %s", config.name, due.reason)
+    if not due.stale:
+        return Completed(name=NOTHING_TO_DO, message=due.reason)
+    again = config.model_copy(update={"rerun": due.rerun})
+    with tags(*([f"commit:{commit[:12]}"] if commit else [])):
+        summary = pipeline(again)
+    address = steps.run_address(plan, summary["mlflow_run"])
+    artifacts.mlflow_run(Plan(again), summary["mlflow_run"], address)
+    artifacts.verdict(Plan(again), summary)
+    version = f"{summary['registered_model']} version {summary['model_version']}"
+    return Completed(
+        name=PROMOTED if summary["alias"] == "champion" else REFUSED,
+        message=f"{version}: {summary['alias_reason']} (trained because {due.reason})",
+    )
+
+
+@flow(name="nightly")
+def nightly(configs: list[str], max_age_days: float | None = None, force: bool = False) -> State[None]:
+    """`retrain` for each of the configurations: YAML files where the worker is, `s3://` addresses, or names that ship.
+
+    One that fails does not keep the others; at the end the run fails if any did.
+    """
+    loaded = [load_config(source) for source in configs]
+    states = {
+        source: retrain(config, force=force, max_age_days=max_age_days, return_state=True)
+        for source, config in zip(configs, loaded, strict=True)
+    }
+    lines = "; ".join(f"{source}: {state.message or state.name}" for source, state in states.items())
+    if not all(state.is_completed() for state in states.values()):
+        return Failed(message=lines)
+    idle = all(state.name == NOTHING_TO_DO for state in states.values())
+    return Completed(name=NOTHING_TO_DO if idle else RETRAINED, message=lines)

@@ -1,0 +1,31 @@
+"""What every flow of ours does with the flow run that it is."""
+
+from __future__ import annotations
+
+import logging
+
+from prefect.runtime import flow_run
+
+from components import steps
+from components.settings import UserError
+
+STARTS = 6
+"""How often a flow run may be started: the automation `crashed-runs-continue` starts one again each time its machine died."""
+
+
+def lineage_tags() -> dict[str, str]:
+    """MLflow tags that lead from a run to this flow run."""
+    return {steps.FLOW_RUN_TAG: str(flow_run.get_id()), "prefect.flow_run_name": str(flow_run.get_name())}
+
+
+def begin() -> None:
+    """To be called first in every flow: a UserError where this flow run has been started so often that it is likely to be what
+    kills its machine."""
+    # Prefect sends the logs of PREFECT_LOGGING_EXTRA_LOGGERS to its server, at the level that they have.
+    logging.getLogger("components").setLevel(logging.INFO)
+    count = flow_run.get_run_count()
+    if count is not None and count > STARTS:
+        raise UserError(
+            f"this flow run has been started {count} times and never came to an end; memory is the usual reason "
+            "(`sae plan` says how much a run takes). Start a new one once it is mended: it continues where this one stopped"
+        )

@@ -1,0 +1,58 @@
+"""Training as a Prefect task and flow: in a process of its own, in its turn, with its progress on the page of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
+
+from components import steps
+from components.config import RunConfig
+from components.planning import Plan, check, pinned
+from components.training.checkpoint import Point
+from flows.mapping import RETRIED
+from flows.progress import training_progress
+from flows.runs import begin, lineage_tags
+
+LEASE_SECONDS = 120
+"""How long the turn of a machine that died is kept from the next training."""
+
+
+@task(name="train", cache_policy=NO_CACHE, **RETRIED)
+def train(config: RunConfig, on_points: Callable[[list[Point]], None]) -> str:
+    """Activation dataset -> SAE artifact; the checksum of its weights."""
+    plan = Plan(config)
+    with _turn(config.execution.training_limit), training_progress(config.training.tokens) as show:
+
+        def both(points: list[Point]) -> None:
+            on_points(points)
+            show(points)
+
+        return str(steps.launch_training(plan, both)["weights_sha256"])
+
+
+@contextmanager
+def _turn(limit: str | None) -> Iterator[None]:
+    """Wait for a place under Prefect's global concurrency limit of that name."""
+    if limit is None:
+        yield
+        return
+    # A limit that does not exist would otherwise be no limit; a server that is away for a while must end no training.
+    with concurrency(limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
+        yield
+
+
+@flow(name="train", flow_run_name="{config.name}")
+def train_sae(config: RunConfig) -> dict[str, Any]:
+    """Activation dataset -> SAE artifact, in the MLflow run that `pipeline` would go on with."""
+    begin()
+    config = pinned(config)
+    plan = Plan(config)
+    check(plan)
+    with steps.tracked(plan, lineage_tags()) as run:
+        weights = train(config, run.add_points)
+    return {"mlflow_run": run.run_id, "sae": plan.sae_url, "weights_sha256": weights}

@@ -1,0 +1,103 @@
+"""Debian's PostgreSQL: where it is, a cluster in a folder, databases in the cluster."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+
+import psycopg2
+from psycopg2 import sql
+
+from infra.stack.settings import write_private
+
+SUPERUSER = "sae"
+MISSING = "PostgreSQL is not installed: `apt-get install postgresql` (any version from 14 on), or put initdb on the PATH"
+
+
+def tool(name: str) -> Path | None:
+    """A program of PostgreSQL: from the PATH, or where Debian keeps it."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
+    on_path = shutil.which(name)
+    return Path(on_path) if on_path else found[-1] if found else None
+
+
+def owner() -> str | None:
+    """The user that PostgreSQL is to run as, None where it is ourselves; it refuses to run as root.
+
+    Raises a RuntimeError where we are root and there is no user for it.
+    """
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres").pw_name
+    except KeyError:
+        raise RuntimeError("PostgreSQL does not run as root, and there is no user 'postgres' to run it as") from None
+
+
+def run_as(user: str | None) -> dict[str, int]:
+    """Arguments of `subprocess` for that user."""
+    if user is None:
+        return {}
+    entry = pwd.getpwnam(user)
+    return {"user": entry.pw_uid, "group": entry.pw_gid}
+
+
+def initialise(folder: Path, password: str) -> None:
+    """A cluster in `folder`, whose superuser has that password; nothing where there is one."""
+    if (folder / "PG_VERSION").exists():
+        return
+    initdb = tool("initdb")
+    if initdb is None:
+        raise RuntimeError(MISSING)
+    user = owner()
+    folder.mkdir(parents=True, exist_ok=True)
+    password_file = folder.parent / "postgres.password"
+    write_private(password_file, password)
+    if user is not None:
+        for path in (folder, password_file):
+            shutil.chown(path, user, user)
+    command = [
+        initdb, "-D", folder, "-U", SUPERUSER, f"--pwfile={password_file}", "--auth=scram-sha-256", "-E", "UTF8", "--locale=C",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, **run_as(user))
+    finally:
+        password_file.unlink()
+    if done.returncode != 0:
+        raise RuntimeError(f"initdb failed: {done.stderr.strip().splitlines()[-1]}")
+
+
+def command(folder: Path, port: int, *more: str) -> list[str]:
+    """What serves the cluster, in the foreground and on loopback only."""
+    postgres = tool("postgres")
+    if postgres is None:
+        raise RuntimeError(MISSING)
+    options = {
+        "listen_addresses": "127.0.0.1",
+        "port": str(port),
+        "unix_socket_directories": "",
+        # 20 flow runs, two servers with pools of their own
+        "max_connections": "300",
+    }
+    settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+    return [str(postgres), "-D", str(folder), *settings, *more]
+
+
+def ensure_databases(port: int, password: str, names: tuple[str, ...]) -> None:
+    """The databases, made where they are not there; raises psycopg2.OperationalError while the server is not up."""
+    connection = psycopg2.connect(
+        host="127.0.0.1", port=port, user=SUPERUSER, password=password, dbname="postgres", connect_timeout=3
+    )
+    connection.autocommit = True
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("select datname from pg_database")
+            present = {row[0] for row in cursor.fetchall()}
+            for name in names:
+                if name not in present:
+                    cursor.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    finally:
+        connection.close()

@@ -1,0 +1,160 @@
+"""The services of the stack: what runs, as whom, with which environment, and when it is ready.
+
+They have the names, settings and order of `infra/compose.yaml`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psycopg2
+
+from infra.stack import postgres
+from infra.stack.settings import BUCKETS, DATABASES, POOLS, REPOSITORY, Stack, write_private
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    is_ready: Callable[[], bool]
+    url: str | None = None
+    """What people open."""
+    user: str | None = None
+    """None: whoever starts the stack."""
+    after: tuple[str, ...] = ()
+    """Services that must be ready before this one starts."""
+    stop_seconds: int = 30
+    """How long it may take to end; then it is killed."""
+    stop_signal: str = "TERM"
+    needs: tuple[int, ...] = field(default=())
+    """Ports that must be free before it starts for the first time."""
+
+
+def services(stack: Stack) -> list[Service]:
+    """In the order in which they start."""
+    ports = stack.ports
+    return [
+        Service(
+            name="s3",
+            command=seaweed_command(stack.folder, BUCKETS, ports.s3, ports.s3_master, ports.s3_volume, ports.s3_filer),
+            environment={},
+            # It refuses us without a signature, which is an answer.
+            is_ready=lambda: answers(stack.s3_url),
+            url=stack.s3_url,
+            needs=(ports.s3, ports.s3_master, ports.s3_volume, ports.s3_filer),
+        ),
+        Service(
+            name="postgres",
+            command=postgres.command(stack.folder / "postgres", ports.postgres),
+            environment={},
+            user=postgres.owner(),
+            is_ready=lambda: _databases_are_there(stack),
+            stop_signal="INT",  # disconnects its clients; TERM would wait for them
+            needs=(ports.postgres,),
+        ),
+        Service(
+            name="mlflow",
+            command=[
+                str(BIN / "python"), "-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1",
+                "--port", str(ports.mlflow), "--workers", "2",
+            ],
+            environment=stack.mlflow_environment(),
+            is_ready=lambda: answers(f"{stack.mlflow_url}/health"),
+            url=stack.mlflow_url,
+            after=("s3", "postgres"),
+            needs=(ports.mlflow,),
+        ),
+        Service(
+            name="prefect",
+            command=[str(BIN / "python"), "-m", "prefect", "server", "start"],
+            environment=stack.prefect_server_environment(),
+            is_ready=lambda: answers(f"{stack.prefect_url}/health"),
+            url=stack.prefect_url.removesuffix("/api"),
+            after=("postgres",),
+            needs=(ports.prefect,),
+        ),
+        *(
+            Service(
+                name=f"worker-{pool}",
+                command=[
+                    str(BIN / "python"), "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
+                    "--name", f"worker-{pool}", "--limit", str(stack.workers_at_once),
+                ],
+                environment=stack.worker_environment(),
+                is_ready=lambda pool=pool: _has_a_worker(stack, pool),
+                after=("s3", "mlflow", "prefect"),
+                # What it runs is asked to end first, and a training puts a checkpoint.
+                stop_seconds=60,
+            )
+            for pool in POOLS
+        ),
+    ]  # fmt: skip
+
+
+def prepare(stack: Stack) -> None:
+    """What must be in the folder before the first service starts."""
+    write_private(stack.folder / "s3.json", json.dumps(s3_identities(stack.secrets.s3_access, stack.secrets.s3_secret)))
+    postgres.initialise(stack.folder / "postgres", stack.secrets.postgres)
+    example = (REPOSITORY / "mlflow" / "basic_auth.ini").read_text(encoding="utf-8").splitlines()
+    database = f"database_uri = {stack.database('psycopg2', 'mlflow')}"
+    lines = [database if line.startswith("database_uri") else line for line in example]
+    (stack.folder / "basic_auth.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def s3_identities(access: str, secret: str) -> dict[str, object]:
+    """SeaweedFS's file of who may do what, with one identity that may do everything."""
+    credentials = [{"accessKey": access, "secretKey": secret}]
+    actions = ["Admin", "Read", "Write", "List", "Tagging"]
+    return {"identities": [{"name": "sae", "credentials": credentials, "actions": actions}]}
+
+
+def seaweed_command(folder: Path, buckets: tuple[str, ...], s3: int, master: int, volume: int, filer: int) -> list[str]:
+    """SeaweedFS as an S3 server on loopback, with its data in `folder/s3` and its identities in `folder/s3.json`."""
+    data = folder / "s3"
+    data.mkdir(parents=True, exist_ok=True)
+    return [
+        str(BIN / "weed"), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}",
+        f"-s3.config={folder / 's3.json'}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
+        f"-bucket={','.join(buckets)}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
+        f"-filer.localSocket={data / 'filer.sock'}", "-s3.cacheCapacityMB=64",
+    ]  # fmt: skip
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server is there, whatever it says but that it is broken."""
+    try:
+        with urllib.request.urlopen(url, timeout=3):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError:
+        return False
+
+
+def _databases_are_there(stack: Stack) -> bool:
+    try:
+        postgres.ensure_databases(stack.ports.postgres, stack.secrets.postgres, DATABASES)
+    except psycopg2.OperationalError:
+        return False
+    return True
+
+
+def _has_a_worker(stack: Stack, pool: str) -> bool:
+    request = urllib.request.Request(
+        f"{stack.prefect_url}/work_pools/{pool}/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return any(worker["status"] == "ONLINE" for worker in json.load(answer))
+    except OSError:
+        return False
