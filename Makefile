@@ -57,6 +57,17 @@ lint: $(INSTALLED)  ## Check style, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+.PHONY: stack stack-status stack-stop
+stack: $(INSTALLED)  ## Start S3, PostgreSQL, MLflow, Prefect and two workers on this machine, without Docker
+	@infra/stack/install.sh
+	@$(BIN)/python -m infra.stack start
+
+stack-status: $(INSTALLED)  ## Say which services of the stack run and are ready
+	@$(BIN)/python -m infra.stack status
+
+stack-stop: $(INSTALLED)  ## Stop the stack; its data stays in .stack/
+	@$(BIN)/python -m infra.stack stop
+
 # An environment of its own, so that no validator decides a version in $(VENV).
 $(VENV)-infra/.installed: requirements-infra.lock
 	@"$$(command -v python3.11 || command -v python3)" -m venv --clear $(VENV)-infra

@@ -5,7 +5,6 @@ Every step returns at once where its result is there already, and continues wher
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -26,7 +25,7 @@ from components.evaluation import passes, results
 from components.evaluation.given import require_same_place
 from components.evaluation.sums import Measured, SpanSums
 from components.evaluation.work import EvaluationWork, Span
-from components.language_model.loading import load_encoder, load_model, load_tokenizer
+from components.language_model.loading import LOADING, load_encoder, load_model, load_tokenizer
 from components.planning import Plan
 from components.sae import saelens
 from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
@@ -35,9 +34,6 @@ from components.training import loop, process
 from components.training.checkpoint import Point
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
-# transformers changes global state while it loads, torch's default type for one: of two threads that did so at once, one
-# was seen to miss tensors.
-_LOADING = threading.Lock()
 
 
 def prepare_tokens(plan: Plan) -> dict[str, Any]:
@@ -68,6 +64,12 @@ def launch_training(plan: Plan, on_points: Callable[[list[Point]], None] = lambd
     minutes = plan.config.execution.training_timeout_minutes
     work = plan.training(_activations(plan))
     return process.launch(work, plan.device, on_points, None if minutes is None else minutes * 60)
+
+
+def training_tokens(plan: Plan) -> int:
+    """How many tokens the training reads: whole steps."""
+    training = plan.config.training
+    return -(-training.tokens // training.batch_size) * training.batch_size
 
 
 def _activations(plan: Plan) -> Manifest:
@@ -149,7 +151,7 @@ def _own_sae(url: str, device: torch.device) -> Any:
 
 
 def _subject(work: EvaluationWork, device: torch.device, classes: evaluation.TokenClasses | None = None) -> passes.Subject:
-    with _LOADING:
+    with LOADING:  # the SAE too: torch's default type is another meanwhile
         sae, model = _own_sae(work.sae_url, device), load_model(work.source, device)
     return passes.Subject(
         sae=sae, d_sae=sae.d_sae, model=model, point=work.point, text=work.text, device=device, classes=classes

@@ -26,7 +26,7 @@ LEASE_SECONDS = 120
 def train(config: RunConfig, on_points: Callable[[list[Point]], None]) -> str:
     """Activation dataset -> SAE artifact; the checksum of its weights."""
     plan = Plan(config)
-    with _turn(config.execution.training_limit), training_progress(config.training.tokens) as show:
+    with _turn(config.execution.training_limit), training_progress(steps.training_tokens(plan)) as show:
 
         def both(points: list[Point]) -> None:
             on_points(points)

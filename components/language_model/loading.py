@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from importlib.util import find_spec
@@ -48,6 +49,11 @@ def require_runnable(source: ModelSource, device: torch.device) -> None:
             ) from error
 
 
+LOADING = threading.RLock()
+"""Held while transformers loads a model, in which it changes torch's default type and other state of the process: of two
+threads that loaded at once, one missed tensors, and so did every later load."""
+
+
 def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     """The model, in evaluation mode and without gradients: on `device`, or with `device_map` on all there are."""
     from transformers.utils import logging as transformers_logging
@@ -61,23 +67,24 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     if settings.device_map is not None or settings.quantization is not None:
         options["device_map"] = settings.device_map or {"": str(device)}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a table of the weights that are not needed, such as an encoder's head
-    try:
-        model, loaded = model_class(source.config).from_pretrained(
-            source.location,
-            config=deepcopy(source.config),
-            revision=source.commit,
-            dtype=getattr(torch, settings.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with LOADING:
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # a table of the weights that are not needed, such as an encoder's head
+        try:
+            model, loaded = model_class(source.config).from_pretrained(
+                source.location,
+                config=deepcopy(source.config),
+                revision=source.commit,
+                dtype=getattr(torch, settings.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
+        finally:
+            transformers_logging.set_verbosity(verbosity)
     # Encoders are loaded without the head they were trained with, some of which have a pooler that no hook point needs.
     missing = [name for name in loaded["missing_keys"] if not name.startswith(("pooler.", "head."))]
     if missing:

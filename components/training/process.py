@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from functools import partial
 from typing import IO, Any, NoReturn, cast
 
 import torch
@@ -70,7 +72,9 @@ def launch(
     last: dict[str, Any] = {}
     try:
         if process.stderr is not None:
-            threading.Thread(target=_forward_log, args=(process.stderr,), name="training-log", daemon=True).start()
+            # In this thread's context, by which Prefect knows whose log it is.
+            forward = partial(copy_context().run, _forward_log, process.stderr)
+            threading.Thread(target=forward, name="training-log", daemon=True).start()
         with suppress(BrokenPipeError):  # it ended at once; its exit code says more
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()

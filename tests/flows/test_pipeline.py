@@ -65,8 +65,12 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     assert [flow_run["state_type"] for flow_run in new] == ["COMPLETED"] * 3  # the pipeline; extraction and evaluation in it
     (flow_run,) = [flow_run for flow_run in new if flow_run["parent_task_run_id"] is None]
     artifacts = ask(prefect_environment, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
-    assert any(first["mlflow_run"] in found["data"] for found in artifacts)
-    assert any(f"models:/{first['registered_model']}/1" in found["data"] for found in artifacts)
+    shown = {found["key"]: str(found["data"]) for found in artifacts}
+    assert first["mlflow_run"] in shown["mlflow-run"]
+    assert f"models:/{first['registered_model']}/1" in shown["model-version"]
+    assert '"metric": "l0"' in shown["metrics"]
+    assert '"gate": "finite"' in shown["gates"]
+    assert shown["training-progress"] == "100"
     assert not first["reused"]
     assert (first["alias"], first["model_version"]) == ("champion", 1)
     assert set(first["seconds"]) == {"tokens", "extract", "train", "evaluate", "register", "total"}
@@ -198,7 +202,7 @@ def test_killed_at_many_moments_the_line_ends_as_if_it_had_never_been(
         assert count("select count(*) from registered_model_aliases where alias = 'champion'") == 1
         assert count("select count(*) from model_versions") == 1
         assert count("select count(*) from logged_models where lifecycle_stage = 'active'") == 1
-        assert count("select count(*) from inputs where source_type = 'DATASET'") == 1
+        assert count("select count(*) from inputs where source_type = 'DATASET'") == 2  # trained and measured on
         twice = "select count(*) from (select 1 from metrics where key like 'train/%' group by key, step having count(*) > 1)"
         assert count(twice) == 0
         points = len(json.loads(Path(last["paths"]["sae"], "training.json").read_text())["curves"])

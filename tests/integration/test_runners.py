@@ -1,35 +1,129 @@
-"""Extraction on several workers, here and on a Ray or Dask cluster, gives the bytes of one worker."""
+"""Extraction and evaluation on several workers, here and on a Ray or Dask cluster, give what one worker gives."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from components import steps
+from components.activations.manifest import Manifest
 from components.config import parse_config
 from components.planning import Plan
 
 pytestmark = pytest.mark.integration
 
+# Ray and Dask give each worker one thread, and in float32 a matrix product is rounded otherwise by two.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+class Comparison:
+    """The same configuration carried out by one worker in this process, and by the command `sae` on several."""
+
+    def __init__(self, tree: dict, folder: Path, execution: dict) -> None:
+        tree["training"]["tokens"] = 3_000
+        self.alone = Plan(parse_config({**tree, "storage": {"root": str(folder / "alone")}}))
+        self.plan = Plan(parse_config({**tree, "execution": execution}))
+        self.config, self.home = folder / "config.yaml", folder / "prefect"
+        self.config.write_text(yaml.safe_dump(self.plan.config.model_dump(mode="json", exclude_unset=True)))
+
+    def sae(self, name: str) -> dict[str, Any]:
+        command = [str(Path(sys.executable).parent / "sae"), name, str(self.config), "--json"]
+        environment = {**os.environ, **ONE_THREAD, "PREFECT_HOME": str(self.home), "RAY_USAGE_STATS_ENABLED": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def extraction(self) -> Manifest:
+        """Of several workers, after it was seen to be that of one to the last byte."""
+        alone = steps.extract(self.alone)
+        assert self.sae("extract")["activations"]["digest"] == alone.digest
+        manifest = self.plan.dataset_manifest()
+        assert manifest == alone
+        for shard in manifest.shards:
+            content = Path(self.plan.dataset_url, shard.name).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == shard.sha256
+            assert content == Path(self.alone.dataset_url, shard.name).read_bytes()
+        return manifest
+
+    def evaluation(self) -> None:
+        for plan in (self.alone, self.plan):
+            steps.train(plan)
+        found = self.sae("evaluate")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        expected = steps.evaluate(self.alone)
+        torch.set_num_threads(threads)
+        recorded = self.plan.evaluation_record()
+        assert recorded is not None
+        assert recorded["digest"] == expected["digest"]
+        for part in ("metrics", "baselines", "breakdown"):
+            assert_same(recorded[part], expected[part], part)
+        assert found["metrics"] == recorded["metrics"]
+
+
+def assert_same(found: Any, expected: Any, path: str) -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{path}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for number, value in enumerate(expected):
+            assert_same(found[number], value, f"{path}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), path
+    else:
+        assert found == expected, path
+
 
 @pytest.mark.parametrize("runner", ["threads", "ray", "dask"])
-def test_every_runner_gives_the_same_dataset(tiny_tree: dict, tmp_path: Path, runner: str):
-    alone = steps.extract(Plan(parse_config({**tiny_tree, "storage": {"root": str(tmp_path / "alone")}})))
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump({**tiny_tree, "execution": {"runner": runner, "workers": 2}}))
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "sae"), "extract", str(config), "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["activations"]["digest"] == alone.digest
-    assert Plan(parse_config(tiny_tree)).dataset_manifest() == alone
+def test_every_runner_gives_the_same_dataset_and_evaluation(tiny_tree: dict, tmp_path: Path, runner: str):
+    comparison = Comparison(tiny_tree, tmp_path, {"runner": runner, "workers": 2})
+    comparison.extraction()
+    comparison.evaluation()
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of two nodes with one CPU each."""
+    settings = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1"}
+    # the dashboard answers where a task ran
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": True})
+    try:
+        cluster.add_node(**node)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_a_ray_cluster_of_two_nodes_gives_what_threads_give(tiny_tree: dict, tmp_path: Path, two_nodes: Any):
+    comparison = Comparison(tiny_tree, tmp_path, {"runner": "ray", "workers": 2, "address": two_nodes.address})
+    manifest = comparison.extraction()
+    assert len(manifest.shards) > 1
+    comparison.evaluation()
+    from ray.util.state import list_nodes, list_tasks
+
+    dashboard = f"http://{two_nodes.webui_url}"
+    nodes = {node.node_id for node in list_nodes(address=dashboard)}
+    assert len(nodes) == 2
+    places: dict[str, set[str]] = {}
+    for task in list_tasks(address=dashboard, detail=True, limit=1_000):
+        if task.state == "FINISHED":
+            places.setdefault(task.name, set()).add(task.node_id)
+    assert places["scatter"] | places["shuffle"] == nodes, places
+    assert places["measure"] | places["baselines"] == nodes, places

@@ -1,0 +1,134 @@
+"""An evaluation in spans, by workers that share nothing but what is sent to them, is that of one worker."""
+
+from __future__ import annotations
+
+import pickle
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from components import steps
+from components.config import parse_config
+from components.evaluation.bootstrap import DocumentGroups
+from components.evaluation.passes import baseline_spans, sae_spans
+from components.evaluation.results import active_features
+from components.evaluation.sums import SpanSums, merged
+from components.evaluation.work import batch_size, spans
+from components.planning import Plan
+
+CPU = torch.device("cpu")
+
+
+def trained(tree: dict, **evaluation) -> Plan:
+    tree["training"]["tokens"] = 3_000
+    tree["evaluation"] = {"tokens": 1_001, "reference_tokens": 1_000, "baseline_tokens": 450, **evaluation}
+    plan = Plan(parse_config(tree))
+    steps.extract(plan)
+    steps.train(plan)
+    return plan
+
+
+def sent(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def by_spans(plan: Plan, parts: int) -> tuple[dict, dict, list[SpanSums]]:
+    """Record, feature table, and what each span of the SAE's pass gave."""
+    work = sent(steps.evaluation_work(plan))
+    settings = work.settings
+    reference = sent(steps.evaluation_reference(work, CPU))
+    limit = settings.norm_limit(reference.median_norm)
+    passes = [
+        sent(steps.measure_span(work, reference.mean, limit, CPU, span)) for span in sae_spans(settings, work.text, parts)
+    ]
+    measured = merged(passes)
+    l0 = active_features(settings, measured)
+    compared = [
+        sent(steps.measure_baselines(work, reference, l0, CPU, span)) for span in baseline_spans(settings, work.text, parts)
+    ]
+    assert len(passes) == parts
+    record = steps.finish_evaluation(plan, measured, merged(compared) if compared else None)
+    return record, pq.read_table(Path(plan.sae_url) / "features.parquet").to_pydict(), passes
+
+
+def assert_same(found, expected, path: str = "record") -> None:
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{path}.{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), path
+        for number, value in enumerate(expected):
+            assert_same(found[number], value, f"{path}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), path
+    else:
+        assert found == expected, path
+
+
+@pytest.mark.parametrize("packing", ["crossing", "within_document"])
+def test_the_number_of_spans_changes_no_result(tiny_tree: dict, packing: str):
+    tiny_tree["corpus"]["packing"] = packing
+    plan = trained(tiny_tree)
+    alone = steps.evaluate(plan)
+    table = pq.read_table(Path(plan.sae_url) / "features.parquet").to_pydict()
+    for parts in (1, 2, 3):
+        record, features, passes = by_spans(plan, parts)
+        assert_same(record, alone)
+        assert_same(features, table)
+        cut = [set(a.documents.tolist()) & set(b.documents.tolist()) for a, b in pairwise(passes)]
+        assert all(len(documents) == 1 for documents in cut), "every cut is within a document"
+    assert alone["metrics"]["evaluation_tokens"] == 1_001
+    assert alone["metrics"]["loss_recovered_low"] is not None
+
+
+def test_documents_that_share_a_group_share_it_in_every_division(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
+    plan = trained(tiny_tree, tokens=1_400, baselines=[], exclude_norms_above=1.02)
+    monkeypatch.setattr(DocumentGroups.__init__, "__defaults__", (2, False))
+    alone = steps.evaluate(plan)
+    assert alone["metrics"]["evaluation_documents"] > 4
+    assert alone["metrics"]["evaluation_tokens"] < 1_400
+    for parts in (2, 3):
+        assert_same(by_spans(plan, parts)[0], alone)
+
+
+def test_groups_of_spans_are_those_of_the_whole():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = generator.integers(1, 5, size=generator.integers(1, 30))
+        ids = np.repeat(generator.permutation(1_000)[: len(lengths)], lengths)
+        whole = DocumentGroups(4)
+        expected = whole.of(ids)
+        numbering = DocumentGroups(4)
+        found = []
+        for part in np.split(ids, np.sort(generator.integers(0, len(ids) + 1, size=2))):
+            rows = DocumentGroups(4, first_alone=True)
+            groups = rows.of(part)
+            opened = numbering.of(rows.documents)[: rows.used]
+            found.append(opened[groups])
+        assert np.concatenate(found).tolist() == expected.tolist()
+        assert (len(numbering), numbering.used) == (len(whole), whole.used)
+
+
+@pytest.mark.parametrize("tokens", [1, 137, 1_001, 10**9])
+@pytest.mark.parametrize("parts", [2, 3, 7, 1_000])
+def test_spans_cover_the_text_once_in_the_batches_of_one_worker(tiny_tree: dict, tokens: int, parts: int):
+    plan = Plan(parse_config(tiny_tree))
+    text = steps.evaluation.HeldOut(url=plan.token_url, manifest=steps.prepare_tokens(plan))
+    batch = batch_size(16, 3)
+    found = spans(text, tokens, batch, parts)
+    (whole,) = spans(text, tokens, batch, 1)
+
+    def batches(span):
+        part = type(text)(url=text.url, manifest=text.manifest, sequences=span.sequences)
+        return [(block.tokens.tolist(), block.documents.tolist()) for block in part.batches(span.tokens, batch)]
+
+    assert [block for span in found for block in batches(span)] == batches(whole)
+    assert sum(span.tokens for span in found) == min(tokens, text.tokens)
+    assert len(found) <= parts
+    lengths = [len(span.sequences) for span in found]
+    assert max(lengths) - min(lengths) < 2 * batch
