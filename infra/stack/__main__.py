@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +20,9 @@ from rich.table import Table
 from infra.stack import postgres
 from infra.stack.services import Service, prepare, services
 from infra.stack.settings import REPOSITORY, Stack, load, load_or_make, port_is_free
-from infra.stack.supervision import Supervisor
+
+if TYPE_CHECKING:
+    from infra.stack.supervision import Supervisor
 
 READY_SECONDS = 180
 """How long a service may take from its start until it is ready."""
@@ -46,7 +48,7 @@ def start(
         _fail(postgres.MISSING)
     stack = load_or_make(folder.resolve(), free_ports, workers_at_once)
     everything = services(stack)
-    supervisor = Supervisor(stack.folder)
+    supervisor = _supervisor(stack)
     try:
         if not supervisor.is_running():
             _require_free_ports(everything)
@@ -67,7 +69,7 @@ def status(
 ) -> None:
     """Which services run and are ready. Exit code 1 where one is not."""
     stack = _known(folder)
-    supervisor, everything = Supervisor(stack.folder), services(stack)
+    supervisor, everything = _supervisor(stack), services(stack)
     rows = _states(supervisor, everything)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -81,7 +83,7 @@ def status(
 def stop(folder: Folder = HOME) -> None:
     """Stop everything, workers first; data, secrets and ports stay for the next start."""
     stack = _known(folder)
-    supervisor = Supervisor(stack.folder)
+    supervisor = _supervisor(stack)
     if not supervisor.is_running():
         console.print("The stack is not running.")
         return
@@ -112,6 +114,13 @@ def environment(folder: Folder = HOME) -> None:
 
     for name, value in _known(folder).client_environment().items():
         print(f"export {name}={shlex.quote(value)}")
+
+
+def _supervisor(stack: Stack) -> Supervisor:
+    # Not where the image of `infra/docker` registers deployments: it has no supervisord.
+    from infra.stack.supervision import Supervisor
+
+    return Supervisor(stack.folder)
 
 
 def _start(stack: Stack, supervisor: Supervisor, wanted: list[Service]) -> None:

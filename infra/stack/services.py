@@ -36,6 +36,8 @@ class Service:
     stop_seconds: int = 30
     """How long it may take to end; then it is killed."""
     stop_signal: str = "TERM"
+    together: bool = False
+    """It consists of several processes that outlive each other, and hold the port: they are to end together."""
     needs: tuple[int, ...] = field(default=())
     """Ports that must be free before it starts for the first time."""
 
@@ -72,6 +74,7 @@ def services(stack: Stack) -> list[Service]:
             is_ready=lambda: answers(f"{stack.mlflow_url}/health"),
             url=stack.mlflow_url,
             after=("s3", "postgres"),
+            together=True,
             needs=(ports.mlflow,),
         ),
         Service(

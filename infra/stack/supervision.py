@@ -18,7 +18,8 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from infra.stack.services import Service
 from infra.stack.settings import write_private
 
-_RUNNING, _STOPPED = "RUNNING", ("STOPPED", "EXITED", "FATAL")
+# A shell that waits for the command and then ends what is left of its process group, itself included.
+_TOGETHER = ("/bin/sh", "-c", '"$@" & wait $!; kill -KILL 0', "sh")
 
 
 def configuration(folder: Path, services: list[Service]) -> str:
@@ -42,7 +43,7 @@ def configuration(folder: Path, services: list[Service]) -> str:
     for service in services:
         environment = ",".join(f'{name}="{_escaped(value)}"' for name, value in service.environment.items())
         options: dict[str, Any] = {
-            "command": _escaped(shlex.join(service.command)),
+            "command": _escaped(shlex.join([*(_TOGETHER if service.together else ()), *service.command])),
             "environment": environment,
             "autostart": "false",  # in our order
             "autorestart": "true",
@@ -50,6 +51,7 @@ def configuration(folder: Path, services: list[Service]) -> str:
             "startretries": 20,
             "stopsignal": service.stop_signal,
             "stopwaitsecs": service.stop_seconds,
+            "stopasgroup": "true" if service.together else "false",
             "killasgroup": "true",
             "redirect_stderr": "true",
             "stdout_logfile": folder / "log" / f"{service.name}.log",
@@ -108,10 +110,6 @@ class Supervisor:
         """Returns when it has ended; one that does not run is left alone."""
         with _ignoring(Faults.NOT_RUNNING):
             self._server.supervisor.stopProcess(name, True)
-
-    def kill_service(self, name: str) -> None:
-        """SIGKILL to its process; it is started again at once. For tests of what happens then."""
-        self._server.supervisor.signalProcess(name, "KILL")
 
     def states(self) -> dict[str, dict[str, Any]]:
         """Service -> `statename`, `pid`, `start` (seconds since 1970), `spawnerr`."""

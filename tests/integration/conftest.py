@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -21,6 +20,7 @@ from seaweed import Seaweed
 
 from components import storage
 from components.patience import patience
+from infra.stack import postgres as cluster
 
 
 @pytest.fixture(scope="session")
@@ -108,28 +108,22 @@ class MLflowServer:
             self.process = None
 
 
-def _postgres_tool(name: str) -> str | None:
-    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))
-    return shutil.which(name) or (str(found[-1]) if found else None)
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URI of an empty database; skips where PostgreSQL is not installed. (SQLAlchemy 2.1 takes a plain `postgresql:`
-    for psycopg 3.)"""
-    initdb, pg_ctl = _postgres_tool("initdb"), _postgres_tool("pg_ctl")
+    """The URI of an empty database; skips where PostgreSQL is not installed. (The driver is named, since SQLAlchemy
+    2.1 takes a plain `postgresql:` for psycopg 3.)"""
+    initdb, pg_ctl = cluster.tool("initdb"), cluster.tool("pg_ctl")
     if initdb is None or pg_ctl is None:
-        pytest.skip("PostgreSQL is not installed: initdb and pg_ctl are needed (apt-get install postgresql)")
+        pytest.skip(cluster.MISSING)
     # Not under pytest's folder: every pytest that starts makes that one private to its user again.
     folder = Path(tempfile.mkdtemp(prefix="sae-postgres-"))
-    user: dict[str, int] = {}
-    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
-        try:
-            owner = pwd.getpwnam("postgres")
-        except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user 'postgres' to run it as")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        user = {"user": owner.pw_uid, "group": owner.pw_gid}
+    try:
+        user = cluster.owner()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    if user is not None:
+        shutil.chown(folder, user, user)
+    run_as = cluster.run_as(user)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -140,12 +134,12 @@ def postgres() -> Iterator[str]:
         [pg_ctl, "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "-t", "60", "start"],
     ]
     for command in commands:
-        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **user)
+        done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, **run_as)
         assert done.returncode == 0, (folder / "log").read_text() if (folder / "log").exists() else command
     try:
         yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([pg_ctl, "-D", data, "-m", "immediate", "stop"], cwd=folder, stdout=subprocess.DEVNULL, **user)
+        subprocess.run([pg_ctl, "-D", data, "-m", "immediate", "stop"], cwd=folder, stdout=subprocess.DEVNULL, **run_as)
         shutil.rmtree(folder, ignore_errors=True)
 
 

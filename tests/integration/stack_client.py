@@ -109,10 +109,15 @@ class Live:
     def emit(self, event: dict[str, Any]) -> None:
         self.ask("/events", [event])
 
-    def children(self, service: str) -> list[psutil.Process]:
+    def processes(self, service: str) -> list[psutil.Process]:
         """The process of a service and all that descend from it."""
         process = psutil.Process(self.supervisor.states()[service]["pid"])
         return [process, *process.children(recursive=True)]
+
+    def kill(self, service: str) -> None:
+        """kill -9 to the server itself, as the kernel does it when memory runs out; the supervisor starts it again."""
+        first, *others = self.processes(service)
+        (others[0] if first.name() == "sh" else first).kill()
 
 
 def trainings() -> list[psutil.Process]:

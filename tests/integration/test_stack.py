@@ -251,7 +251,7 @@ def test_servers_that_are_killed_come_back_and_no_run_notices(live: Live, tree: 
     runs = [live.submit("pipeline/quickstart", {"config": named(tree, f"outage-{number}")}) for number in range(3)]
     live.wait(runs[0], 120, lambda found: found["state_type"] == "RUNNING")
     for service in ("s3", "mlflow", "prefect"):
-        live.supervisor.kill_service(service)
+        live.kill(service)
         time.sleep(1)
     for run in runs:
         assert live.wait(run, 300)["state_type"] == "COMPLETED", live.logs(run)
@@ -262,7 +262,7 @@ def test_doctor_finds_the_stack_healthy(live: Live):
     assert done.returncode == 0, done.stdout
     found = json.loads(done.stdout)
     assert found["failures"] == 0
-    assert json.loads(live.command("status", "--json").stdout)
+    live.until(lambda: all(row["ready"] for row in json.loads(live.command("status", "--json").stdout)), 30)
 
 
 def test_no_secret_is_in_a_log_a_run_an_artifact_or_the_process_list(live: Live, bucket: s3fs.S3FileSystem):
