@@ -136,10 +136,11 @@ def _start(stack: Stack, supervisor: Supervisor, wanted: list[Service]) -> None:
         for service in wanted:
             if service.name not in waiting or service.name in ready:
                 continue
-            if service.is_ready():
+            state = supervisor.states()[service.name]["statename"]
+            if state == "RUNNING" and service.is_ready():
                 ready.add(service.name)
                 console.print(f"{service.name} is ready", style="dim")
-            elif supervisor.states()[service.name]["statename"] == "FATAL":
+            elif state == "FATAL":
                 raise RuntimeError(f"{service.name} does not start; the end of its log:\n{_log_end(stack, service.name)}")
             elif time.monotonic() - waiting[service.name] > READY_SECONDS:
                 raise TimeoutError(f"{service.name} is not ready after {READY_SECONDS} s:\n{_log_end(stack, service.name)}")

@@ -130,6 +130,7 @@ def seaweed_command(folder: Path, buckets: tuple[str, ...], s3: int, master: int
         f"-s3.config={folder / 's3.json'}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
         f"-bucket={','.join(buckets)}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
         f"-filer.localSocket={data / 'filer.sock'}", "-s3.cacheCapacityMB=64",
+        "-s3.autoCreateBucket=false",  # a misspelled bucket is an error, as at AWS
     ]  # fmt: skip
 
 

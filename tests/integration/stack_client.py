@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ import psutil
 from infra.stack.settings import REPOSITORY, Stack, load
 from infra.stack.supervision import Supervisor
 
+NOTIFY_SECRET = "planted-secret-27182"
+"""Part of the notification's address, as it is of Slack's."""
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
@@ -26,6 +30,11 @@ class Live:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.told: list[str] = []
+        """What the stack has posted to the address that notifications go to."""
+        self._receiver = ThreadingHTTPServer(("127.0.0.1", 0), _listening(self.told))
+        threading.Thread(target=self._receiver.serve_forever, daemon=True).start()
+        os.environ["SAE_NOTIFY_URL"] = f"http://127.0.0.1:{self._receiver.server_address[1]}/hook-{NOTIFY_SECRET}"
         self.command("start", "--free-ports", timeout=400)
         found = load(folder)
         assert found is not None
@@ -42,6 +51,8 @@ class Live:
 
     def stop(self) -> None:
         self.command("stop", timeout=400)
+        self._receiver.shutdown()
+        del os.environ["SAE_NOTIFY_URL"]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -118,6 +129,19 @@ class Live:
         """kill -9 to the server itself, as the kernel does it when memory runs out; the supervisor starts it again."""
         first, *others = self.processes(service)
         (others[0] if first.name() == "sh" else first).kill()
+
+
+def _listening(told: list[str]) -> type[BaseHTTPRequestHandler]:
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Receiver
 
 
 def trainings() -> list[psutil.Process]:

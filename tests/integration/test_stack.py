@@ -20,7 +20,7 @@ import pytest
 import s3fs
 import yaml
 from mlflow import MlflowClient
-from stack_client import FINAL, Live, trainings
+from stack_client import FINAL, NOTIFY_SECRET, Live, trainings
 
 from components import steps
 from components.config import parse_config
@@ -188,6 +188,8 @@ def check_ci(live: Live, tree: dict, tmp_path: Path) -> None:
     crashed = retrain(live, str(config))
     assert crashed.returncode == 1
     assert "training diverged" in crashed.stdout
+    told = live.until(lambda: [text for text in live.told if "training diverged" in text], 60)
+    assert json.loads(told[0])["text"].startswith("SAE Foundry: retrain ")
     away = retrain(live, "quickstart", PREFECT_API_URL="http://127.0.0.1:9/api")
     assert away.returncode == 3
 
@@ -268,7 +270,7 @@ def test_doctor_finds_the_stack_healthy(live: Live):
 def test_no_secret_is_in_a_log_a_run_an_artifact_or_the_process_list(live: Live, bucket: s3fs.S3FileSystem):
     import psutil
 
-    planted = vars(live.stack.secrets)
+    planted = {**vars(live.stack.secrets), "notifications": NOTIFY_SECRET}
     places: dict[str, str] = {}
     for path in [*(live.folder / "log").iterdir(), *(live.folder / "s3").glob("*.log")]:
         places[str(path)] = path.read_text(errors="replace")
