@@ -6,8 +6,9 @@ import ast
 from hashlib import sha256
 from pathlib import Path
 
-DECIDING = ("corpus", "language_model", "activations", "sae", "training", "evaluation")
-"""The components whose code decides what an SAE is and how it is measured."""
+DECIDING = ("sae", "training", "evaluation")
+"""The components whose code decides what an SAE becomes of its activations, and how it is measured. Those before them make data
+that is reused: each has a version of its own in the data's digest, raised when it would give other bytes."""
 
 
 def code_versions(root: Path = Path(__file__).parent) -> dict[str, str]:

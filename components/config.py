@@ -74,9 +74,10 @@ class RunConfig(Settings):
     device: str = "auto"
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:0`."""
 
-    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*$")
-    """Trains again what was trained before: another word, another SAE, on the same activations. `retrain` sets it where the
-    code changed, the last SAE is too old, or a run is forced."""
+    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*(\+[a-z0-9._-]+)?$")
+    """Trains again what was trained before, on the same activations: another word, another training. It gives the same
+    weights unless code, libraries or machine have changed. `retrain` adds `+` and a word of its own where the code changed,
+    the last SAE is too old, or a run is forced."""
 
     storage: StorageSettings = Field(default_factory=lambda: StorageSettings())
     corpus: CorpusSettings = CorpusSettings()

@@ -17,8 +17,11 @@ MODEL_TAG, TOKENS_TAG = "sae.language_model_digest", "sae.token_digest"
 CODE_PREFIX = "sae.code."
 
 # They say where and how a run is done and recorded, not what comes out.
-_WITHOUT_EFFECT = ("storage.", "execution.", "tracking.", "device", "rerun", "name", "evaluation.batch_sequences")
+_WITHOUT_EFFECT = ("storage.", "execution.", "tracking.", "device", "name", "evaluation.batch_sequences")
 _SHOWN_CHANGES = 3
+_OURS = "retrain"
+"""Stands for the user's word in `RunConfig.rerun` where there is none."""
+NOTHING_TO_DO = "nothing to do"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +31,35 @@ class Verdict:
     """One sentence: what changed, or which version stands."""
     rerun: str | None = None
     """`RunConfig.rerun` of the run that is due."""
-    version: str | None = None
-    """The version that stands, where nothing is stale."""
+    standing: dict[str, Any] | None = None
+    """Where nothing is stale: the version that stands, as `steps.register` gave it."""
 
 
-def version_tags(plan: Plan) -> dict[str, str]:
-    """What a registered version must remember for `verdict` to compare with later."""
+def version_tags(plan: Plan, trained_by: Mapping[str, str]) -> dict[str, str]:
+    """What a registered version must remember for `verdict` to compare with later. trained_by: the code that trained it."""
     return {
         NAME_TAG: plan.config.name,
         BASE_TAG: base_digest(plan.config),
         MODEL_TAG: digest(plan.source.identity),
         TOKENS_TAG: plan.token_digest,
         **({RERUN_TAG: plan.config.rerun} if plan.config.rerun else {}),
-        **{f"{CODE_PREFIX}{component}": version for component, version in code_versions().items()},
+        **{f"{CODE_PREFIX}{component}": version for component, version in {**code_versions(), **trained_by}.items()},
     }
 
 
 def base_digest(config: RunConfig) -> str:
-    """Of all that decides a run, whether it is the first of its kind or a repetition."""
-    return Plan(config.model_copy(update={"rerun": None})).run_digest
+    """Of all that decides a run as its user asked for it, whether it is the first of its kind or a repetition of ours."""
+    return Plan(config.model_copy(update={"rerun": _asked_for(config.rerun)})).run_digest
+
+
+def _repetition(config: RunConfig, why: str) -> str:
+    """`RunConfig.rerun` of a repetition: the user's own word, if there is one, and ours."""
+    return f"{_asked_for(config.rerun) or _OURS}+{why}"
+
+
+def _asked_for(rerun: str | None) -> str | None:
+    word = None if rerun is None else rerun.partition("+")[0]
+    return None if word == _OURS else word
 
 
 def verdict(plan: Plan, force: str | None = None, max_age_days: float | None = None, now: float | None = None) -> Verdict:
@@ -58,37 +71,40 @@ def verdict(plan: Plan, force: str | None = None, max_age_days: float | None = N
     """
     from components.tracking import registry, store
 
+    config, model = plan.config, plan.registered_model
     if force is not None:
-        return Verdict(stale=True, reason="forced", rerun=f"forced-{force}")
-    settings, root = plan.config.tracking, plan.config.storage.root
-    if not store.database_exists(settings, root):
-        return Verdict(stale=True, reason="there is no registry yet")
-    client = store.connect(settings, root)
-    # Every page: the search by tag would need quotes in names to be escaped, and a model has few versions.
-    every = registry.finished_versions(client, plan.registered_model)
-    base = base_digest(plan.config)
+        return Verdict(stale=True, reason="forced", rerun=_repetition(config, f"forced-{force}"))
+    if not store.database_exists(config.tracking, config.storage.root):
+        return Verdict(stale=True, reason="there is no registry yet", rerun=config.rerun)
+    client = store.connect(config.tracking, config.storage.root)
+    every = registry.finished_versions(client, model)
+    base = base_digest(config)
     same = [version for version in every if version.tags.get(BASE_TAG) == base]
     if not same:
-        of_name = [version for version in every if version.tags.get(NAME_TAG) == plan.config.name]
+        of_name = [version for version in every if version.tags.get(NAME_TAG) == config.name]
         if not of_name:
-            return Verdict(stale=True, reason=f"'{plan.config.name}' has no version of {plan.registered_model} yet")
+            return Verdict(stale=True, reason=f"'{config.name}' has no version of {model} yet", rerun=config.rerun)
         last = of_name[-1]
-        changes = _changes(registry.lineage_of(client, last)["configuration"], plan.config)
-        return Verdict(stale=True, reason=_what_changed(last.tags, plan, changes, last.version))
-    last = same[-1]
-    label = f"version {last.version} of {plan.registered_model}"
+        changes = _changes(registry.lineage_of(client, last)["configuration"], config)
+        return Verdict(stale=True, reason=_what_changed(last.tags, plan, changes, last.version), rerun=config.rerun)
     here = code_versions()
-    changed = [name for name, version in here.items() if last.tags.get(f"{CODE_PREFIX}{name}") != version]
-    if changed:
-        reason = f"the code of {', '.join(changed)} changed since {label}"
-        return Verdict(stale=True, reason=reason, rerun=f"code-{digest(here)}")
+    by_this_code = [
+        version for version in same if all(version.tags.get(f"{CODE_PREFIX}{name}") == code for name, code in here.items())
+    ]
+    if not by_this_code:
+        last = same[-1]
+        changed = [name for name, code in here.items() if last.tags.get(f"{CODE_PREFIX}{name}") != code]
+        reason = f"the code of {', '.join(changed)} changed since version {last.version} of {model}"
+        return Verdict(stale=True, reason=reason, rerun=_repetition(config, f"code-{digest(here)}"))
+    last = by_this_code[-1]
     age = (time.time() if now is None else now) - last.creation_timestamp / 1000
     if max_age_days is not None and age > max_age_days * 86400:
-        reason = f"{label} is {age / 86400:.1f} days old, more than {max_age_days:g}"
-        return Verdict(stale=True, reason=reason, rerun=f"after-{last.version}")
+        reason = f"version {last.version} of {model} is {age / 86400:.1f} days old, more than {max_age_days:g}"
+        return Verdict(stale=True, reason=reason, rerun=_repetition(config, f"after-{last.version}"))
     made = time.strftime("%Y-%m-%d %H:%M", time.gmtime(last.creation_timestamp / 1000))
-    reason = f"nothing to do: {label} of {made} UTC has the same corpus, language model, code and configuration"
-    return Verdict(stale=False, reason=reason, version=str(last.version))
+    label = f"version {last.version} of {model} of {made} UTC"
+    reason = f"{NOTHING_TO_DO}: {label} has the same corpus, language model, code and configuration"
+    return Verdict(stale=False, reason=reason, standing=registry.outcome_of(last))
 
 
 def _what_changed(tags: Mapping[str, str], plan: Plan, changes: list[str], version: Any) -> str:
@@ -106,5 +122,6 @@ def _what_changed(tags: Mapping[str, str], plan: Plan, changes: list[str], versi
 def _changes(before: dict[str, Any], config: RunConfig) -> list[str]:
     """`field old -> new` for every field that has another value and an effect."""
     old, new = flattened(before), flattened(config.model_dump(mode="json"))
+    old["rerun"], new["rerun"] = _asked_for(old.get("rerun")), _asked_for(new.get("rerun"))
     names = [name for name in {**old, **new} if not name.startswith(_WITHOUT_EFFECT)]
     return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]

@@ -30,10 +30,9 @@ from components.planning import Plan
 from components.sae import saelens
 from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
 from components.settings import UserError
+from components.tracking.settings import FLOW_RUN_TAG
 from components.training import loop, process
 from components.training.checkpoint import Point
-
-FLOW_RUN_TAG = "prefect.flow_run_id"
 
 
 def prepare_tokens(plan: Plan) -> dict[str, Any]:
@@ -345,7 +344,7 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
             tags={
                 "sae.digest": plan.sae_digest,
                 registry.DATASET_TAG: plan.dataset_digest,
-                **staleness.version_tags(plan),
+                **staleness.version_tags(plan, trained.get("code", {})),
                 **flow_run,
                 **git_tags(),
             },
@@ -373,6 +372,14 @@ def comparison(plan: Plan, outcome: dict[str, Any]) -> dict[str, Any]:
 
     client = store.connect(plan.config.tracking, plan.config.storage.root)
     return catalogue.against_champion(client, outcome["registered_model"], str(outcome["model_version"]))
+
+
+def is_news(plan: Plan, outcome: dict[str, Any]) -> bool:
+    """Whether the registered version of `outcome` is champion and nobody has been told; asked again, it is no news."""
+    from components.tracking import registry, store
+
+    client = store.connect(plan.config.tracking, plan.config.storage.root)
+    return registry.mark_announced(client, outcome["registered_model"], str(outcome["model_version"]))
 
 
 def run_address(plan: Plan, run_id: str) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -9,7 +12,20 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from components import steps
 from components.planning import Plan
 
+# Under `components`, whose logs the flow run's page shows.
+logger = logging.getLogger("components.flows")
 
+
+@contextmanager
+def _for_show() -> Iterator[None]:
+    """What people look at must not fail what has been done."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("the flow run's page lacks an artifact: %s: %s", type(error).__name__, error)
+
+
+@_for_show()
 def mlflow_run(plan: Plan, run_id: str, address: str | None) -> None:
     """The MLflow run: a link where there is a server, its name where there is a database. MLflow's run names the flow run
     in turn."""
@@ -21,6 +37,7 @@ def mlflow_run(plan: Plan, run_id: str, address: str | None) -> None:
         create_link_artifact(address, link_text=f"MLflow run {run_id}", key="mlflow-run", description=text)
 
 
+@_for_show()
 def verdict(plan: Plan, summary: dict[str, Any]) -> None:
     """The version and its alias; its metrics beside those of the champion that it was measured against; the gates."""
     rows = {

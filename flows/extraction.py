@@ -20,7 +20,7 @@ from flows.runs import begin
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
 
 
-@task(name="tokens", cache_policy=NO_CACHE)
+@task(name="tokens", cache_policy=NO_CACHE, **RETRIED)
 def prepare_tokens(config: RunConfig) -> dict[str, Any]:
     """Corpus -> token dataset; its manifest."""
     return steps.prepare_tokens(Plan(config))

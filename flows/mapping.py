@@ -23,6 +23,11 @@ def worth_another_try(task: Any, task_run: Any, state: Any) -> bool:
     return not isinstance(state.result(raise_on_failure=False), UserError | FloatingPointError | TrainingTimeout)
 
 
+_SENT = (
+    "PREFECT_API_URL", "PREFECT_LOGGING_EXTRA_LOGGERS", "PREFECT_CLIENT_MAX_RETRIES", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+    "AWS_DEFAULT_REGION", "AWS_REGION",
+)  # fmt: skip
+"""What the workers of a cluster are told of this process's environment."""
 RETRIED: dict[str, Any] = {
     "retries": 2,
     "retry_delay_seconds": 10,
@@ -43,7 +48,9 @@ def task_runner(settings: ExecutionSettings) -> TaskRunner[Any]:
         if settings.runner == "ray":
             from prefect_ray import RayTaskRunner
 
-            environment = {name: value for name, value in os.environ.items() if name.startswith(("PREFECT_", "AWS_"))}
+            # Ray writes it into a log that everybody reads: no secrets. Workers on this machine inherit ours, and the machines
+            # of a cluster bring their own.
+            environment = {name: os.environ[name] for name in _SENT if name in os.environ}
             ray: dict[str, Any] = {"runtime_env": {"env_vars": environment}}
             if settings.address is None:
                 # without an address Ray would join a cluster that it finds on this machine

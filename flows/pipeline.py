@@ -50,9 +50,9 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
             evaluate_on_its_runner(config)
         with _timed(seconds, "register"):
             outcome = register(config, run)
+        announce(config, outcome)
     summary = steps.summary(plan, {"mlflow_run": run.run_id, **outcome}, seconds, reused=False)
     artifacts.verdict(plan, summary)
-    announce(config, summary)
     return summary
 
 

@@ -6,14 +6,16 @@ from typing import Any
 
 from prefect.events import emit_event
 
+from components import steps
 from components.config import RunConfig
+from components.planning import Plan
 
 PROMOTED = "sae.champion.promoted"
 
 
 def announce(config: RunConfig, summary: dict[str, Any]) -> None:
-    """The event `sae.champion.promoted`, where the run made a new champion; its payload is what a deployment needs."""
-    if summary["alias"] != "champion":
+    """The event `sae.champion.promoted`, once for each version that became champion; its payload is what a deployment needs."""
+    if not steps.is_news(Plan(config), summary):
         return
     name, version = summary["registered_model"], summary["model_version"]
     resource = {

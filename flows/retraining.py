@@ -12,6 +12,7 @@ from prefect.states import Completed, Failed
 from components import staleness, steps
 from components.config import RunConfig, load_config
 from components.planning import Plan, check, pinned
+from components.settings import UserError
 from flows import artifacts
 from flows.pipeline import pipeline
 from flows.runs import begin
@@ -33,12 +34,16 @@ def retrain(
     config = pinned(config)
     plan = Plan(config)
     check(plan)
-    # The flow run's name for itself: a run that crashed and is started again goes on with the same SAE.
-    word = str(flow_run.get_id()).split("-")[0] if force else None
+    # The same after a crash, when the run is started again and goes on with its SAE.
+    word = str(flow_run.get_root_flow_run_id()).split("-")[0] if force else None
     due = staleness.verdict(plan, word, max_age_days)
     get_run_logger().info("%s: %s", config.name, due.reason)
-    if not due.stale:
-        return Completed(name=NOTHING_TO_DO, message=due.reason)
+    if due.standing is not None:
+        if due.standing["alias"] == "champion":
+            return Completed(name=NOTHING_TO_DO, message=due.reason)
+        # Asked again, a refusal is still one.
+        artifacts.verdict(plan, due.standing)
+        return Completed(name=REFUSED, message=f"{due.reason}, and it stands refused: {due.standing['alias_reason']}")
     again = config.model_copy(update={"rerun": due.rerun})
     with tags(*([f"commit:{commit[:12]}"] if commit else [])):
         summary = pipeline(again)
@@ -58,13 +63,18 @@ def nightly(configs: list[str], max_age_days: float | None = None, force: bool =
 
     One that fails does not keep the others; at the end the run fails if any did.
     """
-    loaded = [load_config(source) for source in configs]
-    states = {
-        source: retrain(config, force=force, max_age_days=max_age_days, return_state=True)
-        for source, config in zip(configs, loaded, strict=True)
-    }
+    begin()
+    states = {source: _retrained(source, force, max_age_days) for source in configs}
     lines = "; ".join(f"{source}: {state.message or state.name}" for source, state in states.items())
     if not all(state.is_completed() for state in states.values()):
         return Failed(message=lines)
-    idle = all(state.name == NOTHING_TO_DO for state in states.values())
+    idle = all((state.message or "").startswith(staleness.NOTHING_TO_DO) for state in states.values())
     return Completed(name=NOTHING_TO_DO if idle else RETRAINED, message=lines)
+
+
+def _retrained(source: str, force: bool, max_age_days: float | None) -> State[Any]:
+    try:
+        config = load_config(source)
+    except UserError as error:
+        return Failed(message=str(error))
+    return retrain(config, force=force, max_age_days=max_age_days, return_state=True)

@@ -6,8 +6,8 @@ import logging
 
 from prefect.runtime import flow_run
 
-from components import steps
 from components.settings import UserError
+from components.tracking.settings import FLOW_RUN_TAG
 
 STARTS = 6
 """How often a flow run may be started: the automation `crashed-runs-continue` starts one again each time its machine died."""
@@ -15,7 +15,7 @@ STARTS = 6
 
 def lineage_tags() -> dict[str, str]:
     """MLflow tags that lead from a run to this flow run."""
-    return {steps.FLOW_RUN_TAG: str(flow_run.get_id()), "prefect.flow_run_name": str(flow_run.get_name())}
+    return {FLOW_RUN_TAG: str(flow_run.get_id()), "prefect.flow_run_name": str(flow_run.get_name())}
 
 
 def begin() -> None:

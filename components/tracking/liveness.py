@@ -17,10 +17,16 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from components.tracking.settings import FLOW_RUN_TAG
+
 HOST_TAG, PROCESS_TAG, HEARTBEAT_TAG, FAILURE_TAG = "sae.host", "sae.process", "sae.heartbeat", "sae.failure"
 BEAT_SECONDS = 30.0
 SILENT_SECONDS = 900.0
 """Without a heartbeat for so long, a run of another host counts as dead."""
+
+ABSENT_SECONDS = 180.0
+"""Without a heartbeat for so long, nobody waits for a run's end any more."""
+LOOK_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +79,30 @@ def cause_of_death(run: Run, now: float | None = None) -> str | None:
     if silence <= SILENT_SECONDS:
         return None
     return f"no heartbeat for {silence / 60:.0f} minutes from process {number} on {host.partition('/')[0]}"
+
+
+def wait_for_its_writer(client: MlflowClient, run: Run, flow_run: str | None) -> Run:
+    """Returns the run once nobody else writes it: two that make the same SAE at once would take each other's half-written
+    model for a dead one's.
+
+    flow_run: ours, in Prefect. A run that it has written already is its own from before a crash, and not waited for.
+    """
+    said = False
+    run = client.get_run(run.info.run_id)
+    while run.info.status == "RUNNING" and run.info.lifecycle_stage == "active" and cause_of_death(run) is None:
+        tags = run.data.tags
+        if PROCESS_TAG not in tags:
+            break  # not one of ours
+        silence = time.time() - float(tags.get(HEARTBEAT_TAG, "0"))
+        if silence > ABSENT_SECONDS or (flow_run is not None and tags.get(FLOW_RUN_TAG) == flow_run):
+            break
+        if not said:
+            process, host = tags[PROCESS_TAG].partition("@")[0], tags[HOST_TAG].partition("/")[0]
+            logger.info("mlflow: process %s on %s makes the same SAE; waiting for its end", process, host)
+            said = True
+        time.sleep(LOOK_SECONDS)
+        run = client.get_run(run.info.run_id)
+    return run
 
 
 def _is_alive(process: str) -> bool:

@@ -25,7 +25,7 @@ CHALLENGER = "challenger"
 WEIGHTS_TAG, SET_TAG, DATASET_TAG = "sae.weights_sha256", "sae.evaluation_set", "sae.dataset_digest"
 DECISION_TAG, REASON_TAG, DONE_TAG = "sae.alias", "sae.alias_reason", "sae.registered"
 GATES_TAG, PASSED_TAG = "sae.gates", "sae.gates_passed"
-PATH_TAG = "sae.artifact_path"
+PATH_TAG, ANNOUNCED_TAG = "sae.artifact_path", "sae.announced"
 METRIC_PREFIX = "eval."
 
 
@@ -57,6 +57,26 @@ def search_versions(client: MlflowClient, filter_string: str) -> list[ModelVersi
 def finished_versions(client: MlflowClient, name: str) -> list[ModelVersion]:
     """The versions of one registered model whose registration came to its end, by number."""
     return [version for version in search_versions(client, f"name = '{name}'") if DONE_TAG in version.tags]
+
+
+def mark_announced(client: MlflowClient, name: str, version: str) -> bool:
+    """True once for a version, and only while it is champion."""
+    champion = champion_of(client, name)
+    if champion is None or str(champion.version) != version or ANNOUNCED_TAG in client.get_model_version(name, version).tags:
+        return False
+    client.set_model_version_tag(name, version, ANNOUNCED_TAG, "true")
+    return True
+
+
+def outcome_of(version: ModelVersion) -> dict[str, Any]:
+    """What the registration of a finished version came to: name, version, run, alias and reason as they were decided."""
+    return {
+        "registered_model": version.name,
+        "model_version": int(version.version),
+        "mlflow_run": version.run_id,
+        "alias": version.tags[DECISION_TAG],
+        "alias_reason": version.tags[REASON_TAG],
+    }
 
 
 def version_or_none(client: MlflowClient, name: str, version: str) -> ModelVersion | None:

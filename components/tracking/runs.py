@@ -25,7 +25,7 @@ from components.activations.manifest import Manifest
 from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer, Values
 from components.tracking.code import git_tags
-from components.tracking.settings import TrackingSettings
+from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
 from components.tracking.store import connect, is_server, public_uri, refusal_explained, run_address, tracking_uri
 from components.tracking.system import SystemMetrics
 from components.tracking.termination import Terminated, raised_on_sigterm
@@ -261,18 +261,31 @@ def _open(
     """The run, RUNNING, and what was there of it before."""
     experiment = client.get_experiment_by_name(settings.experiment)
     liveness.close_dead_runs(client, experiment.experiment_id)
-    earlier = find_run(client, settings.experiment, run_digest)
     everything = {
         **tags, **git_tags(), **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
     }  # fmt: skip
-    if earlier is None:
+    earlier = _first_of(client, experiment.experiment_id, run_digest)
+    while earlier is None:
         active = client.create_run(experiment.experiment_id, tags={**everything, MLFLOW_RUN_NAME: name}, run_name=name)
-        liveness.opened(active.info.run_id)
-        return active, None
+        earlier = _first_of(client, experiment.experiment_id, run_digest)
+        if earlier is not None and earlier.info.run_id == active.info.run_id:
+            liveness.opened(active.info.run_id)
+            return active, None
+        client.delete_run(active.info.run_id)  # somebody who began at the same moment was first
+    earlier = liveness.wait_for_its_writer(client, earlier, tags.get(FLOW_RUN_TAG))
+    if earlier.info.lifecycle_stage == "deleted":  # by such a one
+        return _open(client, settings, name, run_digest, tags)
+    everything |= liveness.ownership_tags()  # as it is after the wait
     liveness.opened(earlier.info.run_id)
     client.log_batch(earlier.info.run_id, tags=[RunTag(key, str(value)) for key, value in everything.items()])
     client.update_run(earlier.info.run_id, status="RUNNING")
     return client.get_run(earlier.info.run_id), earlier
+
+
+def _first_of(client: MlflowClient, experiment_id: str, run_digest: str) -> Run | None:
+    """The oldest run of that digest: of several that were made at once, the one that stands."""
+    found = client.search_runs([experiment_id], f"tags.`{RUN_DIGEST_TAG}` = '{run_digest}'")
+    return min(found, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
 
 def _close_as_failed(run: TrackedRun, error: BaseException) -> None:

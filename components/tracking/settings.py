@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 
 from components.settings import Settings
 
+FLOW_RUN_TAG = "prefect.flow_run_id"
+"""Tag of an MLflow run: the flow run that writes it."""
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 
 

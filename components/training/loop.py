@@ -21,6 +21,7 @@ from components import storage
 from components.activations.cache import CachePlace
 from components.activations.manifest import Column, Manifest
 from components.activations.reader import ActivationReader
+from components.code_version import code_versions
 from components.hardware import keep_freed_memory
 from components.progress import progress
 from components.sae.artifact import WEIGHTS_NAME, sae_files
@@ -229,6 +230,7 @@ def _finish(
         "tokens": work.steps * work.settings.batch_size,
         "device": str(device),
         "tokens_per_second": steps * work.settings.batch_size / seconds if steps else None,
+        "code": {name: code_versions()[name] for name in ("sae", "training")},
         "curves": state.curves,
     }
     storage.put_json(record, storage.join(work.url, "training.json"))

@@ -1,4 +1,4 @@
-"""`python -m infra.stack start|status|stop|restart|register|environment`: the whole stack on one machine, without Docker.
+"""`python -m infra.stack start|status|stop|register|environment`: the whole stack on one machine, without Docker.
 
 `make stack`, `make stack-status` and `make stack-stop` call it.
 """
@@ -10,11 +10,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
+from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infra.stack import postgres
@@ -32,6 +37,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Folder = Annotated[Path, typer.Option("--folder", help="Where the stack keeps its data, logs and secrets.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Trainings at the same time; 1 at first.")]
 HOME = REPOSITORY / ".stack"
 
 
@@ -39,24 +45,31 @@ HOME = REPOSITORY / ".stack"
 def start(
     folder: Folder = HOME,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Ports that nobody uses, not the usual ones.")] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="Trainings at the same time.")] = 1,
-    workers_at_once: Annotated[int, typer.Option(min=1, help="Flow runs that each worker has at the same time.")] = 2,
+    gpus: Gpus = None,
+    workers_at_once: Annotated[
+        int | None, typer.Option(min=1, help="Flow runs that each worker has at the same time; 2 at first.")
+    ] = None,
 ) -> None:
     """Start what does not run, wait until all of it is ready, register the deployments, and print the addresses."""
     started = time.monotonic()
     if postgres.tool("initdb") is None:
         _fail(postgres.MISSING)
-    stack = load_or_make(folder.resolve(), free_ports, workers_at_once)
-    everything = services(stack)
-    supervisor = _supervisor(stack)
+    folder = folder.resolve()
     try:
-        if not supervisor.is_running():
-            _require_free_ports(everything)
-            prepare(stack)
-            supervisor.start(everything)
-        _start(stack, supervisor, [service for service in everything if not service.name.startswith("worker-")])
-        _register(stack, gpus)
-        _start(stack, supervisor, [service for service in everything if service.name.startswith("worker-")])
+        with _alone(folder):
+            before = load(folder)
+            stack = load_or_make(folder, postgres.data_folder(folder), free_ports, workers_at_once)
+            everything = services(stack)
+            supervisor = _supervisor(stack)
+            if not supervisor.is_running():
+                _require_free_ports(everything)
+                prepare(stack)
+                supervisor.start(everything)
+            elif before is not None and before.workers_at_once != stack.workers_at_once:
+                console.print("--workers-at-once holds from the next start on: `make stack-stop`, then `make stack`.")
+            _start(stack, supervisor, [service for service in everything if not service.name.startswith("worker-")])
+            _register(stack, gpus)
+            _start(stack, supervisor, [service for service in everything if service.name.startswith("worker-")])
     except (RuntimeError, TimeoutError) as error:
         _fail(str(error))
     console.print(f"The stack is up, after {time.monotonic() - started:.0f} s.")
@@ -84,20 +97,21 @@ def stop(folder: Folder = HOME) -> None:
     """Stop everything, workers first; data, secrets and ports stay for the next start."""
     stack = _known(folder)
     supervisor = _supervisor(stack)
-    if not supervisor.is_running():
-        console.print("The stack is not running.")
-        return
-    for service in reversed(services(stack)):
-        console.print(f"stopping {service.name} ...", style="dim")
-        supervisor.stop_service(service.name)
-    supervisor.shut_down()
+    with _alone(stack.folder):
+        if not supervisor.is_running():
+            console.print("The stack is not running.")
+            return
+        for service in reversed(services(stack)):
+            console.print(f"stopping {service.name} ...", style="dim")
+            supervisor.stop_service(service.name)
+        supervisor.shut_down()
     console.print("The stack is stopped; `make stack` goes on with the same data.")
 
 
 @app.command()
 def register(
     folder: Folder = HOME,
-    gpus: Annotated[int, typer.Option(min=1, help="Trainings at the same time.")] = 1,
+    gpus: Gpus = None,
 ) -> None:
     """Pools, limit, deployments and automations: with the server of PREFECT_API_URL, or else with the stack's own."""
     if "PREFECT_API_URL" not in os.environ:
@@ -114,6 +128,17 @@ def environment(folder: Folder = HOME) -> None:
 
     for name, value in _known(folder).client_environment().items():
         print(f"export {name}={shlex.quote(value)}")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two that start or stop the same stack at once would each make secrets of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "command.lock", timeout=0):
+            yield
+    except Timeout:
+        raise RuntimeError(f"another command is starting or stopping the stack in {os.path.relpath(folder)}") from None
 
 
 def _supervisor(stack: Stack) -> Supervisor:
@@ -147,12 +172,13 @@ def _start(stack: Stack, supervisor: Supervisor, wanted: list[Service]) -> None:
         time.sleep(0.3)
 
 
-def _register(stack: Stack, gpus: int) -> None:
+def _register(stack: Stack, gpus: int | None) -> None:
     # A process of its own: Prefect reads its settings when it is imported.
-    command = [sys.executable, "-m", "infra.stack", "register", "--gpus", str(gpus)]
+    command = [sys.executable, "-m", "infra.stack", "register", *(["--gpus", str(gpus)] if gpus else [])]
     environment = {**os.environ, **stack.prefect_environment(), **stack.client_environment()}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    console.print(done.stderr.strip() if done.returncode == 0 else "", style="dim")
+    if done.returncode == 0:
+        console.print(done.stderr.strip(), style="dim", markup=False)
     if done.returncode != 0:
         raise RuntimeError(f"the deployments could not be registered: {done.stderr.strip()[-3000:]}")
 
@@ -160,7 +186,8 @@ def _register(stack: Stack, gpus: int) -> None:
 def _require_free_ports(everything: list[Service]) -> None:
     taken = [(service.name, port) for service in everything for port in service.needs if not port_is_free(port)]
     if taken:
-        listed = ", ".join(f"{port} ({name})" for name, port in taken)
+        holders = {found.laddr.port: found.pid for found in psutil.net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+        listed = ", ".join(f"{port} ({name}, by process {holders.get(port) or 'of another user'})" for name, port in taken)
         raise RuntimeError(f"ports in use: {listed}; stop what uses them, or start a stack with --free-ports in a new --folder")
 
 
@@ -202,7 +229,7 @@ def _log_end(stack: Stack, name: str) -> str:
 
 
 def _fail(sentence: str) -> Any:
-    console.print("[bold red]error[/]", sentence)
+    console.print("[bold red]error[/]", escape(sentence))
     raise typer.Exit(1)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import stat
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import psycopg2
@@ -37,6 +39,16 @@ def owner() -> str | None:
         raise RuntimeError("PostgreSQL does not run as root, and there is no user 'postgres' to run it as") from None
 
 
+def data_folder(stack_folder: Path) -> Path:
+    """Where the cluster of a stack is kept: in the stack's folder, or, where the user that PostgreSQL runs as may not pass
+    through to it (a checkout in root's home), under `/var/lib`."""
+    closed = owner() is not None and any(
+        parent.exists() and not parent.stat().st_mode & stat.S_IXOTH for parent in stack_folder.parents
+    )
+    name = sha256(str(stack_folder).encode()).hexdigest()[:12]
+    return Path("/var/lib/sae-foundry") / name if closed else stack_folder / "postgres"
+
+
 def run_as(user: str | None) -> dict[str, int]:
     """Arguments of `subprocess` for that user."""
     if user is None:
@@ -53,14 +65,17 @@ def initialise(folder: Path, password: str) -> None:
     if initdb is None:
         raise RuntimeError(MISSING)
     user = owner()
-    folder.mkdir(parents=True, exist_ok=True)
-    password_file = folder.parent / "postgres.password"
+    # Beside it, and renamed when it is whole: a cluster that is half made looks like one.
+    made, password_file = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.password")
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir(parents=True)
+    made.parent.chmod(0o755)
     write_private(password_file, password)
     if user is not None:
-        for path in (folder, password_file):
+        for path in (made, password_file):
             shutil.chown(path, user, user)
     command = [
-        initdb, "-D", folder, "-U", SUPERUSER, f"--pwfile={password_file}", "--auth=scram-sha-256", "-E", "UTF8", "--locale=C",
+        initdb, "-D", made, "-U", SUPERUSER, f"--pwfile={password_file}", "--auth=scram-sha-256", "-E", "UTF8", "--locale=C",
     ]  # fmt: skip
     try:
         done = subprocess.run(command, cwd="/", capture_output=True, text=True, **run_as(user))
@@ -68,6 +83,7 @@ def initialise(folder: Path, password: str) -> None:
         password_file.unlink()
     if done.returncode != 0:
         raise RuntimeError(f"initdb failed: {done.stderr.strip().splitlines()[-1]}")
+    made.rename(folder)
 
 
 def command(folder: Path, port: int, *more: str) -> list[str]:

@@ -14,7 +14,7 @@ from uuid import UUID
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate, WorkPoolCreate
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
@@ -31,8 +31,9 @@ NOTIFICATIONS = "sae-notifications"
 Say = Callable[[str], None]
 
 
-def register(gpus: int, say: Say) -> None:
-    """Everything, with the server that PREFECT_API_URL names. gpus: how many trainings run at the same time."""
+def register(gpus: int | None, say: Say) -> None:
+    """Everything, with the server that PREFECT_API_URL names. gpus: how many trainings run at the same time; where it is None,
+    as many as before, at first 1."""
     with get_client(sync_client=True) as client:
         pools(client, say)
         limit(client, gpus, say)
@@ -52,13 +53,17 @@ def pools(client: SyncPrefectClient, say: Say) -> None:
             pass
 
 
-def limit(client: SyncPrefectClient, gpus: int, say: Say) -> None:
-    """The global concurrency limit; one that is there keeps the number that somebody may have given it."""
+def limit(client: SyncPrefectClient, gpus: int | None, say: Say) -> None:
+    """The global concurrency limit."""
     try:
-        client.read_global_concurrency_limit_by_name(LIMIT)
+        known = client.read_global_concurrency_limit_by_name(LIMIT)
     except ObjectNotFound:
-        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=gpus))
-        say(f"global concurrency limit {LIMIT}: {gpus} at a time")
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=LIMIT, limit=gpus or 1))
+        say(f"global concurrency limit {LIMIT}: {gpus or 1} at a time")
+        return
+    if gpus is not None and known.limit != gpus:
+        client.update_global_concurrency_limit(LIMIT, GlobalConcurrencyLimitUpdate(limit=gpus))
+        say(f"global concurrency limit {LIMIT}: {gpus} at a time, not {known.limit}")
 
 
 def deployments(say: Say) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ def services(stack: Stack) -> list[Service]:
         ),
         Service(
             name="postgres",
-            command=postgres.command(stack.folder / "postgres", ports.postgres),
+            command=postgres.command(stack.postgres_folder, ports.postgres),
             environment={},
             user=postgres.owner(),
             is_ready=lambda: _databases_are_there(stack),
@@ -107,7 +108,7 @@ def services(stack: Stack) -> list[Service]:
 def prepare(stack: Stack) -> None:
     """What must be in the folder before the first service starts."""
     write_private(stack.folder / "s3.json", json.dumps(s3_identities(stack.secrets.s3_access, stack.secrets.s3_secret)))
-    postgres.initialise(stack.folder / "postgres", stack.secrets.postgres)
+    postgres.initialise(stack.postgres_folder, stack.secrets.postgres)
     example = (REPOSITORY / "mlflow" / "basic_auth.ini").read_text(encoding="utf-8").splitlines()
     database = f"database_uri = {stack.database('psycopg2', 'mlflow')}"
     lines = [database if line.startswith("database_uri") else line for line in example]
@@ -145,6 +146,11 @@ def answers(url: str) -> bool:
         return False
 
 
+def basic_auth(login: str) -> str:
+    """The header `Authorization` of `user:password`."""
+    return f"Basic {b64encode(login.encode()).decode()}"
+
+
 def _databases_are_there(stack: Stack) -> bool:
     try:
         postgres.ensure_databases(stack.ports.postgres, stack.secrets.postgres, DATABASES)
@@ -155,7 +161,9 @@ def _databases_are_there(stack: Stack) -> bool:
 
 def _has_a_worker(stack: Stack, pool: str) -> bool:
     request = urllib.request.Request(
-        f"{stack.prefect_url}/work_pools/{pool}/workers/filter", data=b"{}", headers={"Content-Type": "application/json"}
+        f"{stack.prefect_url}/work_pools/{pool}/workers/filter",
+        data=b"{}",
+        headers={"Content-Type": "application/json", "Authorization": basic_auth(stack.prefect_login)},
     )
     try:
         with urllib.request.urlopen(request, timeout=5) as answer:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ POOLS = ("cpu", "gpu")
 DATABASES = ("mlflow", "prefect")
 BUCKETS = ("sae", "mlflow")
 ADMIN = "admin"
+DEFAULT_AT_ONCE = 2
 _GRPC = 10_000  # SeaweedFS listens there as well, so many above each of its ports
 
 
@@ -41,6 +42,7 @@ class Secrets:
     postgres: str
     mlflow_admin: str
     mlflow_session: str
+    prefect: str
     s3_access: str
     s3_secret: str
 
@@ -50,6 +52,8 @@ class Stack:
     """A stack in a folder of its own; several may stand side by side on other ports."""
 
     folder: Path
+    postgres_folder: Path
+    """Of the database, which may run as another user, to whom `folder` may be closed."""
     ports: Ports
     secrets: Secrets
     workers_at_once: int
@@ -71,6 +75,11 @@ class Stack:
     def storage_root(self) -> str:
         return f"s3://{BUCKETS[0]}/{PREFIX}"
 
+    @property
+    def prefect_login(self) -> str:
+        """User and password of the Prefect server: without them any page open in a browser here could start flow runs."""
+        return f"{ADMIN}:{self.secrets.prefect}"
+
     def database(self, driver: str, name: str) -> str:
         """Without the password, which the environment has: an address ends up in logs."""
         return f"postgresql+{driver}://sae@127.0.0.1:{self.ports.postgres}/{name}"
@@ -79,6 +88,7 @@ class Stack:
         """For everything that uses the stack: `sae`, `prefect`, Python; the workers have it too."""
         return {
             "PREFECT_API_URL": self.prefect_url,
+            "PREFECT_API_AUTH_STRING": self.prefect_login,
             "MLFLOW_TRACKING_URI": self.mlflow_url,
             "MLFLOW_TRACKING_USERNAME": ADMIN,
             "MLFLOW_TRACKING_PASSWORD": self.secrets.mlflow_admin,
@@ -95,6 +105,7 @@ class Stack:
         return {
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_API_URL": self.prefect_url,
+            "PREFECT_API_AUTH_STRING": self.prefect_login,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         }
 
@@ -113,6 +124,8 @@ class Stack:
     def prefect_server_environment(self) -> dict[str, str]:
         return {
             **self.prefect_environment(),
+            "PREFECT_SERVER_API_AUTH_STRING": self.prefect_login,
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.prefect_url.removesuffix("/api"),
             "PREFECT_SERVER_API_HOST": "127.0.0.1",
             # Not `--port`: with that, the UI goes on naming port 4200.
             "PREFECT_SERVER_API_PORT": str(self.ports.prefect),
@@ -146,34 +159,48 @@ def load(folder: Path) -> Stack | None:
     content = json.loads(path.read_text(encoding="utf-8"))
     return Stack(
         folder=folder,
+        postgres_folder=Path(content["postgres_folder"]),
         ports=Ports(**content["ports"]),
         secrets=Secrets(**content["secrets"]),
         workers_at_once=content["workers_at_once"],
     )
 
 
-def load_or_make(folder: Path, free_ports: bool = False, workers_at_once: int = 2) -> Stack:
-    """The stack of that folder, made now if it is not there; with `free_ports`, on ports that nobody uses."""
+def load_or_make(folder: Path, postgres_folder: Path, free_ports: bool, workers_at_once: int | None) -> Stack:
+    """The stack of that folder, made now if it is not there; with `free_ports`, on ports that nobody uses.
+
+    workers_at_once: kept from the last time where it is None.
+    """
     found = load(folder)
-    if found is not None:
-        return found
-    folder.mkdir(parents=True, exist_ok=True)
-    made = Stack(
-        folder=folder,
-        ports=_free() if free_ports else Ports(),
-        secrets=Secrets(**{name: secrets.token_urlsafe(24) for name in Secrets.__dataclass_fields__}),
-        workers_at_once=workers_at_once,
-    )
-    content = {"ports": asdict(made.ports), "secrets": asdict(made.secrets), "workers_at_once": workers_at_once}
+    if found is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # What is private in it says so itself, and the database's user may have to pass through.
+        folder.chmod(0o755)
+        found = Stack(
+            folder=folder,
+            postgres_folder=postgres_folder,
+            ports=_free() if free_ports else Ports(),
+            secrets=Secrets(**{name: secrets.token_urlsafe(24) for name in Secrets.__dataclass_fields__}),
+            workers_at_once=DEFAULT_AT_ONCE,
+        )
+    stack = replace(found, workers_at_once=workers_at_once or found.workers_at_once)
+    content = {
+        "postgres_folder": str(stack.postgres_folder),
+        "ports": asdict(stack.ports),
+        "secrets": asdict(stack.secrets),
+        "workers_at_once": stack.workers_at_once,
+    }
     write_private(folder / "stack.json", json.dumps(content, indent=2))
-    return made
+    return stack
 
 
 def write_private(path: Path, content: str) -> None:
-    """A file that only its owner may read, from its first byte on."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
+    """A file that only its owner may read, from its first byte on; it appears whole."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.unlink(missing_ok=True)
+    with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as stream:
         stream.write(content)
+    staged.replace(path)
 
 
 def port_is_free(port: int) -> bool:

@@ -18,8 +18,9 @@ from supervisor.xmlrpc import Faults, SupervisorTransport
 from infra.stack.services import Service
 from infra.stack.settings import write_private
 
-# A shell that waits for the command and then ends what is left of its process group, itself included.
-_TOGETHER = ("/bin/sh", "-c", '"$@" & wait $!; kill -KILL 0', "sh")
+# A shell that waits for the command, also after a TERM to all of them, and then ends what is left of its process group, itself
+# included.
+_TOGETHER = ("/bin/sh", "-c", 'trap : TERM; "$@" & while kill -0 $! 2>/dev/null; do wait $!; done; kill -KILL 0', "sh")
 
 
 def configuration(folder: Path, services: list[Service]) -> str:
@@ -53,6 +54,8 @@ def configuration(folder: Path, services: list[Service]) -> str:
             "stopwaitsecs": service.stop_seconds,
             "stopasgroup": "true" if service.together else "false",
             "killasgroup": "true",
+            # PostgreSQL's user may not be allowed into the stack's folder.
+            "directory": "/" if service.user is not None else folder,
             "redirect_stderr": "true",
             "stdout_logfile": folder / "log" / f"{service.name}.log",
             "stdout_logfile_maxbytes": "50MB",

@@ -13,6 +13,7 @@ from components.code_version import code_versions
 from components.config import parse_config
 from components.planning import Plan
 from components.staleness import verdict
+from components.training import loop
 
 
 def plan_of(tree: dict, **changes) -> Plan:
@@ -61,7 +62,9 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
     unchanged = verdict(plan_of(tree))
     assert not unchanged.stale
     assert unchanged.reason.startswith("nothing to do: version 1 of ")
-    assert unchanged.version == "1"
+    assert unchanged.standing is not None
+    assert unchanged.standing["model_version"] == 1
+    assert unchanged.standing["alias"] == "champion"
     # where and how it is run decides nothing
     assert not verdict(plan_of(tree, execution={"workers": 2}, evaluation__batch_sequences=3)).stale
     assert not verdict(plan_of(tree, training__checkpoint_tokens=8_000)).stale
@@ -77,13 +80,18 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
 
     old = verdict(plan_of(tree), max_age_days=2, now=time.time() + 3 * 86400)
     assert old.stale
-    assert old.rerun == "after-1"
+    assert old.rerun == "retrain+after-1"
     assert "3.0 days old, more than 2" in old.reason
     assert not verdict(plan_of(tree), max_age_days=2, now=time.time() + 86400).stale
 
     forced = verdict(plan_of(tree), force="2026-11-24")
     assert forced.stale
-    assert forced.rerun == "forced-2026-11-24"
+    assert forced.rerun == "retrain+forced-2026-11-24"
+    worded = verdict(plan_of(tree, rerun="again"))  # the user's own word is a change of the configuration
+    assert worded.stale
+    assert worded.rerun == "again"
+    assert "rerun None -> again" in worded.reason
+    assert verdict(plan_of(tree, rerun="again"), force="x").rerun == "again+forced-x"
 
     (corpus / "new.txt").write_text("a document that was not there before " * 40)
     snapshot = verdict(plan_of(tree))
@@ -97,7 +105,7 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
     assert code.stale
     assert "the code of training changed since version 1" in code.reason
     assert code.rerun is not None
-    assert code.rerun.startswith("code-")
+    assert code.rerun.startswith("retrain+code-")
 
 
 def test_a_repetition_trains_anew_on_the_same_activations_and_settles_the_matter(tree: dict):
@@ -112,7 +120,9 @@ def test_a_repetition_trains_anew_on_the_same_activations_and_settles_the_matter
     assert outcome["alias"] == "challenger"  # equal weights are no improvement
     settled = verdict(plan_of(tree))
     assert not settled.stale
-    assert settled.version == "2"
+    assert settled.standing is not None
+    assert settled.standing["model_version"] == 2
+    assert settled.standing["alias"] == "challenger"  # and whoever asks again hears of the refusal again
 
 
 def test_a_configuration_that_comes_back_is_not_stale(tree: dict):
@@ -121,9 +131,35 @@ def test_a_configuration_that_comes_back_is_not_stale(tree: dict):
     assert not verdict(plan_of(tree)).stale
 
 
+def test_code_that_comes_back_is_not_stale_for_ever(tree: dict, monkeypatch: pytest.MonkeyPatch):
+    """Two workers with different checkouts, say."""
+    here = code_versions()
+    registered(plan_of(tree))
+    monkeypatch.setattr(staleness, "code_versions", lambda: {**here, "evaluation": "another"})
+    due = verdict(plan_of(tree))
+    assert due.stale
+    registered(plan_of(tree, rerun=due.rerun))
+    assert not verdict(plan_of(tree)).stale
+    monkeypatch.setattr(staleness, "code_versions", lambda: here)
+    assert not verdict(plan_of(tree)).stale
+
+
+def test_an_sae_that_other_code_trained_is_not_taken_for_one_of_this_code(tree: dict, monkeypatch: pytest.MonkeyPatch):
+    """Trained, but not registered before the code changed."""
+    plan = plan_of(tree)
+    steps.extract(plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "code_versions", lambda: {**code_versions(), "training": "before"})
+        steps.train(plan)
+    registered(plan)
+    found = verdict(plan_of(tree))
+    assert found.stale
+    assert "the code of training changed" in found.reason
+
+
 def test_comments_and_docstrings_are_no_other_code_and_statements_are(tmp_path: Path):
     def versions(training: str) -> dict[str, str]:
-        for name in ("corpus", "language_model", "activations", "sae", "training", "evaluation"):
+        for name in ("sae", "training", "evaluation"):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / "module.py").write_text("x = 1\n")
         (tmp_path / "training" / "module.py").write_text(training)

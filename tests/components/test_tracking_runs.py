@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mlflow import MlflowClient
@@ -14,13 +16,13 @@ from mlflow.entities import Metric
 from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer
 from components.tracking.runs import PARENT_TAG, tracked_run
-from components.tracking.settings import TrackingSettings
+from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
 from components.tracking.store import connect
 
 WORK = """
 import sys, time
 from components.tracking.runs import tracked_run
-from components.tracking.settings import TrackingSettings
+from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
 root, digest = sys.argv[1:3]
 with tracked_run(TrackingSettings(), root, "work", digest, {"a": 1}, {}) as run:
     run.add_points([{"tokens": 10.0, "loss": 1.0}])
@@ -133,3 +135,52 @@ def test_a_refused_value_is_reported_and_does_not_hold_up_the_others():
     assert buffer.drain(10)
     assert [metric.key for metric in sent] == ["good"]
     buffer.close()
+
+
+def test_of_two_processes_that_make_the_same_sae_the_second_waits_for_the_first(root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(liveness, "LOOK_SECONDS", 0.2)
+    first = subprocess.Popen([sys.executable, "-c", WORK, root, "same"], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "open\n"
+    opened: list[str] = []
+
+    def second() -> None:
+        with tracked_run(TrackingSettings(), root, "work", "same", {}, {}) as run:
+            opened.append(run.run_id)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    thread.join(timeout=4)
+    assert thread.is_alive()
+    assert opened == []
+    first.kill()
+    first.wait()
+    thread.join(timeout=30)
+    client = connect(TrackingSettings(), root)
+    experiment = client.get_experiment_by_name("sae-foundry").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`sae.run_digest` = 'same'")
+    assert opened == [run.info.run_id]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_flow_run_that_is_started_again_does_not_wait_for_itself(root: str):
+    tags = {FLOW_RUN_TAG: "b2c5"}
+    client = connect(TrackingSettings(), root)
+    experiment = client.get_experiment_by_name("sae-foundry").experiment_id
+    # on another machine, which died a second ago
+    elsewhere = {liveness.HOST_TAG: "node/1/2", liveness.PROCESS_TAG: "7@1.00", liveness.HEARTBEAT_TAG: f"{time.time():.0f}"}
+    client.create_run(experiment, tags={**tags, **elsewhere, "sae.run_digest": "again"})
+    started = time.monotonic()
+    with tracked_run(TrackingSettings(), root, "work", "again", {}, tags) as run:
+        assert time.monotonic() - started < liveness.LOOK_SECONDS
+        assert client.get_run(run.run_id).info.status == "RUNNING"
+
+
+def test_of_runs_that_were_made_at_the_same_moment_one_stays(root: str):
+    def work(number: int) -> str:
+        with tracked_run(TrackingSettings(), root, "work", "moment", {}, {"number": str(number)}) as run:
+            return run.run_id
+
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(work, range(4)))
+    assert len(found) == 1

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from infra.stack.services import basic_auth
 from infra.stack.settings import REPOSITORY, Stack, load
 from infra.stack.supervision import Supervisor
 
@@ -64,8 +65,9 @@ class Live:
         data = None if body is None else json.dumps(body).encode()
         for attempt in range(120):
             request = urllib.request.Request(
-                self.stack.prefect_url + path, data=data, method=method, headers={"Content-Type": "application/json"}
-            )
+                self.stack.prefect_url + path, data=data, method=method,
+                headers={"Content-Type": "application/json", "Authorization": basic_auth(self.stack.prefect_login)},
+            )  # fmt: skip
             try:
                 with urllib.request.urlopen(request, timeout=20) as answer:
                     content = answer.read()
