@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+from httpx import TransportError
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.concurrency.sync import concurrency
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from components import steps
 from components.config import RunConfig
@@ -20,6 +23,11 @@ from flows.runs import begin, lineage_tags
 
 LEASE_SECONDS = 120
 """How long the turn of a machine that died is kept from the next training."""
+SERVER_PATIENCE_SECONDS = 600
+"""How long a training that waits for its turn waits for a server that is away."""
+
+# Under `components`, whose logs the flow run's page shows.
+logger = logging.getLogger("components.flows")
 
 
 @task(name="train", cache_policy=NO_CACHE, **RETRIED)
@@ -41,9 +49,29 @@ def _turn(limit: str | None) -> Iterator[None]:
     if limit is None:
         yield
         return
-    # A limit that does not exist would otherwise be no limit; a server that is away for a while must end no training.
-    with concurrency(limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
+    place = _acquired(limit)
+    try:
         yield
+    finally:
+        try:
+            place.__exit__(None, None, None)
+        except TransportError as error:
+            logger.warning("train: the place under '%s' could not be given back (%s); it ends by itself", limit, error)
+
+
+@retry(
+    retry=retry_if_exception(lambda error: isinstance(error.__cause__, TransportError)),
+    wait=wait_random_exponential(multiplier=1, max=20),
+    stop=stop_after_delay(SERVER_PATIENCE_SECONDS),
+    reraise=True,
+)
+def _acquired(limit: str) -> AbstractContextManager[None]:
+    """A place, entered. Prefect's client is patient with a server that goes away, and not with one that is away when it starts,
+    as it does for each place."""
+    # A limit that does not exist would otherwise be no limit; a server that is away for a while must end no training.
+    place = concurrency(limit, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+    place.__enter__()
+    return place
 
 
 @flow(name="train", flow_run_name="{config.name}")

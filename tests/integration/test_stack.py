@@ -251,14 +251,32 @@ def test_a_cancelled_run_ends_its_training_and_leaves_a_checkpoint(live: Live, t
     assert bucket.glob(f"{live.stack.storage_root}/saes/cancelled-*/checkpoints/*")
 
 
-def test_servers_that_are_killed_come_back_and_no_run_notices(live: Live, tree: dict):
-    runs = [live.submit("pipeline/quickstart", {"config": named(tree, f"outage-{number}")}) for number in range(3)]
+def test_servers_that_are_killed_come_back_and_no_run_notices_nor_two_of_the_same(live: Live, tree: dict, mlflow: MlflowClient):
+    names = ("outage", "twin", "twin")
+    runs = [live.submit("pipeline/quickstart", {"config": named(tree, name)}) for name in names]
     live.wait(runs[0], 120, lambda found: found["state_type"] == "RUNNING")
     for service in ("s3", "mlflow", "prefect"):
         live.kill(service)
         time.sleep(1)
     for run in runs:
         assert live.wait(run, 300)["state_type"] == "COMPLETED", live.logs(run)
+    (version,) = mlflow.search_model_versions("name = 'twin'")
+    assert mlflow.get_run(version.run_id).info.status == "FINISHED"
+    experiment = mlflow.get_experiment_by_name("sae-foundry").experiment_id
+    assert len(mlflow.search_runs([experiment], "attributes.run_name = 'twin'")) == 1
+    assert len(mlflow.search_logged_models([experiment], f"source_run_id = '{version.run_id}'")) == 1
+
+
+def test_a_flow_that_cannot_be_imported_is_not_started_for_ever(live: Live):
+    known = live.deployment("pipeline/quickstart")
+    broken = {"name": "broken", "flow_id": known["flow_id"], "work_pool_name": "cpu", "entrypoint": "flows.missing.flow"}
+    live.ask("/deployments/", broken)
+    run = live.submit("pipeline/broken", {})
+    ended = live.wait(run, 120)
+    assert ended["state_type"] in ("CRASHED", "FAILED")
+    live.until(lambda: [text for text in live.told if ended["name"] in text], 60)
+    time.sleep(10)
+    assert live.flow_run(run)["state"]["id"] == ended["state"]["id"]
 
 
 def test_doctor_finds_the_stack_healthy(live: Live):
