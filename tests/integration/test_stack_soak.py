@@ -1,5 +1,6 @@
 """The stack under load and under outages, as long as it takes: `make soak`."""
 
+# ruff: noqa: F811 (fixtures that are imported)
 from __future__ import annotations
 
 import json
@@ -39,7 +40,7 @@ def most_trainings_at_once() -> Iterator[list[int]]:
         thread.join()
 
 
-def test_twenty_runs_at_once_complete_one_training_at_a_time(live: Live, tree: dict, mlflow: MlflowClient):  # noqa: F811
+def test_twenty_runs_at_once_complete_one_training_at_a_time(live: Live, tree: dict, mlflow: MlflowClient):
     started = time.monotonic()
     with most_trainings_at_once() as seen:
         runs = [live.submit("pipeline/quickstart", {"config": named(tree, f"many-{number}")}) for number in range(20)]
@@ -59,7 +60,7 @@ def test_a_server_that_is_away_for_a_minute_costs_nothing(
     tree: dict,
     mlflow: MlflowClient,
     bucket: s3fs.S3FileSystem,
-    service: str,  # noqa: F811
+    service: str,
 ):
     """In the middle of extraction and training, of two runs at once."""
     name = f"away-{service}"
@@ -82,7 +83,7 @@ def test_a_server_that_is_away_for_a_minute_costs_nothing(
         assert mlflow.get_model_version_by_alias(f"{name}-{number}", "champion").version == "1"
 
 
-def test_a_machine_that_dies_in_training_hands_its_run_to_the_next_worker(live: Live, tree: dict, mlflow: MlflowClient):  # noqa: F811
+def test_a_machine_that_dies_in_training_hands_its_run_to_the_next_worker(live: Live, tree: dict, mlflow: MlflowClient):
     """kill -9 to the worker, the flow run and the training at once: nobody is left to say that the run crashed."""
     long = {"training__tokens": 4_000_000, "training__checkpoint_tokens": 100_000, "training__log_tokens": 100_000}
     run = live.submit("pipeline/quickstart", {"config": named(tree, "machine", **long)})
