@@ -110,7 +110,7 @@ def prepare(stack: Stack) -> None:
     write_private(stack.folder / "s3.json", json.dumps(s3_identities(stack.secrets.s3_access, stack.secrets.s3_secret)))
     postgres.initialise(stack.postgres_folder, stack.secrets.postgres)
     example = (REPOSITORY / "mlflow" / "basic_auth.ini").read_text(encoding="utf-8").splitlines()
-    database = f"database_uri = {stack.database('psycopg2', 'mlflow')}"
+    database = f"database_uri = {stack.mlflow_database}"
     lines = [database if line.startswith("database_uri") else line for line in example]
     (stack.folder / "basic_auth.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

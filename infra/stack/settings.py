@@ -80,9 +80,10 @@ class Stack:
         """User and password of the Prefect server: without them any page open in a browser here could start flow runs."""
         return f"{ADMIN}:{self.secrets.prefect}"
 
-    def database(self, driver: str, name: str) -> str:
+    @property
+    def mlflow_database(self) -> str:
         """Without the password, which the environment has: an address ends up in logs."""
-        return f"postgresql+{driver}://sae@127.0.0.1:{self.ports.postgres}/{name}"
+        return f"postgresql+psycopg2://sae@127.0.0.1:{self.ports.postgres}/mlflow"
 
     def client_environment(self) -> dict[str, str]:
         """For everything that uses the stack: `sae`, `prefect`, Python; the workers have it too."""
@@ -129,17 +130,22 @@ class Stack:
             "PREFECT_SERVER_API_HOST": "127.0.0.1",
             # Not `--port`: with that, the UI goes on naming port 4200.
             "PREFECT_SERVER_API_PORT": str(self.ports.prefect),
-            "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database("asyncpg", "prefect"),
+            # In parts, as the server tells these and hides an address: `sae doctor` then knows that it is PostgreSQL.
+            "PREFECT_SERVER_DATABASE_DRIVER": "postgresql+asyncpg",
+            "PREFECT_SERVER_DATABASE_HOST": "127.0.0.1",
+            "PREFECT_SERVER_DATABASE_PORT": str(self.ports.postgres),
+            "PREFECT_SERVER_DATABASE_NAME": "prefect",
+            "PREFECT_SERVER_DATABASE_USER": "sae",
+            "PREFECT_SERVER_DATABASE_PASSWORD": self.secrets.postgres,
             # In memory, which is the default, a restart would forget who holds a place under the limit, for ever.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-            "PGPASSWORD": self.secrets.postgres,
         }
 
     def mlflow_environment(self) -> dict[str, str]:
         """`mlflow/server.env`, with the addresses of this stack."""
         return {
             **_assignments(REPOSITORY / "mlflow" / "server.env"),
-            "MLFLOW_BACKEND_STORE_URI": self.database("psycopg2", "mlflow"),
+            "MLFLOW_BACKEND_STORE_URI": self.mlflow_database,
             "MLFLOW_S3_ENDPOINT_URL": self.s3_url,
             "AWS_ACCESS_KEY_ID": self.secrets.s3_access,
             "AWS_SECRET_ACCESS_KEY": self.secrets.s3_secret,
