@@ -43,7 +43,8 @@ def test_the_entry_point_runs_the_line_beside_the_run_that_mlflow_opens_for_it(t
     assert len(list((root / "saes").glob("*/evaluation.json"))) == 1
     assert sorted((ROOT / "mlflow").iterdir()) == before
 
-    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")  # where `mlflow run` tracks; ours follows it
+    uri = f"sqlite:///{folder / 'mlflow.db'}"  # where `mlflow run` tracks; ours follows it
+    client = MlflowClient(uri, uri)  # the registry too: another test may have named one for the whole process
     (project,) = client.search_runs(["0"], run_view_type=ViewType.ALL)
     assert project.info.status == "FINISHED"
     assert project.data.params == {"config": str(config), "root": shlex.quote(str(root))}
