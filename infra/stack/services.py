@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg2
@@ -39,7 +39,7 @@ class Service:
     stop_signal: str = "TERM"
     together: bool = False
     """It consists of several processes that outlive each other, and hold the port: they are to end together."""
-    needs: tuple[int, ...] = field(default=())
+    needs: tuple[int, ...] = ()
     """Ports that must be free before it starts for the first time."""
 
 
