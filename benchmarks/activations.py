@@ -29,18 +29,18 @@ import numpy as np
 import torch
 
 from components import storage
-from components.activations import check, extraction
-from components.activations.forward import run_chunk
-from components.activations.manifest import Column, Manifest, Shard
-from components.activations.reader import ActivationReader
-from components.activations.schema import Layout, memory
-from components.activations.shard import write_shard_file
-from components.activations.work import chunk_sequences
-from components.config import parse_config
+from components.activations.dataset import check, extraction
+from components.activations.dataset.forward import run_chunk
+from components.activations.dataset.job import chunk_sequences
+from components.activations.dataset.manifest import Column, Manifest, Shard
+from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.schema import Layout, memory
+from components.activations.dataset.shard import write_shard_file
 from components.hardware import keep_freed_memory
 from components.language_model.hook_points import capture
 from components.language_model.loading import forward_inputs, load_model
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 
 BUILTIN = Path(__file__).parent.parent / "components" / "language_model" / "builtin" / "stdlib-llama"
 ROWS_PER_GROUP, ROWS_PER_SHARD = 8_192, 65_536

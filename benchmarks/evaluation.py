@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-from components.config import load_config
 from components.evaluation import baselines
 from components.evaluation.baselines import Reconstruction, Rows
 from components.evaluation.evaluate import HeldOut, TokenClasses, reference_statistics
 from components.evaluation.features import FeatureSums
-from components.evaluation.measure import Measurement
+from components.evaluation.spliced_pass import Measurement
 from components.evaluation.splicing import Splicer
 from components.hardware import keep_freed_memory
 from components.language_model.loading import load_model, load_tokenizer
-from components.planning import Plan
+from components.run.config import load_config
+from components.run.planning import Plan
 from components.sae.artifact import load_sae
 
 

@@ -12,8 +12,8 @@ import itertools
 import json
 
 from components import steps
-from components.config import load_config
-from components.planning import Plan, check
+from components.run.config import load_config
+from components.run.planning import Plan, check
 from components.settings import digest
 from components.tracking.runs import PARENT_TAG, tracked_run
 

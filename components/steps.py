@@ -15,18 +15,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from components import staleness, storage
-from components.activations import extraction
-from components.activations.manifest import Manifest
-from components.config import flattened
+from components import storage
+from components.activations.dataset import extraction
+from components.activations.dataset.manifest import Manifest
 from components.corpus import images, tokens
 from components.evaluation import evaluate as evaluation
-from components.evaluation import passes, results
+from components.evaluation import measurements as passes
+from components.evaluation import results
 from components.evaluation.given import require_same_place
-from components.evaluation.sums import Measured, SpanSums
-from components.evaluation.work import EvaluationWork, Span
+from components.evaluation.job import EvaluationWork, Span
+from components.evaluation.span_totals import Measured, SpanSums
 from components.language_model.loading import LOADING, load_encoder, load_model, load_tokenizer
-from components.planning import Plan
+from components.run import staleness
+from components.run.config import flattened
+from components.run.planning import Plan
 from components.sae import saelens
 from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
 from components.settings import UserError
@@ -227,7 +229,7 @@ def _about(plan: Plan, sae: Any, url: str) -> dict[str, Any]:
 def _given_folder(plan: Plan, sae: str) -> Iterator[Path]:
     """A local folder with the files of an SAE that the user names."""
     if sae.startswith("models:/"):
-        from components.tracking.download import registered_sae
+        from components.registry.download import registered_sae
 
         with TemporaryDirectory(prefix="sae-") as folder:
             yield registered_sae(plan.config.tracking, plan.config.storage.root, sae, Path(folder))
@@ -321,9 +323,10 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
 
     run: the open run that `tracked` gave.
     """
-    from components.tracking import registration, registry
+    from components.registry import registration
+    from components.registry import versions as registry
+    from components.registry.gates import load_gates
     from components.tracking.code import git_tags
-    from components.tracking.gates import load_gates
 
     gates = load_gates(plan.config.tracking.gates)
     trained, measured, _ = require_evaluated(plan)
@@ -368,7 +371,8 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
 def comparison(plan: Plan, outcome: dict[str, Any]) -> dict[str, Any]:
     """The registered version of `outcome` beside the champion that it was measured against: `champion` (a version, None
     where there was none), and `metrics` and `gates` as rows of a table."""
-    from components.tracking import catalogue, store
+    from components.registry import catalogue
+    from components.tracking import store
 
     client = store.connect(plan.config.tracking, plan.config.storage.root)
     return catalogue.against_champion(client, outcome["registered_model"], str(outcome["model_version"]))
@@ -376,7 +380,8 @@ def comparison(plan: Plan, outcome: dict[str, Any]) -> dict[str, Any]:
 
 def is_news(plan: Plan, outcome: dict[str, Any]) -> bool:
     """Whether the registered version of `outcome` is champion and nobody has been told; asked again, it is no news."""
-    from components.tracking import registry, store
+    from components.registry import versions as registry
+    from components.tracking import store
 
     client = store.connect(plan.config.tracking, plan.config.storage.root)
     return registry.mark_announced(client, outcome["registered_model"], str(outcome["model_version"]))
@@ -392,7 +397,7 @@ def run_address(plan: Plan, run_id: str) -> str | None:
 
 def _earlier_versions(plan: Plan, client: Any, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     """Registered versions that were measured on the same tokens, for the report's comparison."""
-    from components.tracking.registry import earlier_metrics
+    from components.registry.versions import earlier_metrics
 
     same, names = plan.evaluation_set(metrics["evaluation_tokens"]), ("l0", "explained_variance", "loss_recovered")
     return [
@@ -409,7 +414,8 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
     record = plan.training_record()
     if plan.dataset_manifest() is None or record is None or plan.evaluation_record() is None:
         return None
-    from components.tracking import registry, runs, store
+    from components.registry import versions as registry
+    from components.tracking import runs, store
 
     config = plan.config
     if not store.database_exists(config.tracking, config.storage.root):

@@ -10,7 +10,7 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from components import steps
-from components.planning import Plan
+from components.run.planning import Plan
 
 # Under `components`, whose logs the flow run's page shows.
 logger = logging.getLogger("components.flows")

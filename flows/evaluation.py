@@ -9,14 +9,14 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from components import steps
-from components.config import RunConfig
-from components.evaluation.passes import baseline_spans, sae_spans
+from components.evaluation.job import EvaluationWork, Span
+from components.evaluation.measurements import baseline_spans, sae_spans
 from components.evaluation.reference import Reference
 from components.evaluation.results import active_features
-from components.evaluation.sums import SpanSums, merged
-from components.evaluation.work import EvaluationWork, Span
+from components.evaluation.span_totals import SpanSums, merged
 from components.hardware import resolve_device
-from components.planning import Plan, check, pinned
+from components.run.config import RunConfig
+from components.run.planning import Plan, check, pinned
 from flows.mapping import RETRIED, devices, finished, task_runner
 from flows.runs import begin
 

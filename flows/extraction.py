@@ -9,11 +9,11 @@ from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
 from components import steps, storage
-from components.activations import extraction
-from components.activations.work import Extraction
-from components.config import RunConfig
+from components.activations.dataset import extraction
+from components.activations.dataset.job import Extraction
 from components.hardware import resolve_device
-from components.planning import Plan, check, pinned
+from components.run.config import RunConfig
+from components.run.planning import Plan, check, pinned
 from flows.mapping import RETRIED, devices, finished, shares, task_runner
 from flows.runs import begin
 

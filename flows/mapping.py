@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.futures import wait
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from components.config import ExecutionSettings
+from components.run.config import ExecutionSettings
 from components.settings import UserError
 from components.training.process import TrainingTimeout
 

@@ -11,8 +11,8 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from components import steps
-from components.config import RunConfig
-from components.planning import Plan, check, pinned
+from components.run.config import RunConfig
+from components.run.planning import Plan, check, pinned
 from flows import artifacts
 from flows.evaluation import evaluate_on_its_runner
 from flows.extraction import extract_on_its_runner, prepare_tokens

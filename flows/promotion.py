@@ -7,8 +7,8 @@ from typing import Any
 from prefect.events import emit_event
 
 from components import steps
-from components.config import RunConfig
-from components.planning import Plan
+from components.run.config import RunConfig
+from components.run.planning import Plan
 
 PROMOTED = "sae.champion.promoted"
 

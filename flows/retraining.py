@@ -9,9 +9,10 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from components import staleness, steps
-from components.config import RunConfig, load_config
-from components.planning import Plan, check, pinned
+from components import steps
+from components.run import staleness
+from components.run.config import RunConfig, load_config
+from components.run.planning import Plan, check, pinned
 from components.settings import UserError
 from flows import artifacts
 from flows.pipeline import pipeline

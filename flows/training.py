@@ -14,8 +14,8 @@ from prefect.concurrency.sync import concurrency
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from components import steps
-from components.config import RunConfig
-from components.planning import Plan, check, pinned
+from components.run.config import RunConfig
+from components.run.planning import Plan, check, pinned
 from components.training.checkpoint import Point
 from flows.mapping import RETRIED
 from flows.progress import training_progress

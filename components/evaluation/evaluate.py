@@ -13,11 +13,11 @@ from torch import nn
 from components import storage
 from components.evaluation import report
 from components.evaluation.held_out import HeldOut
-from components.evaluation.passes import Autoencoder, Subject, baseline_spans, measure_baselines, measure_sae, sae_spans
+from components.evaluation.measurements import Autoencoder, Subject, baseline_spans, measure_baselines, measure_sae, sae_spans
 from components.evaluation.reference import Reference, reference_statistics
 from components.evaluation.results import Evaluation, active_features, finish
 from components.evaluation.settings import EvaluationSettings
-from components.evaluation.sums import merged
+from components.evaluation.span_totals import merged
 from components.evaluation.token_classes import TokenClasses
 from components.language_model.hook_points import HookPoint
 from components.settings import digest

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from components.evaluation import bootstrap
+from components.evaluation import intervals as bootstrap
 from components.evaluation.features import feature_table
 from components.evaluation.metrics import Sums, Totals, number
 from components.evaluation.settings import EvaluationSettings
-from components.evaluation.sums import Measured
+from components.evaluation.span_totals import Measured
 from components.evaluation.token_classes import CLASSES
 from components.settings import UserError
 

@@ -21,7 +21,7 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 from mlflow.utils.rest_utils import http_request
 
-from components.activations.manifest import Manifest
+from components.activations.dataset.manifest import Manifest
 from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer, Values
 from components.tracking.code import git_tags

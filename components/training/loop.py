@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.activations.cache import CachePlace
-from components.activations.manifest import Column, Manifest
-from components.activations.reader import ActivationReader
-from components.code_version import code_versions
+from components.activations.dataset.manifest import Column, Manifest
+from components.activations.dataset.reader import ActivationReader
 from components.hardware import keep_freed_memory
 from components.progress import progress
+from components.run.code_version import code_versions
 from components.sae.artifact import WEIGHTS_NAME, sae_files
 from components.sae.relu import ReLUSAE, relu_loss
 from components.sae.settings import SAESettings
 from components.settings import digest
+from components.storage.cache import CachePlace
 from components.training.checkpoint import (
     Point,
     TrainingState,

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import yaml
 
-from components.config import load_config, read_config, shipped_configs
+from components.run.config import load_config, read_config, shipped_configs
 from components.settings import UserError
 from infra.ci.report import EXIT_CODES, Outcome, say
 from infra.ci.server import Gone, Server, Stop, table_rows

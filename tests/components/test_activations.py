@@ -19,17 +19,17 @@ import torch
 import yaml
 
 from components import steps, storage
-from components.activations import extraction
-from components.activations.forward import run_chunk
-from components.activations.manifest import read_manifest
-from components.activations.reader import ActivationReader
-from components.activations.shuffle import bucket_of, order_of
-from components.activations.work import Extraction, chunk_sequences
-from components.config import parse_config
+from components.activations.dataset import extraction
+from components.activations.dataset.forward import run_chunk
+from components.activations.dataset.job import Extraction, chunk_sequences
+from components.activations.dataset.manifest import read_manifest
+from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.shuffle import bucket_of, order_of
 from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import forward_inputs, load_model
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.settings import UserError
 
 CPU = torch.device("cpu")

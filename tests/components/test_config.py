@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.config import RunConfig, flattened, load_config, parse_config, shipped_configs
+from components.run.config import RunConfig, flattened, load_config, parse_config, shipped_configs
 from components.settings import UserError, digest
 
 

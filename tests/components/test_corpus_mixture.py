@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from components.config import flattened, load_config, parse_config
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import corpus_identity
 from components.corpus.tokens import prepare_tokens, read_sequences
+from components.run.config import flattened, load_config, parse_config
 from components.settings import UserError
 
 ENCODER = Encoder(identity="characters", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)

@@ -20,13 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from components.config import parse_config
 from components.corpus.documents import Document
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import corpus_identity, read_documents
 from components.language_model.loading import find_model, load_encoder, load_tokenizer
 from components.language_model.settings import LanguageModelSettings
-from components.planning import Plan, check
+from components.run.config import parse_config
+from components.run.planning import Plan, check
 from components.settings import UserError
 
 TEXTS = [f"text {number}: " + "naïve 你好 🙂\n" * (number % 5) for number in range(30)]

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from components import steps, storage
-from components.activations import catalog, check
-from components.activations.cache import DiskCache
-from components.activations.lookup import ActivationLookup
-from components.activations.manifest import Manifest, read_manifest
-from components.activations.reader import ActivationReader
-from components.activations.values import DamagedDatasetError, Values
-from components.config import parse_config
-from components.planning import Plan
+from components.activations.dataset import check
+from components.activations.dataset import inventory as catalog
+from components.activations.dataset.lookup import ActivationLookup
+from components.activations.dataset.manifest import Manifest, read_manifest
+from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.values import DamagedDatasetError, Values
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.settings import UserError
+from components.storage.cache import DiskCache
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def test_every_kind_of_damage_is_named_by_check_and_met_by_the_reader(dataset: t
 
 def test_a_token_stored_twice_is_noticed(dataset: tuple[str, Manifest]):
     """A shard written again by hand, with a row of its own twice and matching checksums."""
-    from components.activations.shard import write_shard_file
+    from components.activations.dataset.shard import write_shard_file
 
     url, manifest = dataset
     shard = manifest.shards[0]

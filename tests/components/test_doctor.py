@@ -20,9 +20,9 @@ from components.doctor import check, disk, machine
 from components.doctor.check import Check, Job, ask, clock_check, redacted, run
 from components.doctor.disk import folder_checks, space_check
 from components.doctor.machine import device_checks, machine_checks
+from components.doctor.mlflow_server import mlflow_checks
 from components.doctor.s3 import s3_checks
 from components.doctor.versions import version_checks
-from components.tracking.doctor import mlflow_checks
 from components.tracking.settings import TrackingSettings
 
 
@@ -56,7 +56,7 @@ def http_server(answers: dict[str, tuple[int, bytes]], seconds_ahead: float = 0.
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An address that takes connections and never answers, and short limits."""
-    for module in ("components.doctor.check", "components.doctor.s3", "components.tracking.doctor"):
+    for module in ("components.doctor.check", "components.doctor.s3", "components.doctor.mlflow_server"):
         monkeypatch.setattr(f"{module}.REQUEST_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from components import steps
-from components.config import parse_config
 from components.corpus.tokens import PADDING, Sequences, read_sequences
 from components.evaluation.evaluate import Evaluation, HeldOut, TokenClasses, evaluate, reference_statistics
 from components.evaluation.settings import EvaluationSettings
 from components.language_model.loading import load_model, load_tokenizer
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.sae.relu import ReLUSAE
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from components import steps
-from components.config import parse_config
 from components.evaluation.given import hook_point_of
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.sae.artifact import sae_files
 from components.sae.relu import ReLUSAE
 from components.sae.saelens import load_saelens

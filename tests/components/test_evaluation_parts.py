@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from components.evaluation import baselines, bootstrap
+from components.evaluation import baselines
+from components.evaluation import intervals as bootstrap
 from components.evaluation.baselines import Rows
 from components.evaluation.features import FeatureSums, feature_table, nearest_rows
 from components.evaluation.metrics import Totals, column_names, token_losses

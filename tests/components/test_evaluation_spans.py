@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from components import steps
-from components.config import parse_config
-from components.evaluation.bootstrap import DocumentGroups
-from components.evaluation.passes import baseline_spans, sae_spans
+from components.evaluation.intervals import DocumentGroups
+from components.evaluation.job import batch_size, spans
+from components.evaluation.measurements import baseline_spans, sae_spans
 from components.evaluation.results import active_features
-from components.evaluation.sums import SpanSums, merged
-from components.evaluation.work import batch_size, spans
-from components.planning import Plan
+from components.evaluation.span_totals import SpanSums, merged
+from components.run.config import parse_config
+from components.run.planning import Plan
 
 CPU = torch.device("cpu")
 

@@ -33,12 +33,12 @@ from transformers import (
 )
 
 from components import steps
-from components.config import parse_config
 from components.corpus.tokens import PADDING, SPECIAL, Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, capture, expand_hook_points
 from components.language_model.loading import find_model, forward_inputs, load_model
 from components.language_model.settings import LanguageModelSettings
-from components.planning import Plan, check, estimate
+from components.run.config import parse_config
+from components.run.planning import Plan, check, estimate
 from components.settings import UserError
 
 CPU = torch.device("cpu")

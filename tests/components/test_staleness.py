@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from components import staleness, steps
-from components.code_version import code_versions
-from components.config import parse_config
-from components.planning import Plan
-from components.staleness import verdict
+from components import steps
+from components.run import staleness
+from components.run.code_version import code_versions
+from components.run.config import parse_config
+from components.run.planning import Plan
+from components.run.staleness import verdict
 from components.training import loop
 
 

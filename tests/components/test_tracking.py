@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from components import steps, storage
-from components.config import parse_config
-from components.planning import Plan
+from components.registry.history import CHAMPION
+from components.registry.versions import CHALLENGER, champion_of
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.sae.artifact import load_sae
 from components.settings import UserError
-from components.tracking.ledger import CHAMPION
-from components.tracking.registry import CHALLENGER, champion_of
 from components.tracking.runs import EVALUATION_SET, TrackedRun
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect, tracking_uri

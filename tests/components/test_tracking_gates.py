@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.registry.gates import GateReport, Gates, check_gates, load_gates, shipped_gates
 from components.settings import UserError
-from components.tracking.gates import GateReport, Gates, check_gates, load_gates, shipped_gates
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +129,6 @@ def test_the_shipped_gates_are_in_the_wheel_and_are_those_of_the_folder(tmp_path
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        packed = yaml.safe_load(wheel.read("components/tracking/gates.yaml"))
+        packed = yaml.safe_load(wheel.read("components/registry/gates.yaml"))
         assert not [name for name in wheel.namelist() if name.startswith("mlflow/")]
     assert packed == yaml.safe_load(shipped_gates().read_text())

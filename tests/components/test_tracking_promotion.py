@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from components.config import RunConfig
+from components.registry import promotion, registration
+from components.registry.gates import Gates
+from components.registry.history import Ledger, champion_version, ensure_model
+from components.registry.promotion import promote, rollback
+from components.registry.versions import earlier_metrics, resolve_version, versions_of_dataset
+from components.run.config import RunConfig
 from components.sae.artifact import WEIGHTS_NAME, sae_files
 from components.sae.relu import ReLUSAE
 from components.settings import UserError
-from components.tracking import promotion, registration
-from components.tracking.gates import Gates
-from components.tracking.ledger import Ledger, champion_version, ensure_model
-from components.tracking.promotion import promote, rollback
-from components.tracking.registry import earlier_metrics, resolve_version, versions_of_dataset
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect

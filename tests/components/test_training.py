@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from components import steps, storage
-from components.config import parse_config
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.sae.artifact import load_sae
 from components.sae.relu import relu_loss
 from components.settings import UserError

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from components import steps, storage
-from components.config import parse_config
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.settings import UserError
 from components.training import process
 from components.training.checkpoint import checkpoint_folder

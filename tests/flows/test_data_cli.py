@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from components import steps
-from components.config import parse_config
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from flows.cli import app
 
 

@@ -24,7 +24,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import load_flow_from_entrypoint
 from pydantic import BaseModel
 
-from components.config import parse_config, read_config
+from components.run.config import parse_config, read_config
 from infra.stack.registration import AUTOMATIONS, load_automation
 from infra.stack.settings import POOLS, REPOSITORY
 

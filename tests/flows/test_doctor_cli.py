@@ -18,10 +18,10 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from components.config import parse_config
 from components.doctor.check import Check
-from flows import doctor_cli
-from flows.doctor import prefect_checks
+from components.doctor.prefect_server import prefect_checks
+from components.run.config import parse_config
+from flows.cli import doctor as doctor_cli
 
 SAE = str(Path(sys.executable).parent / "sae")
 PASSWORD = "me:planted-secret-22222"
@@ -175,7 +175,7 @@ def test_what_a_run_needs_is_compared_and_a_plan_that_fails_or_takes_long_hides_
     assert "resid_post.9" in checks["plan"].found
     assert "needed" not in checks["disk"].found
     monkeypatch.setattr(doctor_cli, "_PLAN_SECONDS", 0.0)
-    monkeypatch.setattr("components.planning.pinned", lambda config: time.sleep(1))
+    monkeypatch.setattr("components.run.planning.pinned", lambda config: time.sleep(1))
     checks = by_name(doctor_cli._room(config, sized=True))
     assert (checks["plan"].status, checks["disk"].status) == ("skipped", "ok")
 

@@ -10,8 +10,8 @@ import yaml
 from typer.testing import CliRunner
 
 from components import steps
-from components.config import load_config, parse_config
-from components.planning import Plan
+from components.run.config import load_config, parse_config
+from components.run.planning import Plan
 from flows.cli import app
 
 

@@ -19,7 +19,7 @@ import pytest
 from seaweed import Seaweed
 
 from components import storage
-from components.patience import patience
+from components.storage.retries import patience
 from infra.stack import postgres as cluster
 
 

@@ -18,8 +18,8 @@ from fsspec import AbstractFileSystem
 
 from components import storage
 from components.doctor.check import Check, Job, run
+from components.doctor.mlflow_server import mlflow_checks
 from components.doctor.s3 import s3_checks
-from components.tracking.doctor import mlflow_checks
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect
 

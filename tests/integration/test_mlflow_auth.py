@@ -18,10 +18,10 @@ from mlflow.server.auth.client import AuthServiceClient
 from mlflow_process import Served, mlflow_process
 
 from components import steps
-from components.config import parse_config
-from components.planning import Plan
+from components.registry.catalogue import list_models
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.settings import UserError
-from components.tracking.catalogue import list_models
 from components.tracking.store import connect
 
 pytestmark = pytest.mark.integration

@@ -14,11 +14,11 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
 from components import steps
-from components.config import parse_config
-from components.planning import Plan
-from components.tracking.gates import Gates
-from components.tracking.ledger import Ledger, champion_version
-from components.tracking.promotion import promote, rollback
+from components.registry.gates import Gates
+from components.registry.history import Ledger, champion_version
+from components.registry.promotion import promote, rollback
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect

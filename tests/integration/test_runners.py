@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from components import steps
-from components.activations.manifest import Manifest
-from components.config import parse_config
-from components.planning import Plan
+from components.activations.dataset.manifest import Manifest
+from components.run.config import parse_config
+from components.run.planning import Plan
 
 pytestmark = pytest.mark.integration
 

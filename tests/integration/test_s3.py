@@ -20,11 +20,11 @@ from backports import zstd
 from seaweed import LIMITED
 
 from components import steps, storage
-from components.config import parse_config
 from components.corpus.documents import Document
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import corpus_identity, read_documents
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.settings import UserError
 
 pytestmark = pytest.mark.integration

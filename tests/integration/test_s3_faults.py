@@ -22,14 +22,14 @@ import yaml
 from seaweed import KEYS, FaultyProxy, Seaweed
 
 from components import steps, storage
-from components.activations import check
-from components.activations.cache import DiskCache
-from components.activations.lookup import ActivationLookup
-from components.activations.manifest import Manifest, read_manifest
-from components.activations.reader import ActivationReader
-from components.activations.values import DamagedDatasetError, Values
-from components.config import parse_config
-from components.planning import Plan
+from components.activations.dataset import check
+from components.activations.dataset.lookup import ActivationLookup
+from components.activations.dataset.manifest import Manifest, read_manifest
+from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.values import DamagedDatasetError, Values
+from components.run.config import parse_config
+from components.run.planning import Plan
+from components.storage.cache import DiskCache
 
 pytestmark = pytest.mark.integration
 
@@ -107,9 +107,9 @@ def test_two_workers_on_one_dataset_share_the_work(tree: dict, config: Path, tmp
 
 def test_a_shard_that_another_worker_has_put_is_never_replaced(tree: dict):
     """Another kind of device rounds differently: the manifest must be true of the bytes that are there."""
-    from components.activations import extraction as work_items
-    from components.activations.shard import write_shard_file
-    from components.activations.shuffle import read_bucket
+    from components.activations.dataset import extraction as work_items
+    from components.activations.dataset.shard import write_shard_file
+    from components.activations.dataset.shuffle import read_bucket
 
     plan = Plan(parse_config(tree))
     work = plan.extraction(steps.prepare_tokens(plan))

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from components import steps
-from components.config import parse_config
 from components.corpus.tokens import read_sequences
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from components.sae.saelens import load_saelens
 
 pytestmark = pytest.mark.integration

@@ -25,8 +25,8 @@ from mlflow import MlflowClient
 from stack_client import FINAL, NOTIFY_SECRET, Live, trainings
 
 from components import steps
-from components.config import parse_config
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 from infra.stack import postgres
 from infra.stack.settings import REPOSITORY
 

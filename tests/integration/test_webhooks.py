@@ -23,8 +23,8 @@ from cryptography.fernet import Fernet
 from mlflow_process import Served, mlflow_process
 
 from components import steps
-from components.config import parse_config
-from components.planning import Plan
+from components.run.config import parse_config
+from components.run.planning import Plan
 
 pytestmark = pytest.mark.integration
 

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 
 from components import storage
-from components.activations.cache import CachePlace
-from components.activations.manifest import Manifest, read_manifest
-from components.activations.reader import WINDOW_GROUPS
-from components.activations.schema import DTYPES, TOKEN_BYTES
-from components.activations.work import Extraction, dataset_identity
-from components.config import RunConfig
+from components.activations.dataset.job import Extraction, dataset_identity
+from components.activations.dataset.manifest import Manifest, read_manifest
+from components.activations.dataset.reader import WINDOW_GROUPS
+from components.activations.dataset.schema import DTYPES, TOKEN_BYTES
 from components.corpus import sources as corpus_sources
 from components.corpus.images import ImageLayout, image_identity
 from components.corpus.tokens import token_identity
@@ -27,7 +25,9 @@ from components.hardware import resolve_device
 from components.language_model import loading
 from components.language_model.hook_points import HookPoint, depth, expand_hook_points, reads_images
 from components.language_model.loading import ModelSource, find_model, load_encoder, require_runnable
+from components.run.config import RunConfig
 from components.settings import UserError, digest
+from components.storage.cache import CachePlace
 from components.training.loop import Training, read_training_record, training_identity
 
 

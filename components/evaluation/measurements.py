@@ -13,13 +13,13 @@ from components.evaluation import baselines
 from components.evaluation.baselines import Reconstruction, Rows, Variant
 from components.evaluation.features import FeatureSums
 from components.evaluation.held_out import HeldOut
-from components.evaluation.measure import Measurement, measure
+from components.evaluation.job import Span, batch_size, spans
 from components.evaluation.reference import Reference
 from components.evaluation.settings import EvaluationSettings
+from components.evaluation.span_totals import SpanSums
+from components.evaluation.spliced_pass import Measurement, measure
 from components.evaluation.splicing import Splicer, mlp_output
-from components.evaluation.sums import SpanSums
 from components.evaluation.token_classes import TokenClasses
-from components.evaluation.work import Span, batch_size, spans
 from components.language_model.hook_points import HookPoint
 
 _MEASURED = ("sae", "zero", "mean")

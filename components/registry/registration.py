@@ -18,13 +18,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from components.storage import file_sha256
-from components.tracking import pyfunc_path
-from components.tracking.gates import Gates
-from components.tracking.ledger import CHAMPION, ensure_model
-from components.tracking.model_card import model_card
-from components.tracking.promotion import Decision, promote
-from components.tracking.registry import (
+from components.registry.card import model_card
+from components.registry.gates import Gates
+from components.registry.history import CHAMPION, ensure_model
+from components.registry.promotion import Decision, promote
+from components.registry.versions import (
     CHALLENGER,
     DECISION_TAG,
     DONE_TAG,
@@ -36,9 +34,12 @@ from components.tracking.registry import (
     WEIGHTS_TAG,
     find_version,
 )
+from components.storage import file_sha256
 from components.tracking.runs import RUN_DIGEST_TAG, TrackedRun
 
 CARD_NAME = "MODEL_CARD.md"
+PYFUNC_FILE = Path(__file__).parent / "pyfunc_sae.py"
+"""Stored with every registered SAE; it runs there without this project."""
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _save_model(folder: Path, candidate: Candidate, model: LoggedModel, run_id: 
     )
     mlflow.pyfunc.save_model(
         str(folder),
-        python_model=str(pyfunc_path()),
+        python_model=str(PYFUNC_FILE),
         artifacts={"sae": str(candidate.folder)},
         signature=signature,
         input_example=np.random.default_rng(0).standard_normal((2, d_in)).astype(np.float32),

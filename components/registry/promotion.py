@@ -15,10 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from components.settings import UserError
-from components.tracking.gates import GateResult, Gates, check_gates, markdown_table
-from components.tracking.ledger import CHAMPION, Entry, Ledger
-from components.tracking.registry import (
+from components.registry.gates import GateResult, Gates, check_gates, markdown_table
+from components.registry.history import CHAMPION, Entry, Ledger
+from components.registry.versions import (
     CHALLENGER,
     DECISION_TAG,
     GATES_TAG,
@@ -30,6 +29,7 @@ from components.tracking.registry import (
     stored_file,
     version_or_none,
 )
+from components.settings import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from components.tracking.gates import markdown_table
+from components.registry.gates import markdown_table
 
 _METRICS = {
     "loss_recovered": "share of the language model's loss that survives splicing the SAE in; 1 is perfect",

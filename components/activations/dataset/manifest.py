@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from components import storage
-from components.activations.schema import Layout
+from components.activations.dataset.schema import Layout
 from components.settings import Settings, UserError
 
 SCHEMA_VERSION = 2

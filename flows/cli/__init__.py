@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import data_cli
-from flows.doctor_cli import doctor
-from flows.models_cli import models
-from flows.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
+from flows.cli import data as data_cli
+from flows.cli.doctor import doctor
+from flows.cli.models import models
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
 if TYPE_CHECKING:
-    from components.config import RunConfig
-    from components.planning import Plan
+    from components.run.config import RunConfig
+    from components.run.planning import Plan
 
 app = typer.Typer(
     name="sae",
@@ -64,7 +64,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
     with command(as_json) as show:
-        from components.planning import estimate
+        from components.run.planning import estimate
 
         show(estimate(_checked_plan(config, overrides, evaluated=False)), _print_plan)
 
@@ -75,7 +75,7 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
     with command(as_json) as show:
         log_to_stderr()
         from components import steps
-        from components.activations.manifest import require_manifest
+        from components.activations.dataset.manifest import require_manifest
 
         work = _checked_plan(config, overrides, only_data=True)
         if _alone(work.config):
@@ -163,7 +163,7 @@ def ui(
 ) -> None:
     """Open the MLflow UI on what CONFIG's runs have made."""
     with command(False):
-        from components.config import load_config
+        from components.run.config import load_config
         from components.tracking.store import public_uri, quiet_mlflow, tracking_uri
 
         settings = load_config(config, overrides or ())
@@ -184,8 +184,8 @@ app.command()(doctor)
 
 
 def _checked_plan(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Plan:
-    from components.config import load_config
-    from components.planning import Plan, check, pinned
+    from components.run.config import load_config
+    from components.run.planning import Plan, check, pinned
 
     checked = Plan(pinned(load_config(config, overrides or ())))
     check(checked, only_data=only_data, evaluated=evaluated)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from components import storage
-from components.activations.lookup import ActivationLookup
-from components.activations.manifest import Manifest, manifest_url, read_manifest
-from components.activations.schema import as_float32
-from components.activations.values import Values
+from components.activations.dataset.lookup import ActivationLookup
+from components.activations.dataset.manifest import Manifest, manifest_url, read_manifest
+from components.activations.dataset.schema import as_float32
+from components.activations.dataset.values import Values
 from components.settings import Settings, UserError
 
 _CONTEXT = 6

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.terminal import AsJson, command
+from flows.cli.terminal import AsJson, command
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +40,7 @@ def list_(
     """Every version with its aliases and main metrics."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking.catalogue import list_models
+        from components.registry.catalogue import list_models
 
         print_result({"models": list_models(client, name)}, _print_list)
 
@@ -56,7 +56,8 @@ def show(
     """Metrics, gates, lineage, history, and the command that reproduces the version."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking import catalogue, registry
+        from components.registry import catalogue
+        from components.registry import versions as registry
 
         if config:
             lineage = registry.lineage_of(client, registry.resolve_version(client, version))
@@ -76,8 +77,8 @@ def compare(
     """Metrics side by side, and whether each later version would beat the first."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking.catalogue import compare as compared
-        from components.tracking.gates import load_gates
+        from components.registry.catalogue import compare as compared
+        from components.registry.gates import load_gates
 
         print_result(compared(client, versions, load_gates(gates)), _print_comparison)
 
@@ -101,8 +102,9 @@ def promote(
         if reason and not force:
             raise UserError("--reason: belongs to --force; a promotion by the gates gives its reasons itself")
         client = _client(root, uri)
-        from components.tracking import promotion, registry
-        from components.tracking.gates import load_gates
+        from components.registry import promotion
+        from components.registry import versions as registry
+        from components.registry.gates import load_gates
 
         found = registry.resolve_version(client, version)
         decision = promotion.promote(client, found.name, str(found.version), load_gates(gates), reason if force else None)
@@ -124,7 +126,7 @@ def rollback(
     """Make the champion before this one champion again."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking.promotion import rollback as roll_back
+        from components.registry.promotion import rollback as roll_back
 
         entry, replaced = roll_back(client, name, reason)
         assert entry.version is not None
@@ -149,7 +151,7 @@ def webhook(
     """Have the MLflow server call an address after every promotion. Exit code 1 where a test does not arrive."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking.webhooks import add_webhook
+        from components.registry.webhooks import add_webhook
 
         made = add_webhook(client, name, url, os.environ.get(secret_variable), test)
         print_result(made, _print_yaml)
@@ -167,7 +169,7 @@ def webhooks(
     """List the webhooks of the MLflow server, or remove one."""
     with _on_the_registry(as_json) as print_result:
         client = _client(root, uri)
-        from components.tracking.webhooks import list_webhooks, remove_webhook
+        from components.registry.webhooks import list_webhooks, remove_webhook
 
         if remove is not None:
             print_result({"name": remove, "removed": remove_webhook(client, remove)}, _print_yaml)
@@ -186,7 +188,7 @@ def _on_the_registry(as_json: bool) -> Iterator[Any]:
 
 
 def _client(root: str, uri: str | None) -> MlflowClient:
-    from components.config import parse_config
+    from components.run.config import parse_config
     from components.settings import UserError
 
     tree = {"storage": {"root": root}, "tracking": {"uri": uri} if uri else {}}

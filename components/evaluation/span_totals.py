@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from components.evaluation.bootstrap import DocumentGroups
 from components.evaluation.features import FeatureSums
+from components.evaluation.intervals import DocumentGroups
 from components.evaluation.metrics import Sums, Totals
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from components import storage
-from components.activations.schema import TOKEN_COLUMNS, Layout, memory
+from components.activations.dataset.schema import TOKEN_COLUMNS, Layout, memory
 from components.settings import UserError
 
 _ENTRY = np.dtype([("start", "<i8"), ("rows", "<i8"), ("xxh3", "<u8")])

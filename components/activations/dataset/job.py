@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 from components import storage
-from components.activations.manifest import SCHEMA_VERSION
-from components.activations.schema import Layout
+from components.activations.dataset.manifest import SCHEMA_VERSION
+from components.activations.dataset.schema import Layout
 from components.activations.settings import ActivationSettings
 from components.corpus.tokens import Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, expand_hook_points

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.activations.cache import DiskCache
-from components.activations.manifest import Manifest, Shard
-from components.activations.schema import memory
-from components.activations.values import Values
+from components.activations.dataset.manifest import Manifest, Shard
+from components.activations.dataset.schema import memory
+from components.activations.dataset.values import Values
+from components.storage.cache import DiskCache
 
 PIECE_ROWS = 128
 WINDOW_GROUPS = 8

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.activations.schema import DTYPES, bytes_from_tensor
+from components.activations.dataset.schema import DTYPES, bytes_from_tensor
 from components.corpus.tokens import Sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import ModelSource, forward_inputs

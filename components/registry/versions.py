@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from components.registry.history import CHAMPION
 from components.settings import UserError
-from components.tracking.ledger import CHAMPION
 from components.tracking.runs import RUN_DIGEST_TAG
 
 ARTIFACT_FILES = (

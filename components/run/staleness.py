@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from components.code_version import code_versions
-from components.config import RunConfig, flattened
-from components.planning import Plan
+from components.run.code_version import code_versions
+from components.run.config import RunConfig, flattened
+from components.run.planning import Plan
 from components.settings import digest
 
 NAME_TAG, BASE_TAG, RERUN_TAG = "sae.name", "sae.base_digest", "sae.rerun"
@@ -69,7 +69,8 @@ def verdict(plan: Plan, force: str | None = None, max_age_days: float | None = N
     force: a word that names a run which is wanted in any case. max_age_days: a version that is older is stale.
     now: seconds since 1970, the present where it is not given.
     """
-    from components.tracking import registry, store
+    from components.registry import versions as registry
+    from components.tracking import store
 
     config, model = plan.config, plan.registered_model
     if force is not None:

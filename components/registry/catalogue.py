@@ -9,11 +9,9 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from components.settings import UserError
-from components.tracking.code import GIT_COMMIT_TAG, git_tags
-from components.tracking.gates import Gates, check_gates
-from components.tracking.ledger import CHAMPION, LEDGER_TAG, Ledger
-from components.tracking.registry import (
+from components.registry.gates import Gates, check_gates
+from components.registry.history import CHAMPION, LEDGER_TAG, Ledger
+from components.registry.versions import (
     DATASET_TAG,
     GATES_TAG,
     REASON_TAG,
@@ -25,6 +23,8 @@ from components.tracking.registry import (
     search_versions,
     version_or_none,
 )
+from components.settings import UserError
+from components.tracking.code import GIT_COMMIT_TAG, git_tags
 
 COMPARED = (
     "loss_recovered", "l0", "explained_variance", "dead_fraction", "ce_loss_clean", "ce_loss_sae", "kl_divergence", "mse",

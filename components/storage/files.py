@@ -3,7 +3,7 @@
 Everything is staged on local scratch and put in one piece. Writing straight into an object-store stream is avoided on
 purpose: a stream that an exception closes leaves a valid but truncated object behind.
 
-A store that is away for a while (a restart, a 503, "slow down") is waited for; see `components/patience.py`.
+A store that is away for a while (a restart, a 503, "slow down") is waited for; see `components/storage/retries.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from components.patience import patience, patiently
 from components.settings import UserError
+from components.storage.retries import patience, patiently
 
 logger = logging.getLogger(__name__)
 

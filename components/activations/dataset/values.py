@@ -11,11 +11,11 @@ import numpy as np
 import xxhash
 
 from components import storage
-from components.activations.cache import DiskCache
-from components.activations.manifest import Manifest, RowGroup, Shard
-from components.activations.schema import memory
-from components.activations.shard import decoded
+from components.activations.dataset.manifest import Manifest, RowGroup, Shard
+from components.activations.dataset.schema import memory
+from components.activations.dataset.shard import decoded
 from components.settings import UserError
+from components.storage.cache import DiskCache
 
 _IOV_MAX = 1024  # buffers in one preadv; POSIX guarantees 16, Linux has 1024
 

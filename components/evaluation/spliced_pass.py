@@ -12,13 +12,13 @@ from torch import Tensor
 
 from components.corpus.tokens import PADDING, Sequences
 from components.evaluation.baselines import Rows, Variant
-from components.evaluation.bootstrap import DocumentGroups
 from components.evaluation.held_out import HeldOut, right_padded
+from components.evaluation.intervals import DocumentGroups
+from components.evaluation.job import Span, batch_size
 from components.evaluation.metrics import GroupedSums, column_names, reconstruction_columns, token_losses
+from components.evaluation.span_totals import SpanSums
 from components.evaluation.splicing import Splicer
-from components.evaluation.sums import SpanSums
 from components.evaluation.token_classes import CLASSES, TokenClasses
-from components.evaluation.work import Span, batch_size
 from components.hardware import keep_freed_memory
 from components.progress import progress
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.terminal import AsJson, Overrides, command
+from flows.cli.terminal import AsJson, Overrides, command
 
 if TYPE_CHECKING:
-    from components.config import RunConfig
     from components.doctor.check import Check
+    from components.run.config import RunConfig
 
-_HEAVY = ("components.planning", "components.tracking.doctor", "prefect.settings", "boto3")
+_HEAVY = ("components.run.planning", "components.doctor.mlflow_server", "prefect.settings", "boto3")
 _PLAN_SECONDS = 12.0  # a large corpus is hashed by whoever plans with it first
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red", "skipped": "dim"}
 MaybeConfig = Annotated[
@@ -36,7 +36,7 @@ def doctor(config: MaybeConfig = None, overrides: Overrides = None, as_json: AsJ
     right is removed again. Exit code 1 where a check failed.
     """
     with command(as_json) as show:
-        from components.config import load_config
+        from components.run.config import load_config
 
         # Without CONFIG an empty one: the defaults, SAE_STORAGE_ROOT and the other variables of this machine.
         settings = load_config(config or os.devnull, overrides or ())
@@ -53,9 +53,9 @@ def _checks(config: RunConfig, sized: bool) -> list[Check]:
     from components.doctor.check import Job, run
     from components.doctor.disk import folder_checks
     from components.doctor.machine import device_checks
+    from components.doctor.prefect_server import prefect_checks
     from components.doctor.s3 import s3_checks
     from components.doctor.versions import version_checks
-    from flows.doctor import prefect_checks
 
     root = config.storage.root
     # Neither in the time limit nor in several threads at once; one that cannot be imported fails again in its own job.
@@ -75,8 +75,8 @@ def _checks(config: RunConfig, sized: bool) -> list[Check]:
 
 
 def _mlflow(config: RunConfig) -> Iterator[Check]:
-    from components.tracking.doctor import mlflow_checks
-    from flows.doctor import api_url
+    from components.doctor.mlflow_server import mlflow_checks
+    from components.doctor.prefect_server import api_url
 
     shared = config.execution.runner != "threads" or bool(api_url())
     return mlflow_checks(config.tracking, config.storage.root, shared)
@@ -103,9 +103,9 @@ def _room(config: RunConfig, sized: bool) -> Iterator[Check]:
 def _planned(config: RunConfig, local: bool) -> Generator[Check, None, dict[str, Any] | None]:
     """What `sae plan` says; None, and why, where that fails or takes long."""
     from components.doctor.check import Check, explained
-    from components.patience import patience
-    from components.planning import Plan, estimate, pinned
+    from components.run.planning import Plan, estimate, pinned
     from components.settings import UserError
+    from components.storage.retries import patience
 
     if not local:  # what a bucket holds already is not asked: only scratch space is needed here for it
         away = config.storage.model_copy(update={"root": "/nonexistent"})

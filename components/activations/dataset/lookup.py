@@ -9,9 +9,9 @@ from functools import lru_cache
 import numpy as np
 from torch import Tensor
 
-from components.activations.manifest import Manifest, Shard
-from components.activations.shuffle import bucket_of
-from components.activations.values import Values
+from components.activations.dataset.manifest import Manifest, Shard
+from components.activations.dataset.shuffle import bucket_of
+from components.activations.dataset.values import Values
 from components.settings import UserError
 
 _SHARDS_KEPT = 32

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from components.activations.manifest import RowGroup, Shard
-from components.activations.schema import Layout, as_float32, memory
-from components.activations.shuffle import order_of, split_columns, token_keys
+from components.activations.dataset.manifest import RowGroup, Shard
+from components.activations.dataset.schema import Layout, as_float32, memory
+from components.activations.dataset.shuffle import order_of, split_columns, token_keys
 from components.storage import file_sha256
 
 LARGEST_PAGE = 2**31 - 2**16

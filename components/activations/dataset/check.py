@@ -11,10 +11,10 @@ from hashlib import sha256
 import numpy as np
 
 from components import storage
-from components.activations.manifest import Manifest, Shard, manifest_url
-from components.activations.reader import ActivationReader
-from components.activations.shuffle import bucket_of
-from components.activations.values import DamagedDatasetError, Values
+from components.activations.dataset.manifest import Manifest, Shard, manifest_url
+from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.shuffle import bucket_of
+from components.activations.dataset.values import DamagedDatasetError, Values
 from components.progress import progress
 from components.settings import Settings
 

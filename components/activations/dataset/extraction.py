@@ -18,11 +18,11 @@ import pyarrow as pa
 import torch
 
 from components import storage
-from components.activations.forward import Chunk, run_chunk
-from components.activations.manifest import SCHEMA_VERSION, Column, Manifest, Shard, manifest_url, read_manifest
-from components.activations.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
-from components.activations.shuffle import read_bucket, write_scattered
-from components.activations.work import Extraction, chunk_sequences
+from components.activations.dataset.forward import Chunk, run_chunk
+from components.activations.dataset.job import Extraction, chunk_sequences
+from components.activations.dataset.manifest import SCHEMA_VERSION, Column, Manifest, Shard, manifest_url, read_manifest
+from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
+from components.activations.dataset.shuffle import read_bucket, write_scattered
 from components.language_model.loading import load_model
 from components.progress import progress
 from components.settings import UserError, digest

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.terminal import AsJson, command, log_to_stderr, print_tree
+from flows.cli.terminal import AsJson, command, log_to_stderr, print_tree
 
 if TYPE_CHECKING:
-    from components.activations.manifest import Manifest
+    from components.activations.dataset.manifest import Manifest
 
 app = typer.Typer(name="data", no_args_is_help=True, help="List, show, check and delete activation datasets.")
 
@@ -22,7 +22,7 @@ Root = Annotated[str, typer.Option("--root", help="Folder or `s3://` prefix unde
 def list_(root: Root = "data", as_json: AsJson = False) -> None:
     """List the datasets under a root."""
     with command(as_json) as show:
-        from components.activations.catalog import list_datasets
+        from components.activations.dataset.inventory import list_datasets
 
         rows = []
         for entry in list_datasets(root):
@@ -51,8 +51,8 @@ def show(
     with command(as_json) as show_:
         import numpy as np
 
-        from components.activations import catalog
-        from components.activations.manifest import require_manifest
+        from components.activations.dataset import inventory as catalog
+        from components.activations.dataset.manifest import require_manifest
 
         url = catalog.find_dataset(root, dataset)
         manifest = require_manifest(url)
@@ -84,9 +84,9 @@ def check(
     """
     with command(as_json) as show_:
         log_to_stderr()
-        from components.activations import catalog
-        from components.activations.check import mixing, problems, strangers
-        from components.activations.manifest import require_manifest
+        from components.activations.dataset import inventory as catalog
+        from components.activations.dataset.check import mixing, problems, strangers
+        from components.activations.dataset.manifest import require_manifest
 
         url = catalog.find_dataset(root, dataset)
         manifest = require_manifest(url)
@@ -115,7 +115,7 @@ def delete(
 ) -> None:
     """Delete a dataset. Asks first, and refuses one that a registered model was trained on."""
     with command(False):
-        from components.activations import catalog
+        from components.activations.dataset import inventory as catalog
         from components.settings import UserError
 
         try:
@@ -140,8 +140,9 @@ def delete(
 
 def _models_of(digest: str, root: str, tracking_uri: str | None) -> list[str]:
     """Registered versions that name the dataset; a UserError where nobody can say."""
+    from components.registry import versions as registry
     from components.settings import UserError
-    from components.tracking import registry, store
+    from components.tracking import store
     from components.tracking.settings import TrackingSettings
 
     settings = TrackingSettings(uri=tracking_uri)
