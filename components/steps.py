@@ -25,16 +25,16 @@ from components.evaluation import results
 from components.evaluation.given import require_same_place
 from components.evaluation.job import EvaluationWork, Span
 from components.evaluation.span_totals import Measured, SpanSums
+from components.interop import saelens
+from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME
 from components.language_model.loading import LOADING, load_encoder, load_model, load_tokenizer
 from components.run import staleness
 from components.run.config import flattened
 from components.run.planning import Plan
-from components.sae import saelens
-from components.sae.artifact import CONFIG_NAME, WEIGHTS_NAME, load_sae
 from components.settings import UserError
 from components.tracking.settings import FLOW_RUN_TAG
 from components.training import loop, process
-from components.training.checkpoint import Point
+from components.training.job import Point, TrainingRecord
 
 
 def prepare_tokens(plan: Plan) -> dict[str, Any]:
@@ -52,12 +52,12 @@ def extract(plan: Plan) -> Manifest:
     return extraction.extract(plan.extraction(prepare_tokens(plan)), plan.device)
 
 
-def train(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> dict[str, Any]:
+def train(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
     """Activation dataset -> SAE artifact; its training record."""
     return loop.train(plan.training(_activations(plan)), plan.device, on_points)
 
 
-def launch_training(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> dict[str, Any]:
+def launch_training(plan: Plan, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
     """`train` in a process of its own, which `execution.training_timeout_minutes` and a cancelled run really end."""
     record = plan.training_record()
     if record is not None:
@@ -87,7 +87,7 @@ def evaluate(plan: Plan) -> dict[str, Any]:
     if present is not None:
         return present
     sae = _own_sae(plan.sae_url, plan.device)
-    identity = plan.evaluation_identity(record["weights_sha256"])
+    identity = plan.evaluation_identity(record.weights_sha256)
     return _measured(plan, lambda _: sae, identity, plan.sae_url, token_manifest, plan.config.sae.architecture)
 
 
@@ -134,11 +134,11 @@ def finish_evaluation(plan: Plan, measured: Measured, compared: Measured | None)
     record, _ = _trained(plan)
     sae = _own_sae(plan.sae_url, plan.device)
     found = results.finish(plan.config.evaluation, measured, compared, sae.W_dec)
-    identity, about = plan.evaluation_identity(record["weights_sha256"]), _about(plan, sae, plan.sae_url)
+    identity, about = plan.evaluation_identity(record.weights_sha256), _about(plan, sae, plan.sae_url)
     return evaluation.write_evaluation(plan.sae_url, identity, found, torch.device(measured.device), about)
 
 
-def _trained(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+def _trained(plan: Plan) -> tuple[TrainingRecord, dict[str, Any]]:
     """Training record and token manifest; a UserError unless both are there."""
     record, token_manifest = plan.training_record(), plan.token_manifest()
     if record is None or token_manifest is None:
@@ -148,7 +148,7 @@ def _trained(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _own_sae(url: str, device: torch.device) -> Any:
     with storage.local_copies(url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
-        return load_sae(folder, device)
+        return saelens.load_saelens(folder, device)
 
 
 def _subject(work: EvaluationWork, device: torch.device, classes: evaluation.TokenClasses | None = None) -> passes.Subject:
@@ -271,7 +271,7 @@ def tracked(plan: Plan, tags: dict[str, str]) -> AbstractContextManager[Any]:
     )
 
 
-def require_evaluated(plan: Plan) -> tuple[dict[str, Any], dict[str, Any], Manifest]:
+def require_evaluated(plan: Plan) -> tuple[TrainingRecord, dict[str, Any], Manifest]:
     """Training record, evaluation record and dataset manifest; a UserError unless all three are there."""
     record, measured, manifest = plan.training_record(), plan.evaluation_record(), plan.dataset_manifest()
     if record is None or measured is None or manifest is None:
@@ -289,14 +289,14 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
 
     trained, measured, manifest = require_evaluated(plan)
     metrics = measured["metrics"]
-    run.complete_points(trained["curves"])
+    run.complete_points(trained.curves)
     run.log_dataset(manifest, plan.dataset_url)
     run.log_evaluation(metrics)
     lineage = {
         "mlflow_run": run.run_id,
         "prefect_flow_run": run.tags.get(FLOW_RUN_TAG),
         "sae_digest": plan.sae_digest,
-        "weights_sha256": trained["weights_sha256"],
+        "weights_sha256": trained.weights_sha256,
         "dataset_digest": plan.dataset_digest,
         "dataset_url": plan.dataset_url,
         "token_digest": plan.token_digest,
@@ -310,7 +310,7 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
     evaluation.write_report(plan.sae_url, measured, features, _earlier_versions(plan, run.client, metrics))
     run.log_figures(
         {
-            "training": figures.training_figure(trained["curves"]),
+            "training": figures.training_figure(trained.curves),
             "cross_entropy": figures.loss_figure(metrics),
             "feature_density": figures.density_figure(features["density"].to_numpy(), metrics["evaluation_tokens"]),
         }
@@ -340,14 +340,14 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
             name=plan.registered_model,
             folder=folder,
             run_digest=plan.run_digest,
-            weights_sha256=trained["weights_sha256"],
+            weights_sha256=trained.weights_sha256,
             metrics=metrics,
             evaluation_set=plan.evaluation_set(metrics["evaluation_tokens"]),
             lineage=lineage,
             tags={
                 "sae.digest": plan.sae_digest,
                 registry.DATASET_TAG: plan.dataset_digest,
-                **staleness.version_tags(plan, trained.get("code", {})),
+                **staleness.version_tags(plan, {}),
                 **flow_run,
                 **git_tags(),
             },
@@ -422,7 +422,7 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
         return None
     client = store.connect(config.tracking, config.storage.root)
     run = runs.find_run(client, config.tracking.experiment, plan.run_digest)
-    version = registry.find_version(client, plan.registered_model, plan.run_digest, record["weights_sha256"], finished=True)
+    version = registry.find_version(client, plan.registered_model, plan.run_digest, record.weights_sha256, finished=True)
     if run is None or version is None or run.info.status != "FINISHED":
         return None
     return {

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.runtime import flow_run, task_run
 
-from components.training.checkpoint import Point
+from components.training.job import Point
 
 KEY = "training-progress"
 INTERVAL_SECONDS = 5.0

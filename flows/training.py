@@ -16,7 +16,7 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_ex
 from components import steps
 from components.run.config import RunConfig
 from components.run.planning import Plan, check, pinned
-from components.training.checkpoint import Point
+from components.training.job import Point
 from flows.mapping import RETRIED
 from flows.progress import training_progress
 from flows.runs import begin, lineage_tags
@@ -40,7 +40,7 @@ def train(config: RunConfig, on_points: Callable[[list[Point]], None]) -> str:
             on_points(points)
             show(points)
 
-        return str(steps.launch_training(plan, both)["weights_sha256"])
+        return str(steps.launch_training(plan, both).weights_sha256)
 
 
 @contextmanager

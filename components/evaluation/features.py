@@ -7,6 +7,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from components.sae.features import Features
+
 _ENTRIES_AT_ONCE = 2**25
 
 
@@ -20,15 +22,13 @@ class FeatureSums:
         self.activation = torch.zeros(d_sae, dtype=torch.float64, device=device)
         self.largest = torch.zeros(d_sae, dtype=torch.float32, device=device)
 
-    def add(self, features: Tensor) -> Tensor:
-        """features `[n, d_sae]`; returns how many fire on each token, `[n]`."""
-        firing = features > 0
-        if len(features):
-            self.tokens += len(features)
-            self.fired += firing.sum(dim=0)
-            self.activation += features.sum(dim=0, dtype=torch.float64)
-            self.largest = torch.maximum(self.largest, features.amax(dim=0).float())
-        return firing.sum(dim=1)
+    def add(self, features: Features) -> Tensor:
+        """Those of n tokens; returns how many fire on each token, `[n]`."""
+        self.tokens += len(features)
+        self.fired += features.fired()
+        self.activation += features.sums()
+        self.largest = torch.maximum(self.largest, features.largest())
+        return features.active()
 
     def on_cpu(self) -> FeatureSums:
         """The same sums where they can be sent to another process."""

@@ -21,20 +21,18 @@ from components.evaluation.spliced_pass import Measurement, measure
 from components.evaluation.splicing import Splicer, mlp_output
 from components.evaluation.token_classes import TokenClasses
 from components.language_model.hook_points import HookPoint
+from components.sae.features import Features
 
 _MEASURED = ("sae", "zero", "mean")
 
 
 class Autoencoder(Protocol):
-    """Anything with features and reconstructions: an SAE, or a baseline to compare it with.
+    """Anything with features and reconstructions, every coder first of all; decoder rows `W_dec` `[d_sae, d_in]` are read
+    where there are some."""
 
-    One whose reconstruction needs more than the features (the norm that it took off its input) also has
-    `reconstruct(x) -> (features, x_hat)`; decoder rows `W_dec` `[d_sae, d_in]` are read where there are some.
-    """
-
-    def encode(self, x: Tensor) -> Tensor: ...
-
-    def decode(self, features: Tensor) -> Tensor: ...
+    def reconstruct(self, x: Tensor) -> tuple[Features, Tensor]:
+        """`[n, d_in]` -> features of n tokens, and `[n, d_in]`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +48,9 @@ class Subject:
     classes: TokenClasses | None = None
     """Of the model's tokenizer; no breakdown by class without it."""
 
-    def reconstructed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def reconstructed(self, x: Tensor) -> tuple[Features, Tensor]:
         with torch.no_grad():
-            if hasattr(self.sae, "reconstruct"):
-                features, x_hat = self.sae.reconstruct(x)
-                return features, x_hat
-            features = self.sae.encode(x)
-            return features, self.sae.decode(features)
+            return self.sae.reconstruct(x)
 
 
 def sae_spans(settings: EvaluationSettings, text: HeldOut, parts: int) -> list[Span]:
@@ -105,7 +99,7 @@ def measure_baselines(settings: EvaluationSettings, subject: Subject, reference:
 
     def plain(rows: Rows) -> Reconstruction:
         features, x_hat = subject.reconstructed(rows.x)
-        return Reconstruction(x_hat, (features > 0).sum(dim=1))
+        return Reconstruction(x_hat, features.active())
 
     def variant(name: str) -> Variant:
         match name:

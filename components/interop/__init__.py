@@ -1,0 +1,1 @@
+"""Coders that leave the project, and coders that others made."""

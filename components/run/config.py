@@ -21,7 +21,7 @@ from components.activations.settings import ActivationSettings
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
 from components.language_model.settings import LanguageModelSettings
-from components.sae.settings import SAESettings
+from components.sae.choice import SAESettings, default_settings
 from components.settings import Settings, UserError
 from components.tracking.settings import TrackingSettings
 from components.training.settings import TrainingSettings
@@ -83,11 +83,22 @@ class RunConfig(Settings):
     corpus: CorpusSettings = CorpusSettings()
     language_model: LanguageModelSettings = LanguageModelSettings()
     activations: ActivationSettings = ActivationSettings()
-    sae: SAESettings = SAESettings()
+    sae: SAESettings = Field(default_factory=default_settings)
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
     execution: ExecutionSettings = Field(default_factory=lambda: ExecutionSettings())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_in_its_old_place(cls, tree: Any) -> Any:
+        for section, field in _MOVED_TO_SAE:
+            if isinstance(tree, Mapping) and isinstance(tree.get(section), Mapping) and field in tree[section]:
+                raise ValueError(f"{section}.{field}: it belongs to the architecture now; write sae.{field}")
+        return tree
+
+
+_MOVED_TO_SAE = (("training", "sparsity_coefficient"), ("training", "sparsity_warmup"))
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -28,7 +28,7 @@ from components.language_model.loading import ModelSource, find_model, load_enco
 from components.run.config import RunConfig
 from components.settings import UserError, digest
 from components.storage.cache import CachePlace
-from components.training.loop import Training, read_training_record, training_identity
+from components.training.job import Training, TrainingRecord, read_training_record
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,13 @@ class Plan:
     @cached_property
     def sae_identity(self) -> dict[str, Any]:
         config = self.config
-        identity = training_identity(config.training, config.sae, self.dataset_digest, self.hook_point, config.seed)
+        identity = {
+            "dataset": self.dataset_digest,
+            "hook_point": self.hook_point,
+            "seed": config.seed,
+            "sae": config.sae.identity(self.d_in),
+            "training": config.training.model_dump(mode="json", exclude={"hook_point", "checkpoint_tokens", "log_tokens"}),
+        }
         return identity if config.rerun is None else {**identity, "rerun": config.rerun}
 
     @cached_property
@@ -154,19 +160,20 @@ class Plan:
     def sae_url(self) -> str:
         return self._url("saes", self.sae_digest)
 
-    def training_record(self) -> dict[str, Any] | None:
+    def training_record(self) -> TrainingRecord | None:
         return read_training_record(self.sae_url)
 
     def training(self, manifest: Manifest) -> Training:
         corpus = self.config.corpus
         return Training(
             url=self.sae_url,
+            digest=self.sae_digest,
             identity=self.sae_identity,
             settings=self.config.training,
-            sae=self.config.sae,
+            coder=self.config.sae,
             dataset_url=self.dataset_url,
-            manifest=manifest,
-            hook_point=self.hook_point,
+            reads=(self.hook_point,),
+            writes=(self.hook_point,),
             seed=self.config.seed,
             metadata={
                 "model_name": self.config.language_model.name,
@@ -190,7 +197,7 @@ class Plan:
         record = self.training_record()
         if record is None:
             return None
-        return read_evaluation(self.sae_url, self.evaluation_identity(record["weights_sha256"]))
+        return read_evaluation(self.sae_url, self.evaluation_identity(record.weights_sha256))
 
     def given_evaluation_url(self, identity: dict[str, Any]) -> str:
         """Where the evaluation of an SAE made elsewhere is kept."""

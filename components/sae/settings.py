@@ -1,17 +1,27 @@
-"""Which sparse autoencoder. (Its own pydantic base: this component imports nothing of the project's.)"""
+"""Which coder, and how it learns. (Its own pydantic base: this component imports nothing of the project's.)
+
+Every architecture has settings of its own beside it; see `choice.py` for how one is chosen.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class SAESettings(BaseModel):
+class CoderSettings(BaseModel):
+    """What every architecture has. A subclass narrows `architecture` to its own name and adds its own fields."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
-    architecture: Literal["relu"] = "relu"
-    """Activation function of the encoder: `relu` is that of Templeton et al. 2024."""
+    version: ClassVar[int] = 1
+    """Raised when the same settings and data would no longer give the same weights."""
+    added_later: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the version: part of an identity only where they differ from their default."""
+
+    architecture: str
+    """Name of the architecture."""
 
     expansion_factor: float | None = Field(default=None, gt=0)
     """Features per dimension of the activations, `d_sae / d_in`; 8 where `d_sae` is not given either."""
@@ -23,7 +33,7 @@ class SAESettings(BaseModel):
     """Norm of each decoder row at the start; its direction is random."""
 
     @model_validator(mode="after")
-    def _one_size(self) -> SAESettings:
+    def _one_size(self) -> CoderSettings:
         if self.d_sae is not None and self.expansion_factor is not None:
             raise ValueError("sae.d_sae and sae.expansion_factor are both given; give one")
         return self
@@ -31,3 +41,11 @@ class SAESettings(BaseModel):
     def features(self, d_in: int) -> int:
         """`d_sae` for activations of width `d_in`."""
         return self.d_sae if self.d_sae is not None else max(1, round((self.expansion_factor or 8) * d_in))
+
+    def identity(self, d_in: int) -> dict[str, Any]:
+        """All that these settings decide of the weights, resolved for activations of width `d_in`."""
+        fields = type(self).model_fields
+        values = self.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
+        unset = {name for name in self.added_later if values[name] == fields[name].default}
+        kept = {name: value for name, value in values.items() if name not in unset}
+        return {**kept, "version": self.version, "d_sae": self.features(d_in)}

@@ -2,6 +2,7 @@
 
 from components.storage.files import (
     PROBE_SECONDS,
+    claimed,
     delete,
     exclusive,
     exists,
@@ -34,6 +35,7 @@ from components.storage.files import (
 
 __all__ = [
     "PROBE_SECONDS",
+    "claimed",
     "delete",
     "exclusive",
     "exists",

@@ -369,3 +369,13 @@ def _synchronise(path: Path) -> None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
+
+
+class Claim:
+    def check(self) -> None: ...
+
+
+@contextmanager
+def claimed(url: str) -> Iterator[Claim]:
+    with exclusive(url):
+        yield Claim()

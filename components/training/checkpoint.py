@@ -1,84 +1,116 @@
-"""Checkpoints: one safetensors file with everything that the next step depends on, put whole or not at all.
+"""Checkpoints: one safetensors file with all that the next step depends on, put whole or not at all, beside the training.
 
-Tensors are weights, Adam's moments and the dead-feature counters; the step and the training curves stand as JSON in
-the file's header. Data order, learning rate and lambda are functions of the step, and no step draws random numbers, so
-there is nothing else to save.
+Tensors are those of `CoderInTraining.tensors`; the step and the training curves stand as JSON in the file's header. Data order,
+learning rate and the weights of the loss are functions of the step, and no step draws random numbers, so there is nothing else
+to save.
 """
 
 from __future__ import annotations
 
 import json
-import struct
+import logging
+import re
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components import storage
-from components.sae.relu import ReLUSAE
+from components.training.job import Point
+from components.training.step import CoderInTraining
 
-Point = dict[str, float]
-"""One point of the training curves: `tokens` and the values at it."""
+logger = logging.getLogger(__name__)
 
-
-@dataclass
-class TrainingState:
-    """What training changes from step to step."""
-
-    sae: ReLUSAE
-    optimizer: torch.optim.Adam
-    silent_tokens: Tensor
-    """Per feature `[d_sae]`, int64: tokens since it last fired."""
-    step: int
-    curves: list[Point]
+_NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 def checkpoint_folder(url: str) -> str:
     return storage.join(url, "checkpoints")
 
 
-def save_checkpoint(state: TrainingState, url: str) -> None:
-    """Put a checkpoint of `state` under the artifact `url`, then remove the older ones."""
-    tensors: dict[str, Tensor] = {"silent_tokens": state.silent_tokens}
-    for name, parameter in state.sae.named_parameters():
-        tensors[f"weight.{name}"] = parameter.detach()
-        for key, value in state.optimizer.state[parameter].items():
-            tensors[f"adam.{key}.{name}"] = value
-    header = {"state": json.dumps({"step": state.step, "curves": state.curves})}
-    content = save({key: value.cpu().contiguous() for key, value in tensors.items()}, metadata=header)
-    folder = checkpoint_folder(url)
-    older = storage.list_names(folder)
-    name = f"step-{state.step:010d}.safetensors"
-    storage.put_bytes(content, storage.join(folder, name))
-    for previous in older:
-        if previous != name:
-            storage.delete(storage.join(folder, previous))
-
-
-def restore_checkpoint(state: TrainingState, url: str) -> bool:
-    """Bring `state` to the newest checkpoint under `url`; False, and nothing changed, where there is none."""
-    folder = checkpoint_folder(url)
-    names = storage.list_names(folder)
-    if not names:
+def restore_checkpoint(training: CoderInTraining, url: str) -> bool:
+    """Bring `training` to the newest checkpoint under `url`; False, and nothing changed, where there is none."""
+    steps = _steps(url)
+    if not steps:
         return False
-    content = storage.read_bytes(storage.join(folder, names[-1]))
-    header = _header(content)
-    tensors = load(content)
-    with torch.no_grad():
-        for name, parameter in state.sae.named_parameters():
-            parameter.copy_(tensors[f"weight.{name}"])
-            state.optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device)  # fused Adam keeps `step` there too
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-        state.silent_tokens.copy_(tensors["silent_tokens"])
-    state.step, state.curves = header["step"], header["curves"]
+    with storage.local_copy(storage.join(checkpoint_folder(url), _name(steps[-1]))) as path:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["state"])
+        training.restore(load_file(path), header["step"], header["curves"])
     return True
 
 
-def _header(content: bytes) -> Any:
-    """The JSON that `save_checkpoint` put into the header (8 bytes of length, then JSON: the safetensors format)."""
-    (length,) = struct.unpack("<Q", content[:8])
-    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["state"])
+def _name(step: int) -> str:
+    return f"step-{step:010d}.safetensors"
+
+
+def _steps(url: str) -> list[int]:
+    """Of the checkpoints that are there, oldest first."""
+    found = (_NAME.fullmatch(name) for name in storage.list_names(checkpoint_folder(url)))
+    return sorted(int(match[1]) for match in found if match)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    tensors: dict[str, Tensor]
+    step: int
+    curves: list[Point]
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one at a time; the trainer waits only for the copy of its tensors, and for a
+    checkpoint before it that is not written yet.
+
+    A checkpoint is removed once a newer one is complete. `still_owned` is asked before anything is put or removed, and raises
+    where another process has taken the training over.
+    """
+
+    def __init__(self, url: str, still_owned: Callable[[], None]) -> None:
+        self._url, self._still_owned = url, still_owned
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self.complete: int | None = None
+        """Step of the newest checkpoint that this writer has put."""
+
+    def save(self, training: CoderInTraining) -> None:
+        """Begin to write a checkpoint; raises what went wrong with the one before."""
+        self.wait()
+        # A copy of its own: the next steps change these tensors in place.
+        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in training.tensors().items()}
+        snapshot = _Snapshot(tensors, training.step, list(training.curves))
+        # A daemon: a process that is to end does not wait for an upload.
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether the checkpoint that was begun is complete, within `seconds`; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return True
+
+    def _run(self, snapshot: _Snapshot) -> None:
+        try:
+            self._write(snapshot)
+        except BaseException as error:
+            self._failure = error
+
+    def _write(self, snapshot: _Snapshot) -> None:
+        folder = checkpoint_folder(self._url)
+        header = {"state": json.dumps({"step": snapshot.step, "curves": snapshot.curves})}
+        with storage.whole_file(storage.join(folder, _name(snapshot.step))) as path:
+            save_file(snapshot.tensors, path, metadata=header)
+            self._still_owned()
+        self.complete = snapshot.step
+        self._still_owned()
+        for step in _steps(self._url):
+            if step < snapshot.step:
+                storage.delete(storage.join(folder, _name(step)))

@@ -1,237 +1,227 @@
-"""The training loop: an activation dataset in, an SAE artifact out.
+"""The training loop: an activation dataset in, one artifact per coder out.
 
-Killed at any moment and called again, it continues from the last checkpoint and ends with the same weights, bit for
-bit on the same device.
+Batches go to every coder that is trained; points, checkpoints and the artifact are where a coder's training ends up. Killed
+at any moment and called again, it continues from the last checkpoints and ends with the same weights, bit for bit on the same
+device.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from hashlib import sha256
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from components import storage
-from components.activations.dataset.manifest import Column, Manifest
+from components.activations.dataset.manifest import require_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.hardware import keep_freed_memory
 from components.progress import progress
-from components.run.code_version import code_versions
-from components.sae.artifact import WEIGHTS_NAME, sae_files
-from components.sae.relu import ReLUSAE, relu_loss
-from components.sae.settings import SAESettings
-from components.settings import digest
-from components.storage.cache import CachePlace
-from components.training.checkpoint import (
-    Point,
-    TrainingState,
-    checkpoint_folder,
-    restore_checkpoint,
-    save_checkpoint,
-)
-from components.training.schedule import learning_rate, sparsity_coefficient
-from components.training.settings import TrainingSettings
+from components.training.artifact import put_artifact
+from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side, statistics
+from components.training.checkpoint import CheckpointWriter, checkpoint_folder, restore_checkpoint
+from components.training.job import Point, Training, TrainingRecord, read_training_record
+from components.training.step import CoderInTraining, new_coder, take_step
 
-# Raised when the same settings and data would no longer give the same weights.
-RECIPE_VERSION = 2
+LAST_CHECKPOINT_SECONDS = 20.0
+"""How long a training that is asked to stop waits for its last checkpoint; the one before it counts if that is too short."""
 
 logger = logging.getLogger(__name__)
 
 
-def training_identity(
-    settings: TrainingSettings, sae: SAESettings, dataset_digest: str, hook_point: str, seed: int
-) -> dict[str, Any]:
-    """Everything that decides the weights (on one kind of device)."""
-    unimportant = {"hook_point", "checkpoint_tokens", "log_tokens"}
-    return {
-        "kind": "sae",
-        "recipe_version": RECIPE_VERSION,
-        "dataset": dataset_digest,
-        "hook_point": hook_point,
-        "seed": seed,
-        "sae": sae.model_dump(mode="json"),
-        "training": settings.model_dump(mode="json", exclude=unimportant),
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One SAE's training: where the data is, where the artifact goes, and how."""
-
-    url: str
-    identity: dict[str, Any]
-    settings: TrainingSettings
-    sae: SAESettings
-    dataset_url: str
-    manifest: Manifest
-    hook_point: str
-    seed: int
-    metadata: dict[str, Any]
-    """What SAELens shows beside the SAE."""
-    cache: CachePlace | None = None
-    """Where what is read from an object store is kept."""
-
-    @property
-    def steps(self) -> int:
-        return -(-self.settings.tokens // self.settings.batch_size)
-
-
-def read_training_record(url: str) -> dict[str, Any] | None:
-    """The record of a finished training (`training.json`, put last), None where there is none."""
-    return storage.read_json_if_present(storage.join(url, "training.json"))
-
-
 class Stopped(Exception):
-    """Training was asked to stop, and has left a checkpoint."""
+    """Training was asked to stop; it says from which checkpoint it continues."""
 
 
 def train(
-    work: Training,
+    job: Training,
     device: torch.device,
     on_points: Callable[[list[Point]], None] = lambda points: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """Train, or continue, or return what is there: the record of the finished training.
 
     on_points: gets the training curves' points, once each, as they come; after a resume from the first on again.
     should_stop: asked after every step; once it says yes, a checkpoint is put and `Stopped` is raised.
     """
-    record = read_training_record(work.url)
-    if record is None:
-        with storage.exclusive(work.url):
-            record = read_training_record(work.url) or _train(work, device, on_points, should_stop)
-    else:
-        on_points(record["curves"])
-    storage.delete(checkpoint_folder(work.url))
-    storage.sweep(work.url)
-    return record
+    (outcome,) = train_together([job], device, lambda _, points: on_points(points), should_stop)
+    if isinstance(outcome, FloatingPointError):
+        raise outcome
+    return outcome
+
+
+def train_together(
+    jobs: Sequence[Training],
+    device: torch.device,
+    on_points: Callable[[int, list[Point]], None] = lambda job, points: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[TrainingRecord | FloatingPointError]:
+    """Several coders on one pass over the same batches, each as it would be alone; what each came to, in the order of `jobs`.
+
+    One that diverges drops out, and the others go on. The jobs share dataset, batch size and seed. on_points: gets the place
+    in `jobs` first.
+    """
+    first = jobs[0]
+    for job in jobs[1:]:
+        shared = [(one.dataset_url, one.settings.batch_size, one.seed) for one in (first, job)]
+        assert shared[0] == shared[1], f"coders that are trained together read the same batches: {shared}"
+    outcomes: dict[int, TrainingRecord | FloatingPointError] = {}
+    with ExitStack() as claims:
+        members = []
+        for place, job in enumerate(jobs):
+            record = read_training_record(job.url)
+            if record is None:
+                claim = claims.enter_context(storage.claimed(job.url))
+                record = read_training_record(job.url)  # of a rival, for whom the claim has waited
+            if record is None:
+                members.append(_member(place, job, claim.check, device))
+            else:
+                on_points(place, record.curves)
+                outcomes[place] = record
+        if members:
+            outcomes |= _train(members, device, on_points, should_stop)
+    for place, job in enumerate(jobs):
+        if isinstance(outcomes[place], TrainingRecord):
+            storage.delete(checkpoint_folder(job.url))
+            storage.sweep(job.url)
+    return [outcomes[place] for place in range(len(jobs))]
+
+
+@dataclass
+class _Member:
+    """One of the coders that are trained together."""
+
+    place: int
+    job: Training
+    training: CoderInTraining
+    reads: list[Statistics]
+    writes: list[Statistics]
+    mean: torch.Tensor
+    checkpoints: CheckpointWriter
+    still_owned: Callable[[], None]
+    started_step: int
+    checkpoint_steps: int
+    log_steps: int
+
+
+def _member(place: int, job: Training, still_owned: Callable[[], None], device: torch.device) -> _Member:
+    manifest = require_manifest(job.dataset_url)
+    reads, writes = statistics(manifest, job.reads), statistics(manifest, job.writes)
+    training = new_coder(job, tuple(column.column for column in reads), tuple(column.column for column in writes), device)
+    if restore_checkpoint(training, job.url):
+        logger.info("train: continuing from step %s of %s", f"{training.step:,}", f"{job.steps:,}")
+    settings = job.settings
+    return _Member(
+        place=place,
+        job=job,
+        training=training,
+        reads=reads,
+        writes=writes,
+        mean=scaled_mean(writes, device),
+        checkpoints=CheckpointWriter(job.url, still_owned),
+        still_owned=still_owned,
+        started_step=training.step,
+        checkpoint_steps=max(1, settings.checkpoint_tokens // settings.batch_size),
+        log_steps=max(1, settings.log_tokens // settings.batch_size),
+    )
 
 
 def _train(
-    work: Training, device: torch.device, on_points: Callable[[list[Point]], None], should_stop: Callable[[], bool]
-) -> dict[str, Any]:
+    members: Sequence[_Member],
+    device: torch.device,
+    on_points: Callable[[int, list[Point]], None],
+    should_stop: Callable[[], bool],
+) -> dict[int, TrainingRecord | FloatingPointError]:
     keep_freed_memory()
-    settings, column = work.settings, work.manifest.column(work.hook_point)
-    state = _initial_state(work, column, device)
-    if restore_checkpoint(state, work.url):
-        logger.info("train: continuing from step %s of %s", f"{state.step:,}", f"{work.steps:,}")
-        on_points(state.curves)
+    job = members[0].job
+    size = job.settings.batch_size
+    columns = {column.column.name: column for member in members for column in (*member.reads, *member.writes)}
     reader = ActivationReader(
-        url=work.dataset_url,
-        manifest=work.manifest,
-        columns=(work.hook_point,),
-        batch_size=settings.batch_size,
-        seed=work.seed,
+        url=job.dataset_url,
+        manifest=require_manifest(job.dataset_url),
+        columns=tuple(columns),
+        batch_size=size,
+        seed=job.seed,
         pin_memory=device.type == "cuda",
-        cache=None if work.cache is None else work.cache.open(),
+        cache=None if job.cache is None else job.cache.open(),
     )
-    checkpoint_steps = max(1, settings.checkpoint_tokens // settings.batch_size)
-    log_steps = max(1, settings.log_tokens // settings.batch_size)
-    mean = torch.tensor(column.mean, device=device) * column.scale
-    started, started_step = time.monotonic(), state.step
-    total = (work.steps - state.step) * settings.batch_size
-    with (
-        closing(reader.batches(state.step * settings.batch_size)) as batches,
-        progress(logger, "train", total, "tokens") as advance,
-    ):
-        for step in range(state.step, work.steps):
-            x = next(batches)[work.hook_point].to(device, non_blocking=True).float() * column.scale
-            measured = (step + 1) % log_steps == 0 or step + 1 == work.steps
-            point = _step(state, settings, x, mean, step, work.steps, measured)
-            state.step = step + 1
-            note = ""
-            if point is not None:
-                state.curves.append(point)
-                on_points([point])
-                note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
-            advance(settings.batch_size, note)
-            stop = should_stop()
-            if state.step < work.steps and (stop or state.step % checkpoint_steps == 0):
-                save_checkpoint(state, work.url)
-                if stop:
-                    raise Stopped(f"stopped after step {state.step:,} of {work.steps:,}, at a checkpoint")
-    return _finish(work, state, column, device, time.monotonic() - started, work.steps - started_step)
+    outcomes: dict[int, TrainingRecord | FloatingPointError] = {}
+    for member in members:
+        if member.training.curves:
+            on_points(member.place, member.training.curves)
+    begin, end = min(member.training.step for member in members), max(member.job.steps for member in members)
+    started, going = time.monotonic(), list(members)
+    try:
+        with (
+            closing(scaled_batches(reader, list(columns.values()), begin * size, device)) as batches,
+            progress(logger, "train", (end - begin) * size, "tokens") as advance,
+        ):
+            for step in range(begin, end):
+                batch, note = next(batches), ""
+                for member in [one for one in going if one.training.step == step]:
+                    try:
+                        point = _take(member, batch, on_points)
+                    except FloatingPointError as error:
+                        going.remove(member)
+                        outcomes[member.place] = error
+                        continue
+                    if point is not None:
+                        note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
+                    if member.training.step == member.job.steps:
+                        going.remove(member)
+                        outcomes[member.place] = _finished(member, device, time.monotonic() - started)
+                advance(size, note)
+                if not going:
+                    break
+                if should_stop():
+                    raise Stopped(_stopped(going))
+    finally:
+        for member in members:
+            member.checkpoints.wait(LAST_CHECKPOINT_SECONDS)
+    return outcomes
 
 
-def _initial_state(work: Training, column: Column, device: torch.device) -> TrainingState:
-    sae = ReLUSAE(column.d_in, work.sae.features(column.d_in))
-    sae.initialise(work.sae.decoder_init_norm, work.seed)
-    sae.to(device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=work.settings.adam_betas, fused=True)
-    silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-    return TrainingState(sae=sae, optimizer=optimizer, silent_tokens=silent, step=0, curves=[])
-
-
-def _step(
-    state: TrainingState, settings: TrainingSettings, x: Tensor, mean: Tensor, step: int, steps: int, measured: bool
-) -> Point | None:
-    """One optimizer step on scaled activations `[batch, d_in]`; a point of the curves where one is `measured`."""
-    coefficient = sparsity_coefficient(settings, step, steps)
-    rate = learning_rate(settings, step, steps)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16"):
-        terms = relu_loss(state.sae, x, coefficient)
-    terms.total.backward()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(state.sae.parameters(), settings.clip_gradient_norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    fired = terms.features.amax(dim=0) > 0
-    state.silent_tokens += len(x)
-    state.silent_tokens.masked_fill_(fired, 0)
-    if not measured:
-        return None
-    variance = (x - mean).square().sum(dim=1).mean()
-    point = {
-        "tokens": float((step + 1) * settings.batch_size),
-        "loss": terms.total.item(),
-        "reconstruction_loss": terms.reconstruction.item(),
-        "sparsity_loss": terms.sparsity.item(),
-        "explained_variance": 1.0 - (terms.reconstruction / variance).item(),
-        "l0": (terms.features > 0).sum(dim=1).float().mean().item(),
-        "dead_fraction": (state.silent_tokens >= settings.dead_after_tokens).float().mean().item(),
-        "gradient_norm": gradient_norm.item(),
-        "learning_rate": rate,
-        "sparsity_coefficient": coefficient,
-    }
-    if not all(map(_finite, point.values())):
-        raise FloatingPointError(
-            f"training diverged at step {step + 1}: loss {point['loss']}, gradient norm {point['gradient_norm']}; "
-            "lower training.learning_rate"
-        )
+def _take(member: _Member, batch: dict[str, torch.Tensor], on_points: Callable[[int, list[Point]], None]) -> Point | None:
+    """One step of one coder, and what of it is due: a point, a checkpoint."""
+    job, training = member.job, member.training
+    following = training.step + 1
+    measured = following % member.log_steps == 0 or following == job.steps
+    x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
+    point = take_step(training, job.settings, x, y, member.mean, measured)
+    if point is not None:
+        on_points(member.place, [point])
+    if training.step < job.steps and training.step % member.checkpoint_steps == 0:
+        training.require_finite()
+        member.checkpoints.save(training)
     return point
 
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
+def _finished(member: _Member, device: torch.device, seconds: float) -> TrainingRecord:
+    member.training.require_finite()
+    member.checkpoints.wait()
+    steps = member.job.steps - member.started_step
+    rate = steps * member.job.settings.batch_size / seconds if steps else None
+    return put_artifact(member.job, member.training, member.reads, member.writes, device, rate, member.still_owned)
 
 
-def _finish(
-    work: Training, state: TrainingState, column: Column, device: torch.device, seconds: float, steps: int
-) -> dict[str, Any]:
-    """Put the artifact's files and then the record, whose presence says that the artifact is whole."""
-    files = sae_files(state.sae.cpu().folded(column.scale), work.metadata)
-    for name, content in files.items():
-        storage.put_bytes(content, storage.join(work.url, name))
-    record = {
-        "digest": digest(work.identity),
-        "identity": work.identity,
-        "d_in": state.sae.d_in,
-        "d_sae": state.sae.d_sae,
-        "activation_scale": column.scale,
-        "weights_sha256": sha256(files[WEIGHTS_NAME]).hexdigest(),
-        "steps": work.steps,
-        "tokens": work.steps * work.settings.batch_size,
-        "device": str(device),
-        "tokens_per_second": steps * work.settings.batch_size / seconds if steps else None,
-        "code": {name: code_versions()[name] for name in ("sae", "training")},
-        "curves": state.curves,
-    }
-    storage.put_json(record, storage.join(work.url, "training.json"))
-    return record
+def _stopped(members: Sequence[_Member]) -> str:
+    """Put the last checkpoints, as far as the time suffices, and say from where training continues."""
+    for member in members:
+        member.training.require_finite()
+        if member.checkpoints.complete != member.training.step:
+            member.checkpoints.save(member.training)
+    until = time.monotonic() + LAST_CHECKPOINT_SECONDS
+    for member in members:
+        if not member.checkpoints.wait(max(0.0, until - time.monotonic())):
+            complete = member.checkpoints.complete
+            where = (
+                "its start" if complete is None and member.started_step == 0 else f"step {complete or member.started_step:,}"
+            )
+            return (
+                f"stopped after step {member.training.step:,} of {member.job.steps:,}; its last checkpoint was not put within "
+                f"{LAST_CHECKPOINT_SECONDS:g} s, so training continues from {where}"
+            )
+    return f"stopped after step {members[0].training.step:,} of {members[0].job.steps:,}, at a checkpoint"

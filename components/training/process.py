@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, NoReturn
 
 import torch
 from pydantic import TypeAdapter
 
 from components.settings import UserError
-from components.training.checkpoint import Point
-from components.training.loop import Training, train
+from components.training.job import Point, Training, TrainingRecord
+from components.training.loop import train
 
 STOP_SECONDS = 25.0
 """How long a training that was asked to stop may take for its last checkpoint; then it is killed. Under the 30 s after which
@@ -49,7 +49,7 @@ def launch(
     device: torch.device,
     on_points: Callable[[list[Point]], None] = lambda points: None,
     timeout_seconds: float | None = None,
-) -> dict[str, Any]:
+) -> TrainingRecord:
     """`loop.train` in a process of its own: the record of the finished training.
 
     Raises what the training raised where it is a UserError or a FloatingPointError, TrainingTimeout after
@@ -87,7 +87,7 @@ def launch(
     finally:
         _end(process)
     if "record" in last:
-        return cast("dict[str, Any]", last["record"])
+        return TrainingRecord.model_validate(last["record"])
     if overdue.is_set():
         assert timeout_seconds is not None
         raise TrainingTimeout(f"training took more than {timeout_seconds / 60:g} minutes; it continues from its checkpoint")
@@ -166,10 +166,15 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_stop_when_closed, args=(stop,), name="parent", daemon=True).start()
 
+    # What libraries print (NCCL_DEBUG) is no message: it goes to the log.
+    sys.stdout.flush()
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
     def say(**message: Any) -> None:
         # A parent that is gone cannot listen; the checkpoint is still wanted.
         with suppress(BrokenPipeError):
-            print(json.dumps(message), flush=True)
+            print(json.dumps(message), file=messages, flush=True)
 
     try:
         work = _TRAINING.validate_python(order["work"])
@@ -179,7 +184,7 @@ def main() -> None:
             logger.exception("train: failed")
         say(error=type(error).__name__, text=str(error))
         sys.exit(1)
-    say(record=record)
+    say(record=record.model_dump(mode="json"))
 
 
 def _stop_when_closed(stop: threading.Event) -> None:

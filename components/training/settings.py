@@ -24,12 +24,6 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(default=1e-3, gt=0)
     """Adam's step size, constant until the decay (the paper: 5e-5 at its scale)."""
 
-    sparsity_coefficient: float = Field(default=5.0, ge=0)
-    """The paper's lambda: weight of `sum_i f_i ||W_dec_i||` against the squared error, at mean `||x||^2 = d_in`."""
-
-    sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
-    """Share of training over which lambda rises linearly from zero."""
-
     learning_rate_warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of training over which the learning rate rises linearly from zero."""
 
@@ -53,3 +47,8 @@ class TrainingSettings(Settings):
 
     log_tokens: int = Field(default=20_000, ge=1)
     """Tokens between two points of the training curves; it does not change the result."""
+
+    @property
+    def steps(self) -> int:
+        """Whole steps: at least `tokens` are read."""
+        return -(-self.tokens // self.batch_size)

@@ -107,7 +107,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         from components import steps
 
         work = _checked_plan(config, overrides, evaluated=False)
-        record = steps.train(work)
+        record = steps.train(work).model_dump(mode="json")
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
 

@@ -1,0 +1,81 @@
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the k n strongest features of a batch of n tokens.
+
+A token takes as many as it needs. Away from training there is no batch to rank in: a feature then fires over a threshold,
+the running mean of the weakest activation that was chosen.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.sae.architectures.topk import KSettings, with_auxk
+from components.sae.coder import Coder, Exported, Losses, Progress
+from components.sae.features import DenseFeatures, Features, SparseFeatures
+from components.sae.settings import CoderSettings
+
+
+class BatchTopKSettings(KSettings):
+    architecture: Literal["batchtopk"] = "batchtopk"
+    """The strongest features of a whole batch, k per token on average (Bussmann et al. 2024)."""
+
+    k: int = Field(default=32, ge=1)
+    """Active features per token, on average over a batch."""
+
+    threshold_decay: float = Field(default=0.99, ge=0, lt=1)
+    """Of the running mean of the weakest activation that was chosen: the part that is kept at each step."""
+
+
+class BatchTopKSAE(Coder):
+    """Ranked by `f_i ||W_dec_i||`, over which the threshold stands too: one number for all features once they are folded."""
+
+    Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
+    settings: BatchTopKSettings
+    weakest: Tensor
+    """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""
+
+    def __init__(self, *arguments: object, **named: object) -> None:
+        super().__init__(*arguments, **named)  # type: ignore[arg-type]
+        self.register_buffer("weakest", torch.full((), -1.0))
+        self._weakest_of_batch: Tensor | None = None
+
+    def encode(self, x: Tensor) -> Features:
+        before = self.pre_activations(x.reshape(-1, self.d_in))
+        lengths = torch.relu(before) * self.W_dec.norm(dim=1)
+        return DenseFeatures(torch.relu(before) * (lengths > self.weakest.clamp_min(0.0)))
+
+    def _strongest(self, before: Tensor, k: int) -> SparseFeatures:
+        """The `n k` strongest features of the batch."""
+        with torch.no_grad():
+            lengths = (torch.relu(before) * self.W_dec.norm(dim=1)).flatten()
+            places = lengths.topk(min(k * len(before), lengths.numel()), sorted=False).indices.sort().values
+            chosen = lengths[places]
+            weakest = torch.where(chosen > 0, chosen, torch.inf).amin()
+            self._weakest_of_batch = torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
+            starts = torch.arange(len(before) + 1, device=before.device) * self.d_sae
+        values = torch.relu(before.flatten()[places])
+        return SparseFeatures(values, places % self.d_sae, torch.searchsorted(places, starts), self.d_sae)
+
+    def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
+        before = self.pre_activations(x)
+        features = self._strongest(before, self.settings.k_at(progress))
+        return with_auxk(self, self.settings, before, features, y, self.decode(features), progress)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self._weakest_of_batch is None:
+            return
+        found, kept = self._weakest_of_batch.to(self.weakest.dtype), self.settings.threshold_decay
+        self.weakest.copy_(torch.where(self.weakest < 0, found, kept * self.weakest + (1 - kept) * found))
+        self._weakest_of_batch = None
+
+    def exported(self) -> Exported:
+        """As JumpReLU: `f_i > t / ||W_dec_i||`, where t is `weakest`."""
+        tensors = dict(self.state_dict())
+        threshold = tensors.pop("weakest").clamp_min(0.0)
+        norm = self.W_dec.detach().norm(dim=1)
+        tensors["threshold"] = threshold / torch.where(norm > 0, norm, torch.ones_like(norm))
+        return Exported("jumprelu", tensors, {})

@@ -1,0 +1,110 @@
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435), trained as Anthropic published in January 2025 ("Circuits Updates"),
+or towards a wanted L0."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
+from components.sae.features import DenseFeatures
+from components.sae.settings import CoderSettings
+
+
+class JumpReLUSettings(CoderSettings):
+    architecture: Literal["jumprelu"] = "jumprelu"
+    """A learned threshold for each feature (Rajamanoharan et al. 2024)."""
+
+    sparsity: Literal["tanh", "target_l0"] = "tanh"
+    """`tanh`: `lambda sum_i tanh(c f_i ||W_dec_i||)` (Anthropic, January 2025). `target_l0`: `lambda (L0 / target - 1)^2`."""
+
+    sparsity_coefficient: float = Field(default=1.0, ge=0)
+    """Lambda, which rises linearly from zero over `sparsity_warmup`."""
+
+    sparsity_warmup: float = Field(default=1.0, ge=0, le=1)
+    """Share of training over which lambda rises."""
+
+    target_l0: float = Field(default=32.0, gt=0)
+    """Active features per token that `target_l0` aims at."""
+
+    tanh_scale: float = Field(default=4.0, gt=0)
+    """c of `tanh`."""
+
+    pre_activation_coefficient: float = Field(default=3e-6, ge=0)
+    """Weight of `sum_i relu(theta_i - z_i) ||W_dec_i||`, by which features that never fire come back."""
+
+    bandwidth: float = Field(default=2.0, gt=0)
+    """Width of the window around the threshold in which the jump has a gradient, at mean `||x||^2 = d_in`."""
+
+    threshold_init: float = Field(default=0.1, gt=0)
+    """Threshold of every feature at the start."""
+
+
+class JumpReLUSAE(Coder):
+    """`z = x W_enc + b_enc`, `f = z` where `z > theta` and `theta`'s feature is positive, else 0."""
+
+    Settings = JumpReLUSettings
+    settings: JumpReLUSettings
+    scaled_like_features = ("b_enc", "threshold")
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        # In float32 and straight: as a logarithm under Adam, or in bfloat16, it hardly moves.
+        self.threshold = torch.nn.Parameter(torch.zeros(self.d_sae))
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        super().initialise(seed)
+        self.threshold.fill_(self.settings.threshold_init)
+
+    def encode(self, x: Tensor) -> DenseFeatures:
+        z = self.pre_activations(x.reshape(-1, self.d_in))
+        return DenseFeatures(torch.relu(z) * (z > self.threshold))
+
+    def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
+        settings, z = self.settings, self.pre_activations(x).float()
+        with in_float32(x.device):
+            jump: Tensor = _Jump.apply(z, self.threshold, settings.bandwidth)
+            values = torch.relu(z) * jump
+            norms = self.W_dec.norm(dim=1)
+            if settings.sparsity == "tanh":
+                sparsity = torch.tanh(settings.tanh_scale * values * norms).sum(dim=1).mean()
+            else:
+                sparsity = (jump.sum(dim=1).mean() / settings.target_l0 - 1).square()
+            silent = torch.relu(self.threshold - z).mean(dim=0) @ norms
+        features = DenseFeatures(values)
+        reconstruction = reconstruction_loss(y, self.decode(features))
+        coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
+        return Losses(
+            {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent},
+            {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient},
+            features.detach(),
+        )
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.threshold.clamp_(min=0.0)
+
+    def exported(self) -> Exported:
+        return Exported("jumprelu", dict(self.state_dict()), {})
+
+
+class _Jump(torch.autograd.Function):
+    """`H(z - theta)`, whose gradient is that of a ramp of width `bandwidth` around the threshold: `1 / bandwidth` in it for z,
+    and its negative for theta (Rajamanoharan et al. 2024, section 3)."""
+
+    @staticmethod
+    def forward(context: Any, z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        context.save_for_backward(z, threshold)
+        context.bandwidth = bandwidth
+        return (z > threshold).to(z.dtype)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, threshold = context.saved_tensors
+        inside = ((z - threshold).abs() < context.bandwidth / 2).to(z.dtype) / context.bandwidth
+        flow = gradient * inside
+        return flow, -flow.sum(dim=0), None

@@ -1,0 +1,88 @@
+"""TopK (Gao et al. 2024, "Scaling and evaluating sparse autoencoders"): the k strongest features of each token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from components.sae.auxiliary import auxk_loss
+from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
+from components.sae.features import SparseFeatures
+from components.sae.settings import CoderSettings
+
+
+class KSettings(CoderSettings):
+    """What architectures share that choose by rank."""
+
+    k: int = Field(default=32, ge=1)
+    """Active features per token, at most: a feature whose pre-activation is not positive stays off."""
+
+    decoder_init_norm: float = Field(default=1.0, gt=0)
+    """Norm of each decoder row at the start; its direction is random."""
+
+    auxk_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of the loss by which dead features learn (AuxK), in units of the residual's variance; 0 for none."""
+
+    auxk: int | None = Field(default=None, ge=1)
+    """Dead features per token that take part in it; half of the width of what is written where it is not given."""
+
+    k_start: int | None = Field(default=None, ge=1)
+    """Active features per token at the start of training, falling linearly to `k`; `k` from the start where not given."""
+
+    k_anneal: float = Field(default=0.1, ge=0, le=1)
+    """Share of training over which `k_start` falls to `k`."""
+
+    def k_at(self, progress: Progress) -> int:
+        if self.k_start is None:
+            return self.k
+        return round(self.k_start + (self.k - self.k_start) * progress.rise(self.k_anneal))
+
+
+class TopKSettings(KSettings):
+    architecture: Literal["topk"] = "topk"
+    """The k strongest features of each token (Gao et al. 2024)."""
+
+    rank_by: Literal["length", "activation"] = "length"
+    """What is strong: `f_i ||W_dec_i||`, which is what a feature adds to the reconstruction, or `f_i` alone."""
+
+
+class TopKSAE(Coder):
+    """`f(x) = TopK(ReLU(x W_enc + b_enc))`."""
+
+    Settings = TopKSettings
+    settings: TopKSettings
+
+    def encode(self, x: Tensor) -> SparseFeatures:
+        return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
+
+    def _strongest(self, pre_activations: Tensor, k: int) -> SparseFeatures:
+        with torch.no_grad():
+            strength = torch.relu(pre_activations)
+            if self.settings.rank_by == "length":
+                strength = strength * self.W_dec.norm(dim=1)
+            indices = strength.topk(min(k, self.d_sae), dim=1, sorted=False).indices
+        return SparseFeatures.of_rows(torch.relu(pre_activations.gather(1, indices)), indices, self.d_sae)
+
+    def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
+        before = self.pre_activations(x)
+        features = self._strongest(before, self.settings.k_at(progress))
+        y_hat = self.decode(features)
+        return with_auxk(self, self.settings, before, features, y, y_hat, progress)
+
+    def exported(self) -> Exported:
+        return Exported("topk", dict(self.state_dict()), {"k": self.settings.k})
+
+
+def with_auxk(
+    coder: Coder, settings: KSettings, before: Tensor, features: SparseFeatures, y: Tensor, y_hat: Tensor, progress: Progress
+) -> Losses:
+    """The reconstruction loss, and AuxK where it is wanted."""
+    terms, weights = {"reconstruction": reconstruction_loss(y, y_hat)}, {"reconstruction": 1.0}
+    if settings.auxk_coefficient > 0 and progress.dead is not None:
+        k = settings.auxk or max(1, coder.d_out // 2)
+        terms["auxk"] = auxk_loss(before, progress.dead, y - y_hat, coder.W_dec, k)
+        weights["auxk"] = settings.auxk_coefficient
+    return Losses(terms, weights, features.detach())

@@ -1,0 +1,30 @@
+"""AuxK: dead features learn to write what the living ones leave over (Gao et al. 2024, section A.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from components.sae.features import SparseFeatures
+
+
+def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Tensor, k: int) -> Tensor:
+    """`E ||e - e_hat||^2 / E ||e - mean(e)||^2` times d_out, with e_hat written by the k dead features of largest
+    pre-activation on each token, without a bias; 0 where no feature is dead.
+
+    pre_activations `[n, d_sae]`, dead bool `[d_sae]`, residual `[n, d_out]`, rows `[d_sae, d_out]`. The residual is detached:
+    the living features learn nothing from it. No rectifier: a dead feature is below zero nearly everywhere, and would get no
+    gradient behind one. Which features are dead is not asked of the device: with none the term is multiplied by 0.
+    """
+    error = residual.detach().float()
+    k = min(k, pre_activations.shape[1])
+    chosen = pre_activations.masked_fill(~dead, -torch.inf).topk(k, dim=1)
+    known = chosen.values.isfinite()
+    values = torch.where(known, chosen.values, torch.zeros_like(chosen.values))
+    written = SparseFeatures.of_rows(values, chosen.indices, pre_activations.shape[1]).decode(
+        rows, rows.new_zeros(rows.shape[1])
+    )
+    spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
+    loss = (error - written.float()).square().sum(dim=1).mean() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    # Few dead features cannot write all of it: without this they would be pulled apart by it.
+    return loss * rows.shape[1] * (dead.sum() / k).clamp(max=1.0)

@@ -1,0 +1,195 @@
+"""The interface of every coder: features that are read from some columns of activations and write others.
+
+What is read is one or several columns side by side, `x` `[n, d_in]`; what is written likewise, `y` `[n, d_out]`. A sparse
+autoencoder reads and writes the same column, a transcoder two different ones, a crosscoder several. An architecture is one
+file under `architectures/` with its settings beside it; nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from components.sae.features import Features
+from components.sae.settings import CoderSettings
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of activations that a coder reads or writes."""
+
+    name: str
+    """Of the hook point."""
+    width: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training is."""
+
+    step: int
+    """Optimizer steps taken."""
+    steps: int
+    """Of the whole training."""
+    dead: Tensor | None = None
+    """Which features count as dead, bool `[d_sae]`."""
+
+    def rise(self, share: float) -> float:
+        """0 at the start, 1 after that share of the training, linear between."""
+        length = share * self.steps
+        return min(1.0, self.step / length) if length > 0 else 1.0
+
+    def fall(self, share: float) -> float:
+        """1 until that share of the training is left, 0 at its end, linear between."""
+        length = share * self.steps
+        return min(1.0, (self.steps - self.step) / length) if length > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of a loss, each a mean over the batch in float32, and what each counts."""
+
+    terms: Mapping[str, Tensor]
+    """`reconstruction` is `E ||y - y_hat||^2`, and always there."""
+    weights: Mapping[str, float]
+    features: Features
+    """Detached."""
+
+    @property
+    def total(self) -> Tensor:
+        terms = [self.terms[name] if weight == 1.0 else weight * self.terms[name] for name, weight in self.weights.items()]
+        return sum(terms[1:], terms[0])
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A coder in terms of SAELens: the form in which it leaves the project."""
+
+    architecture: str
+    """`standard`, `topk`, `jumprelu` or `gated`."""
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+    """Further fields of `cfg.json`, such as `k`."""
+
+
+class Coder(nn.Module, ABC):
+    """W_enc `[d_in, d_sae]`, b_enc `[d_sae]`, W_dec `[d_sae, d_out]`, b_dec `[d_out]` (the layout of SAELens)."""
+
+    Settings: ClassVar[type[CoderSettings]]
+    scaled_like_features: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters and buffers `[d_sae]` that have the unit of a feature's activation: `folded` scales them with it."""
+
+    def __init__(self, settings: CoderSettings, reads: Sequence[Column], writes: Sequence[Column], d_sae: int) -> None:
+        super().__init__()
+        self.settings, self.reads, self.writes = settings, tuple(reads), tuple(writes)
+        d_in, d_out = (sum(column.width for column in columns) for columns in (reads, writes))
+        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec.shape[1]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Decoder rows of random direction and norm `decoder_init_norm`, the encoder their transpose where it has that shape
+        (else of random columns of that norm), biases zero. For a coder as it is made. Drawn on the CPU, so that every device
+        starts from the same weights."""
+        random, norm = torch.Generator().manual_seed(seed), self.settings.decoder_init_norm
+        rows = torch.randn(self.d_sae, self.d_out, generator=random)
+        self.W_dec.copy_(norm * rows / rows.norm(dim=1, keepdim=True))
+        if self.reads == self.writes:
+            self.W_enc.copy_(self.W_dec.T)
+        else:
+            columns = torch.randn(self.d_in, self.d_sae, generator=random)
+            self.W_enc.copy_(norm * columns / columns.norm(dim=0, keepdim=True))
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """`x W_enc + b_enc`: `[n, d_in]` -> `[n, d_sae]`."""
+        return torch.nn.functional.linear(x, self.W_enc.T, self.b_enc)
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Features:
+        """Activations `[..., d_in]` -> features of all tokens, leading dimensions in one."""
+
+    def decode(self, features: Features) -> Tensor:
+        """Features of `n` tokens -> what they write, `[n, d_out]`."""
+        return features.decode(self.W_dec, self.b_dec)
+
+    def reconstruct(self, x: Tensor) -> tuple[Features, Tensor]:
+        """Features and what they write, in units of the activations: `[n, d_in]` -> `[n, d_out]`."""
+        features = self.encode(x)
+        return features, self.decode(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., d_in]` -> `[..., d_out]`."""
+        return self.reconstruct(x.reshape(-1, self.d_in))[1].reshape(*x.shape[:-1], self.d_out)
+
+    @abstractmethod
+    def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
+        """The terms of the loss on a batch, x `[n, d_in]`, y `[n, d_out]`, scaled so that the mean squared norm of a column is
+        its width."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    @abstractmethod
+    def exported(self) -> Exported:
+        """The function of this coder, as SAELens has it."""
+
+    @torch.no_grad()
+    def folded(self, scale_in: Sequence[float], scale_out: Sequence[float]) -> Self:
+        """The same function on unscaled activations, for a coder trained on columns that were multiplied by these scales (one
+        for each column), with unit decoder rows.
+
+        Scales and decoder norms go into the encoder: a feature's activation is then the length of what it adds to what is
+        written, which is what the paper reads (`f_i * ||W_dec_i||`). Computed in float64.
+        """
+        reads, writes = _per_dimension(self.reads, scale_in), _per_dimension(self.writes, scale_out)
+        common = scale_out[0]
+        rows = self.W_dec.double().cpu() * (common / writes)
+        norm = rows.norm(dim=1)
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        gain = norm / common
+        result = type(self)(self.settings, self.reads, self.writes, self.d_sae)
+        tensors = {
+            name: value.double().cpu() if value.is_floating_point() else value for name, value in self.state_dict().items()
+        }
+        tensors["W_enc"] = tensors["W_enc"] * reads[:, None] * gain
+        tensors["W_dec"] = rows / norm[:, None]
+        tensors["b_dec"] = tensors["b_dec"] / writes
+        for name in self.scaled_like_features:
+            tensors[name] = tensors[name] * gain
+        result.load_state_dict(tensors)
+        return result.train(self.training)
+
+
+def _per_dimension(columns: Sequence[Column], scales: Sequence[float]) -> Tensor:
+    return torch.cat(
+        [torch.full((column.width,), scale, dtype=torch.float64) for column, scale in zip(columns, scales, strict=True)]
+    )
+
+
+def reconstruction_loss(y: Tensor, y_hat: Tensor) -> Tensor:
+    """`E ||y - y_hat||^2` in float32, whatever the products were computed in: y, y_hat `[n, d_out]`."""
+    return (y.float() - y_hat.float()).square().sum(dim=1).mean()
+
+
+def in_float32(device: torch.device) -> torch.autocast:
+    """A block in which autocast computes no product in bfloat16."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,70 @@
+"""What there is to do for one coder's training, and the record that it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from components import storage
+from components.sae.choice import SAESettings
+from components.settings import Settings
+from components.storage.cache import CachePlace
+from components.training.settings import TrainingSettings
+
+Point = dict[str, float]
+"""One point of the training curves: `tokens` and the values at it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One coder's training: where the data is, where the artifact goes, and how."""
+
+    url: str
+    digest: str
+    identity: dict[str, Any]
+    """All that decides the weights; `digest` is its digest."""
+    settings: TrainingSettings
+    coder: SAESettings
+    dataset_url: str
+    reads: tuple[str, ...]
+    """Columns of the dataset."""
+    writes: tuple[str, ...]
+    seed: int
+    metadata: dict[str, Any]
+    """What SAELens shows beside the coder."""
+    cache: CachePlace | None = None
+    """Where what is read from an object store is kept."""
+
+    @property
+    def steps(self) -> int:
+        return self.settings.steps
+
+
+class TrainingRecord(Settings):
+    """`training.json`, put last: its presence says that the artifact is whole."""
+
+    digest: str
+    identity: dict[str, Any]
+    architecture: str
+    d_in: int
+    d_out: int
+    d_sae: int
+    activation_scale: float
+    """Of the first column that is read: what its activations were multiplied by."""
+    weights_sha256: str
+    steps: int
+    tokens: int
+    device: str
+    tokens_per_second: float | None
+    """Of the process that ended it; None where it had nothing left to do."""
+    curves: list[Point]
+
+
+def record_url(url: str) -> str:
+    return storage.join(url, "training.json")
+
+
+def read_training_record(url: str) -> TrainingRecord | None:
+    """The record of a finished training, None where there is none."""
+    content = storage.read_json_if_present(record_url(url))
+    return None if content is None else TrainingRecord.model_validate(content)

@@ -1,0 +1,126 @@
+"""One coder in training, and its optimizer step on a batch that it may share with others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from components.sae.architectures import architectures
+from components.sae.coder import Coder, Column, Losses, Progress
+from components.training.job import Point, Training
+from components.training.schedule import learning_rate
+from components.training.settings import TrainingSettings
+
+
+@dataclass
+class CoderInTraining:
+    """What training changes from step to step."""
+
+    coder: Coder
+    optimizer: torch.optim.Adam
+    silent_tokens: Tensor
+    """Per feature, int64 `[d_sae]`: tokens since it last fired."""
+    diverged_at: Tensor
+    """Number of the first step whose loss or gradient was not finite, int64 `[]`; 0 while there was none."""
+    step: int = 0
+    """Steps taken."""
+    curves: list[Point] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on, by name: parameters and buffers, Adam's moments, counters."""
+        found = {"silent_tokens": self.silent_tokens}
+        found |= {f"weight.{name}": value for name, value in self.coder.state_dict().items()}
+        for name, parameter in self.coder.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                found[f"adam.{key}.{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], step: int, curves: list[Point]) -> None:
+        """Bring it to the state that `tensors` was taken from."""
+        prefix = "weight."
+        weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self.coder.load_state_dict(weights)
+        for name, parameter in self.coder.named_parameters():
+            self.optimizer.state[parameter] = {
+                key: tensors[f"adam.{key}.{name}"].to(parameter.device)  # fused Adam keeps `step` there too
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+        self.silent_tokens.copy_(tensors["silent_tokens"])
+        self.step, self.curves = step, curves
+
+    def require_finite(self) -> None:
+        """A FloatingPointError that names the step in which training diverged, if it did. Waits for the device."""
+        step = int(self.diverged_at.item())
+        if step:
+            raise FloatingPointError(
+                f"training diverged at step {step:,}: its loss or gradient is not finite, and no weight was changed by it; "
+                "lower training.learning_rate"
+            )
+
+
+def new_coder(job: Training, reads: tuple[Column, ...], writes: tuple[Column, ...], device: torch.device) -> CoderInTraining:
+    """The coder of a job with its first weights."""
+    d_sae = job.coder.features(sum(column.width for column in reads))
+    coder = architectures()[job.coder.architecture](job.coder, reads, writes, d_sae)
+    coder.initialise(job.seed)
+    coder.to(device)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, betas=job.settings.adam_betas, fused=True)
+    silent, diverged = torch.zeros(d_sae, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    return CoderInTraining(coder, optimizer, silent, diverged)
+
+
+def take_step(
+    training: CoderInTraining, settings: TrainingSettings, x: Tensor, y: Tensor, mean: Tensor, measured: bool
+) -> Point | None:
+    """One optimizer step on scaled activations, x `[n, d_in]` and y `[n, d_out]`; a point of the curves where it is `measured`.
+
+    mean `[d_out]`: of what is written, scaled. A step whose loss or gradient is not finite changes no weight: the optimizer is
+    told so on the device, without waiting for it.
+    """
+    coder, optimizer = training.coder, training.optimizer
+    dead = training.silent_tokens >= settings.dead_after_tokens
+    progress = Progress(training.step, settings.steps, dead)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16"):
+        losses = coder.losses(x, y, progress)
+    total = losses.total
+    total.backward()
+    gradient_norm = torch.nn.utils.clip_grad_norm_(coder.parameters(), settings.clip_gradient_norm)
+    bad = ~(total.isfinite() & gradient_norm.isfinite())
+    training.diverged_at.copy_(torch.where(bad & (training.diverged_at == 0), training.step + 1, training.diverged_at))
+    optimizer.found_inf = (training.diverged_at > 0).float()  # type: ignore[attr-defined]  # as torch.amp's scaler sets it
+    rate = learning_rate(settings, progress)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    coder.after_step()
+    training.silent_tokens += len(x)
+    training.silent_tokens.masked_fill_(losses.features.largest() > 0, 0)
+    training.step += 1
+    if measured or x.device.type == "cpu":  # where the device is the CPU, asking waits for nothing
+        training.require_finite()
+    if not measured:
+        return None
+    point = _point(training, settings, losses, y, mean)
+    point |= {"gradient_norm": gradient_norm.item(), "learning_rate": rate}
+    training.curves.append(point)
+    return point
+
+
+def _point(training: CoderInTraining, settings: TrainingSettings, losses: Losses, y: Tensor, mean: Tensor) -> Point:
+    variance = (y - mean).square().sum(dim=1).mean().item()
+    reconstruction = losses.terms["reconstruction"].item()
+    point = {
+        "tokens": float(training.step * settings.batch_size),
+        "loss": losses.total.item(),
+        **{f"{name}_loss": term.item() for name, term in losses.terms.items()},
+        **{f"{name}_coefficient": weight for name, weight in losses.weights.items() if name != "reconstruction"},
+        "explained_variance": 1.0 - reconstruction / variance if variance > 0 else 0.0,
+        "l0": losses.features.active().float().mean().item(),
+        "dead_fraction": (training.silent_tokens >= settings.dead_after_tokens).float().mean().item(),
+    }
+    return {name: value for name, value in point.items() if math.isfinite(value)}
