@@ -22,10 +22,10 @@ from components.evaluation.features import FeatureSums
 from components.evaluation.spliced_pass import Measurement
 from components.evaluation.splicing import Splicer
 from components.hardware import keep_freed_memory
+from components.interop.saelens import load_saelens
 from components.language_model.loading import load_model, load_tokenizer
 from components.run.config import load_config
 from components.run.planning import Plan
-from components.sae.artifact import load_sae
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     assert manifest is not None, "run `sae extract` and `sae train` first"
     text = HeldOut(url=plan.token_url, manifest=manifest)
     model = load_model(plan.source, device)
-    sae = load_sae(Path(plan.sae_url), device)
+    sae = load_saelens(Path(plan.sae_url), device)
     reference = reference_statistics(model, plan.point, text, 5_000, 16, device)
     splicer, features = Splicer(model, plan.point), FeatureSums(sae.d_sae, device)
 

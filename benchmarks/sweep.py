@@ -33,7 +33,7 @@ def main() -> None:
     identity = digest([name, grid, Plan(base).run_digest])
     with tracked_run(base.tracking, base.storage.root, name, identity, grid, {"sae.kind": "sweep"}) as parent:
         for coefficient, rate in itertools.product(arguments.coefficients, arguments.rates):
-            point = [f"training.sparsity_coefficient={coefficient}", f"training.learning_rate={rate}"]
+            point = [f"sae.sparsity_coefficient={coefficient}", f"training.learning_rate={rate}"]
             plan = Plan(load_config(arguments.config, [*arguments.overrides, *point]))
             check(plan)
             steps.extract(plan)

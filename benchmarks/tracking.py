@@ -19,7 +19,8 @@ import urllib.request
 
 import torch
 
-from components.sae.relu import ReLUSAE, relu_loss
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
+from components.sae.coder import Progress
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
 
@@ -49,20 +50,20 @@ def main() -> None:
 
 
 def train(run, seconds: float, batch_size: int, every: int) -> dict:
-    sae = ReLUSAE(128, 1024)
-    sae.initialise(0.1, 0)
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=1024, sparsity_coefficient=1.0), 128)
+    sae.initialise(0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
     x = torch.randn(batch_size, 128)
     handing, steps, points = 0.0, 0, 0
     started = time.monotonic()
     while time.monotonic() - started < seconds:
-        terms = relu_loss(sae, x, 1.0)
-        terms.total.backward()
+        total = sae.losses(x, x, Progress(1, 1)).total
+        total.backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
         if steps % every == 0:
-            value = terms.total.item()
+            value = total.item()
             before = time.monotonic()
             run.add_points([{"tokens": float(steps * batch_size), **dict.fromkeys(POINT, value)}])
             handing += time.monotonic() - before

@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 
 from components.hardware import keep_freed_memory, resolve_device
-from components.sae.relu import ReLUSAE
-from components.training.checkpoint import TrainingState
-from components.training.loop import _step
+from components.sae.architectures.relu import ReLUSettings
+from components.sae.coder import Column
+from components.training.job import Training
 from components.training.settings import TrainingSettings
+from components.training.step import new_coder, take_step
 
 
 def main() -> None:
@@ -33,13 +34,13 @@ def main() -> None:
     d_in, d_sae, batch = arguments.d_in, arguments.d_sae, arguments.batch
     x = torch.randn(batch, d_in, device=device)
     mean = torch.zeros(d_in, device=device)
-    settings = TrainingSettings(batch_size=batch)
-    sae = ReLUSAE(d_in, d_sae)
-    sae.initialise(0.1, seed=0)
-    sae.to(device)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True)
-    silent = torch.zeros(d_sae, dtype=torch.int64, device=device)
-    state = TrainingState(sae=sae, optimizer=optimizer, silent_tokens=silent, step=0, curves=[])
+    settings = TrainingSettings(batch_size=batch, tokens=1000 * batch)
+    column = (Column("x", d_in),)
+    job = Training(
+        url="", digest="", identity={}, settings=settings, coder=ReLUSettings(d_sae=d_sae), dataset_url="", reads=("x",),
+        writes=("x",), seed=0, metadata={},
+    )  # fmt: skip
+    training = new_coder(job, column, column, device)
 
     f, g = torch.randn(batch, d_sae, device=device), torch.randn(batch, d_in, device=device)
     w, v = torch.randn(d_in, d_sae, device=device), torch.randn(d_sae, d_in, device=device)
@@ -53,7 +54,8 @@ def main() -> None:
         torch.mm(x.T, f, out=encoder)
 
     def step() -> None:
-        _step(state, settings, x, mean, 500, 1000, measured=False)
+        training.step = 500
+        take_step(training, settings, x, x, mean, measured=False)
 
     # Interleaved, so that whatever else the machine does meets both.
     seconds = {"step": 0.0, "products": 0.0}

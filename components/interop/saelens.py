@@ -25,7 +25,7 @@ from components.sae.architectures.gated import GatedSAE, GatedSettings
 from components.sae.architectures.jumprelu import JumpReLUSAE, JumpReLUSettings
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.sae.architectures.topk import TopKSAE, TopKSettings
-from components.sae.coder import Coder, Column
+from components.sae.coder import Coder
 from components.sae.features import Features
 
 CONFIG_NAME, WEIGHTS_NAME = "cfg.json", "sae_weights.safetensors"
@@ -40,8 +40,6 @@ _CLASSES: dict[str, tuple[type[Coder], tuple[str, ...]]] = {
 ARCHITECTURES = tuple(_CLASSES)
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 _LAYER_NORM_EPSILON = 1e-5
-_UNKNOWN = "activations"
-"""Name of the column of a coder that does not say at which hook point it belongs."""
 
 
 def saelens_files(coder: Coder, metadata: dict[str, Any]) -> dict[str, bytes]:
@@ -92,9 +90,8 @@ def load_saelens(folder: Path, device: torch.device, mean_norm: float = 1.0) -> 
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError(f"{folder / WEIGHTS_NAME} holds values that are not finite")
     _fold(config, tensors, mean_norm)
-    column = Column(str((config.get("metadata") or {}).get("hook_name") or _UNKNOWN), d_in)
     # The type is given since another thread that loads a model changes the default one meanwhile.
-    coder = kind(_settings(config), (column,), (column,), d_sae).float()
+    coder = kind.autoencoder(_settings(config), d_in).float()
     coder.load_state_dict(tensors)
     normalization = config.get("normalize_activations")
     normalized = NormalizedSAE(coder, normalization) if normalization in _PER_TOKEN else coder

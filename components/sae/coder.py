@@ -83,6 +83,8 @@ class Coder(nn.Module, ABC):
     Settings: ClassVar[type[CoderSettings]]
     scaled_like_features: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers `[d_sae]` that have the unit of a feature's activation: `folded` scales them with it."""
+    scaled_like_outputs: ClassVar[tuple[str, ...]] = ()
+    """Those that have the unit of what is written."""
 
     def __init__(self, settings: CoderSettings, reads: Sequence[Column], writes: Sequence[Column], d_sae: int) -> None:
         super().__init__()
@@ -92,6 +94,12 @@ class Coder(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+
+    @classmethod
+    def autoencoder(cls, settings: CoderSettings, width: int, name: str = "activations") -> Self:
+        """One that reads and writes the same column."""
+        column = Column(name, width)
+        return cls(settings, (column,), (column,), settings.features(width))
 
     @property
     def d_in(self) -> int:
@@ -175,6 +183,8 @@ class Coder(nn.Module, ABC):
         tensors["b_dec"] = tensors["b_dec"] / writes
         for name in self.scaled_like_features:
             tensors[name] = tensors[name] * gain
+        for name in self.scaled_like_outputs:
+            tensors[name] = tensors[name] / common
         result.load_state_dict(tensors)
         return result.train(self.training)
 

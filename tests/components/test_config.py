@@ -84,7 +84,7 @@ def test_every_field_has_a_line_of_documentation():
 
 def test_flattened_names_every_leaf_once():
     leaves = flattened(RunConfig().model_dump(mode="json"))
-    assert leaves["training.sparsity_coefficient"] == 5.0
+    assert leaves["sae.sparsity_coefficient"] == 5.0
     assert leaves["activations.hook_points"] == ["resid_post.1"]
     assert parse_config({}).training.tokens == leaves["training.tokens"]
 

@@ -15,12 +15,21 @@ from components.evaluation.settings import EvaluationSettings
 from components.language_model.loading import load_model, load_tokenizer
 from components.run.config import parse_config
 from components.run.planning import Plan
-from components.sae.relu import ReLUSAE
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
+from components.sae.features import DenseFeatures
 
 CPU = torch.device("cpu")
 
 
-class Identity:
+class Fake:
+    """An SAE of tensors alone."""
+
+    def reconstruct(self, x):
+        features = self.encode(x)
+        return DenseFeatures(features), self.decode(features)
+
+
+class Identity(Fake):
     """Two features per dimension, so that negative values survive the ReLU: an SAE that loses nothing."""
 
     def encode(self, x):
@@ -95,8 +104,8 @@ def measure(case: Case, sae, **settings) -> dict:
 
 
 def random_sae() -> ReLUSAE:
-    sae = ReLUSAE(32, 64)
-    sae.initialise(0.5, seed=3)
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=64, decoder_init_norm=0.5), 32)
+    sae.initialise(seed=3)
     torch.nn.init.normal_(sae.b_dec, generator=torch.Generator().manual_seed(4))
     return sae.double().requires_grad_(False)
 
@@ -104,11 +113,11 @@ def random_sae() -> ReLUSAE:
 def trained_sae(plan: Plan) -> ReLUSAE:
     from pathlib import Path
 
-    from components.sae.artifact import load_sae
+    from components.interop.saelens import load_saelens
 
     steps.extract(plan)
     steps.train(plan)
-    return load_sae(Path(plan.sae_url), CPU).double()
+    return load_saelens(Path(plan.sae_url), CPU).double()
 
 
 def independent(case: Case, sae, tokens: int) -> dict:
@@ -127,8 +136,8 @@ def independent(case: Case, sae, tokens: int) -> dict:
         left -= len(places)
         if not places:
             break
-        f = sae.encode(x[places])
-        x_hat = sae.decode(f)
+        found, x_hat = sae.reconstruct(x[places])
+        f = found.dense()
         rows.append(x[places])
         rows_hat.append(x_hat)
         features.append(f)

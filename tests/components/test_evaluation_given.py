@@ -15,11 +15,10 @@ from typer.testing import CliRunner
 
 from components import steps
 from components.evaluation.given import hook_point_of
+from components.interop.saelens import load_saelens, saelens_files
 from components.run.config import parse_config
 from components.run.planning import Plan
-from components.sae.artifact import sae_files
-from components.sae.relu import ReLUSAE
-from components.sae.saelens import load_saelens
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.tracking.runs import connect
 from flows.cli import app
 
@@ -27,11 +26,11 @@ from flows.cli import app
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An SAE of the tiny model in SAELens' format."""
-    sae = ReLUSAE(32, 64)
-    sae.initialise(0.5, seed=1)
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=64, decoder_init_norm=0.5), 32)
+    sae.initialise(seed=1)
     path = tmp_path / "made-elsewhere"
     path.mkdir()
-    for name, content in sae_files(sae, {"hook_name": "blocks.1.hook_resid_post"}).items():
+    for name, content in saelens_files(sae, {"hook_name": "blocks.1.hook_resid_post"}).items():
         (path / name).write_bytes(content)
     return path
 

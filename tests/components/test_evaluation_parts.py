@@ -15,6 +15,7 @@ from components.evaluation.metrics import Totals, column_names, token_losses
 from components.evaluation.reference import Reference
 from components.evaluation.splicing import Splicer, mlp_output
 from components.language_model.hook_points import HookPoint, spliced_logits
+from components.sae.features import DenseFeatures
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -256,7 +257,7 @@ def test_the_feature_table_names_neighbours_density_and_the_dead(monkeypatch: py
     features[:, 4] = 0
     sums = FeatureSums(9, CPU)
     for part in features.split(7):
-        sums.add(part)
+        sums.add(DenseFeatures(part))
     decoder = torch.randn(9, 5, generator=generator)
     monkeypatch.setattr("components.evaluation.features._ENTRIES_AT_ONCE", 20)
     table = feature_table(sums, decoder, 3).to_pydict()

@@ -70,11 +70,11 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
     assert not verdict(plan_of(tree, execution={"workers": 2}, evaluation__batch_sequences=3)).stale
     assert not verdict(plan_of(tree, training__checkpoint_tokens=8_000)).stale
 
-    changed = verdict(plan_of(tree, training__sparsity_coefficient=7.5))
+    changed = verdict(plan_of(tree, sae__sparsity_coefficient=7.5))
     assert changed.stale
     assert changed.rerun is None
     assert "the configuration changed since version 1" in changed.reason
-    assert "training.sparsity_coefficient 5.0 -> 7.5" in changed.reason
+    assert "sae.sparsity_coefficient 5.0 -> 7.5" in changed.reason
     other = verdict(plan_of(tree, name="other"))
     assert other.stale
     assert "'other' has no version" in other.reason
@@ -128,7 +128,7 @@ def test_a_repetition_trains_anew_on_the_same_activations_and_settles_the_matter
 
 def test_a_configuration_that_comes_back_is_not_stale(tree: dict):
     registered(plan_of(tree))
-    registered(plan_of(tree, training__sparsity_coefficient=7.5))
+    registered(plan_of(tree, sae__sparsity_coefficient=7.5))
     assert not verdict(plan_of(tree)).stale
 
 

@@ -14,20 +14,21 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from components import steps, storage
+from components.interop.saelens import load_saelens
 from components.registry.history import CHAMPION
 from components.registry.versions import CHALLENGER, champion_of
 from components.run.config import parse_config
 from components.run.planning import Plan
-from components.sae.artifact import load_sae
 from components.settings import UserError
 from components.tracking.runs import EVALUATION_SET, TrackedRun
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect, tracking_uri
 
 
-def complete(tree: dict, **training) -> tuple[Plan, dict]:
+def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Plan, dict]:
     """The whole line without Prefect."""
-    plan = Plan(parse_config({**tree, "training": {**tree["training"], **training}}))
+    sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
+    plan = Plan(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)
@@ -51,7 +52,7 @@ def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(t
     client = client_of(plan)
     run = client.get_run(outcome["run"])
     assert run.info.status == "FINISHED"
-    assert run.data.params["training.sparsity_coefficient"] == "5.0"
+    assert run.data.params["sae.sparsity_coefficient"] == "5.0"
     assert run.data.params["corpus.context_length"] == "32"
     record, measured = plan.training_record(), plan.evaluation_record()
     history = client.get_metric_history(outcome["run"], "train/loss")
@@ -213,7 +214,7 @@ def test_the_registered_model_runs_without_this_project(tiny_tree: dict, tmp_pat
     arguments = [uri, f"models:/{plan.registered_model}@champion", str(tmp_path / "x.npy"), str(Path(__file__).parents[2])]
     subprocess.run([sys.executable, "-c", PREDICT, *arguments], cwd=tmp_path, check=True)
     result = np.load(tmp_path / "x.npy.out.npz")
-    sae = load_sae(Path(plan.sae_url), torch.device("cpu"))
+    sae = load_saelens(Path(plan.sae_url), torch.device("cpu"))
     features = sae.encode(torch.tensor(x))
     np.testing.assert_allclose(result["features"], features, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(result["reconstruction"], sae.decode(features), rtol=1e-5, atol=1e-5)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from components.interop.saelens import WEIGHTS_NAME, saelens_files
 from components.registry import promotion, registration
 from components.registry.gates import Gates
 from components.registry.history import Ledger, champion_version, ensure_model
 from components.registry.promotion import promote, rollback
 from components.registry.versions import earlier_metrics, resolve_version, versions_of_dataset
 from components.run.config import RunConfig
-from components.sae.artifact import WEIGHTS_NAME, sae_files
-from components.sae.relu import ReLUSAE
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.settings import UserError
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
@@ -47,9 +47,9 @@ class Registry:
             number = self.count
         artifact = self.folder / f"sae-{number}"
         artifact.mkdir()
-        sae = ReLUSAE(8, 16)
-        sae.initialise(0.1, number)
-        files = sae_files(sae, {})
+        sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=16), 8)
+        sae.initialise(number)
+        files = saelens_files(sae, {})
         lineage = {
             "mlflow_run": "run", "dataset_digest": f"data-{name}", "dataset_url": "d", "token_digest": "t", "token_url": "u",
             "configuration": RunConfig().model_dump(mode="json"),

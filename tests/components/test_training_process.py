@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -52,7 +53,7 @@ def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_proce
     seen: list[dict] = []
     launched = launch(work_of(plan), CPU, seen.extend)
     assert storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors") == weights
-    assert launched["curves"] == record["curves"] == seen
+    assert launched.curves == record.curves == seen
 
 
 def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(plan: Plan, tiny_tree: dict):
@@ -109,7 +110,7 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
     assert storage.list_names(checkpoint_folder(longer.sae_url))
     record = launch(work_of(longer), CPU)
     storage.delete(longer.sae_url)
-    assert steps.train(longer)["weights_sha256"] == record["weights_sha256"]
+    assert steps.train(longer).weights_sha256 == record.weights_sha256
 
 
 def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Plan):
@@ -117,6 +118,6 @@ def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_
     with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):
         launch(work_of(wild), CPU)
     work = work_of(plan)
-    other = process.Training(**{**vars(work), "hook_point": "resid_post.7"})
+    other = replace(work, reads=("resid_post.7",))
     with pytest.raises(UserError, match=r"training\.hook_point"):
         launch(other, CPU)

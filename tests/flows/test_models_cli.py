@@ -16,8 +16,8 @@ from flows.cli import app
 
 
 def complete(tree: dict, coefficient: float) -> Plan:
-    training = {**tree["training"], "tokens": 10_000, "learning_rate": 1e-2, "sparsity_coefficient": coefficient}
-    plan = Plan(parse_config({**tree, "training": training}))
+    training = {**tree["training"], "tokens": 10_000, "learning_rate": 1e-2}
+    plan = Plan(parse_config({**tree, "sae": {**tree["sae"], "sparsity_coefficient": coefficient}, "training": training}))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)

@@ -78,7 +78,7 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     assert again["reused"]
     unchanging = ("digests", "paths", "metrics", "mlflow_run", "registered_model", "model_version", "alias", "alias_reason")
     assert {key: again[key] for key in unchanging} == {key: first[key] for key in unchanging}
-    other = run(config, prefect_environment, "--set", "training.sparsity_coefficient=40")
+    other = run(config, prefect_environment, "--set", "sae.sparsity_coefficient=40")
     assert other["digests"]["activations"] == first["digests"]["activations"]
     assert other["digests"]["sae"] != first["digests"]["sae"]
     assert other["model_version"] == 2

@@ -26,9 +26,10 @@ from components.tracking.store import connect
 pytestmark = pytest.mark.integration
 
 
-def line(tree: dict, **training) -> tuple[Plan, dict]:
+def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Plan, dict]:
     """From the corpus to the registry, without Prefect."""
-    plan = Plan(parse_config({**tree, "training": {**tree["training"], **training}}))
+    sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
+    plan = Plan(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
     steps.extract(plan)
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)

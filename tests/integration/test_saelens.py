@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from components.sae.artifact import load_sae, sae_files
-from components.sae.relu import ReLUSAE
+from components.interop.saelens import load_saelens, saelens_files
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 
 pytestmark = pytest.mark.integration
 
@@ -33,15 +33,15 @@ print(type(sae).__name__, sae.cfg.metadata.hook_name)
 
 
 def test_saelens_loads_the_artifact_and_computes_the_same(saelens: Path, tmp_path: Path):
-    sae = ReLUSAE(24, 96)
-    sae.initialise(0.5, seed=0)
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=96, decoder_init_norm=0.5), 24)
+    sae.initialise(seed=0)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     folder = tmp_path / "sae"
     folder.mkdir()
     metadata = {"model_name": "builtin/stdlib-llama", "hook_name": "resid_post.2", "context_size": 256, "prepend_bos": True}
-    for name, content in sae_files(sae.folded(0.4), metadata).items():
+    for name, content in saelens_files(sae.folded([0.4], [0.4]), metadata).items():
         (folder / name).write_bytes(content)
     x = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
@@ -50,7 +50,7 @@ def test_saelens_loads_the_artifact_and_computes_the_same(saelens: Path, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["StandardSAE", "resid_post.2"]
     result = np.load(tmp_path / "x.npy.out.npz")
-    ours = load_sae(folder, torch.device("cpu"))
+    ours = load_saelens(folder, torch.device("cpu"))
     features = ours.encode(torch.tensor(x))
     np.testing.assert_allclose(result["features"], features, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(result["reconstruction"], ours.decode(features), rtol=1e-5, atol=1e-5)

@@ -18,9 +18,9 @@ import torch
 
 from components import steps
 from components.corpus.tokens import read_sequences
+from components.interop.saelens import load_saelens
 from components.run.config import parse_config
 from components.run.planning import Plan
-from components.sae.saelens import load_saelens
 
 pytestmark = pytest.mark.integration
 
