@@ -40,7 +40,7 @@ from components.hardware import keep_freed_memory
 from components.language_model.hook_points import capture
 from components.language_model.loading import forward_inputs, load_model
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 
 BUILTIN = Path(__file__).parent.parent / "components" / "language_model" / "builtin" / "stdlib-llama"
 ROWS_PER_GROUP, ROWS_PER_SHARD = 8_192, 65_536
@@ -65,7 +65,7 @@ def main() -> None:
 # extraction
 
 
-def gpt2_plan(folder: Path, tokens: int, width: int = 768, layers: int = 12, **activations: Any) -> Plan:
+def gpt2_plan(folder: Path, tokens: int, width: int = 768, layers: int = 12, **activations: Any) -> Specification:
     """A GPT-2 with random weights and the tokenizer that ships, on the standard library, stored after half of its blocks."""
     import shutil
 
@@ -88,7 +88,7 @@ def gpt2_plan(folder: Path, tokens: int, width: int = 768, layers: int = 12, **a
             **activations,
         },
     }  # fmt: skip
-    return Plan(parse_config(tree))
+    return resolve(parse_config(tree))
 
 
 def extraction_overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -325,7 +325,7 @@ def peak_memory(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def epoch_of(plan: Plan) -> None:
+def epoch_of(plan: Specification) -> None:
     manifest = plan.dataset_manifest()
     assert manifest is not None
     reader = ActivationReader(

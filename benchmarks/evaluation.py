@@ -25,7 +25,7 @@ from components.hardware import keep_freed_memory
 from components.interop.saelens import load_saelens
 from components.language_model.loading import load_model, load_tokenizer
 from components.run.config import load_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--cpu-time", action="store_true", help="this process's time on the CPU: for a machine with other work")
     arguments = parser.parse_args()
     keep_freed_memory()
-    plan = Plan(load_config(arguments.config, arguments.overrides))
+    plan = resolve(load_config(arguments.config, arguments.overrides))
     device, settings = plan.device, plan.config.evaluation
     manifest = plan.token_manifest()
     assert manifest is not None, "run `sae extract` and `sae train` first"

@@ -12,8 +12,9 @@ import itertools
 import json
 
 from components import steps
+from components.run.checks import check
 from components.run.config import load_config
-from components.run.planning import Plan, check
+from components.run.specification import resolve
 from components.settings import digest
 from components.tracking.runs import PARENT_TAG, tracked_run
 
@@ -30,11 +31,11 @@ def main() -> None:
     grid = {"lambda": arguments.coefficients, "learning_rate": arguments.rates}
     base = load_config(arguments.config, arguments.overrides)
     name = f"sweep of {base.name}"
-    identity = digest([name, grid, Plan(base).run_digest])
+    identity = digest([name, grid, resolve(base).run_digest])
     with tracked_run(base.tracking, base.storage.root, name, identity, grid, {"sae.kind": "sweep"}) as parent:
         for coefficient, rate in itertools.product(arguments.coefficients, arguments.rates):
             point = [f"sae.sparsity_coefficient={coefficient}", f"training.learning_rate={rate}"]
-            plan = Plan(load_config(arguments.config, [*arguments.overrides, *point]))
+            plan = resolve(load_config(arguments.config, [*arguments.overrides, *point]))
             check(plan)
             steps.extract(plan)
             with steps.tracked(plan, {PARENT_TAG: parent.run_id}) as child:

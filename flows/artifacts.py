@@ -10,7 +10,7 @@ from typing import Any
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from components import steps
-from components.run.planning import Plan
+from components.run.specification import Specification
 
 # Under `components`, whose logs the flow run's page shows.
 logger = logging.getLogger("components.flows")
@@ -26,10 +26,10 @@ def _for_show() -> Iterator[None]:
 
 
 @_for_show()
-def mlflow_run(plan: Plan, run_id: str, address: str | None) -> None:
+def mlflow_run(run: Specification, run_id: str, address: str | None) -> None:
     """The MLflow run: a link where there is a server, its name where there is a database. MLflow's run names the flow run
     in turn."""
-    rows = {"MLflow run": run_id, "activation dataset": plan.dataset_digest, "SAE": plan.sae_digest}
+    rows = {"MLflow run": run_id, "activation dataset": run.dataset_digest, "SAE": run.sae_digest}
     text = "\n".join(f"- {name}: `{value}`" for name, value in rows.items())
     if address is None:
         create_markdown_artifact(text, key="mlflow-run")
@@ -38,7 +38,7 @@ def mlflow_run(plan: Plan, run_id: str, address: str | None) -> None:
 
 
 @_for_show()
-def verdict(plan: Plan, summary: dict[str, Any]) -> None:
+def verdict(run: Specification, summary: dict[str, Any]) -> None:
     """The version and its alias; its metrics beside those of the champion that it was measured against; the gates."""
     rows = {
         "model version": f"models:/{summary['registered_model']}/{summary['model_version']}",
@@ -46,7 +46,7 @@ def verdict(plan: Plan, summary: dict[str, Any]) -> None:
         "alias": f"{summary['alias']}: {summary['alias_reason']}",
     }
     create_markdown_artifact("\n".join(f"- {name}: `{value}`" for name, value in rows.items()), key="model-version")
-    compared = steps.comparison(plan, summary)
+    compared = steps.comparison(run, summary)
     against = "there was no champion" if compared["champion"] is None else f"against version {compared['champion']}"
     name = f"{summary['registered_model']} version {summary['model_version']}"
     create_table_artifact(compared["metrics"], key="metrics", description=f"{name}, {against}")

@@ -9,14 +9,15 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from components import steps
-from components.evaluation.job import EvaluationWork, Span
+from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.measurements import baseline_spans, sae_spans
 from components.evaluation.reference import Reference
 from components.evaluation.results import active_features
 from components.evaluation.span_totals import SpanSums, merged
 from components.hardware import resolve_device
+from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.planning import Plan, check, pinned
+from components.run.specification import Specification, resolve
 from flows.mapping import RETRIED, devices, finished, task_runner
 from flows.runs import begin
 
@@ -24,27 +25,27 @@ from flows.runs import begin
 
 
 @task(name="measure-alone", cache_policy=NO_CACHE, **RETRIED)
-def measure_alone(config: RunConfig) -> dict[str, Any]:
-    """SAE artifact -> its metrics on held-out documents; a single worker keeps the language model from pass to pass."""
-    return steps.evaluate(Plan(config))
+def measure_alone(specification: str) -> dict[str, Any]:
+    """SAE artifact -> its metrics on held-out documents, by one worker."""
+    return steps.evaluate(Specification.from_json(specification))
 
 
 @task(name="reference", cache_policy=NO_CACHE, **RETRIED)
-def measure_reference(work: EvaluationWork, device: str) -> Reference:
+def measure_reference(job: EvaluationJob, device: str) -> Reference:
     """Training text -> language model -> the mean, the typical norm, the directions that vary most."""
-    return steps.evaluation_reference(work, resolve_device(device))
+    return steps.evaluation_reference(job, resolve_device(device))
 
 
 @task(name="measure", cache_policy=NO_CACHE, **RETRIED)
-def measure(work: EvaluationWork, mean: Tensor, limit: float | None, device: str, span: Span) -> SpanSums:
+def measure(job: EvaluationJob, mean: Tensor, limit: float | None, device: str, span: Span) -> SpanSums:
     """A span of held-out text -> language model with the SAE in it -> sums."""
-    return steps.measure_span(work, mean, limit, resolve_device(device), span)
+    return steps.measure_span(job, mean, limit, resolve_device(device), span)
 
 
 @task(name="baselines", cache_policy=NO_CACHE, **RETRIED)
-def measure_baselines(work: EvaluationWork, reference: Reference, l0: float, device: str, span: Span) -> SpanSums:
+def measure_baselines(job: EvaluationJob, reference: Reference, l0: float, device: str, span: Span) -> SpanSums:
     """A span of held-out text -> language model with each baseline in it -> sums."""
-    return steps.measure_baselines(work, reference, l0, resolve_device(device), span)
+    return steps.measure_baselines(job, reference, l0, resolve_device(device), span)
 
 
 @flow(name="evaluate", flow_run_name="{config.name}")
@@ -55,34 +56,38 @@ def evaluate(config: RunConfig, sae: str | None = None) -> dict[str, Any]:
     alone measures it.
     """
     begin()
-    config = pinned(config)
-    plan = Plan(config)
-    check(plan)
-    if sae is not None:
-        return steps.evaluate_given(plan, sae)
-    work = steps.evaluation_work(plan)
-    record = plan.evaluation_record()
+    run = resolve(config)
+    check(run)
+    return steps.evaluate_given(run, sae) if sae is not None else evaluated(run)
+
+
+def evaluated(run: Specification) -> dict[str, Any]:
+    """Address and evaluation record, by workers on the task runner that the configuration names."""
+    runner = task_runner(run.config.execution)
+    return _evaluate.with_options(task_runner=runner)(run.config.name, run.to_json())
+
+
+@flow(name="spans", flow_run_name="{name}")
+def _evaluate(name: str, specification: str) -> dict[str, Any]:
+    run = Specification.from_json(specification)
+    job = steps.evaluation_job(run)
+    record = run.evaluation_record()
     if record is None:
-        alone = config.execution.runner == "threads" and config.execution.workers == 1
-        record = measure_alone(config) if alone else _by_workers(plan, work)
-    return {"url": plan.sae_url, **record}
+        alone = run.config.execution.runner == "threads" and run.config.execution.workers == 1
+        record = measure_alone(specification) if alone else _by_workers(run, job)
+    return {"url": run.sae_url, **record}
 
 
-def evaluate_on_its_runner(config: RunConfig, sae: str | None = None) -> dict[str, Any]:
-    """The flow `evaluate` with the task runner that the configuration names."""
-    return evaluate.with_options(task_runner=task_runner(config.execution))(config, sae)
-
-
-def _by_workers(plan: Plan, work: EvaluationWork) -> dict[str, Any]:
-    settings, name, workers = work.settings, plan.config.device, plan.config.execution.workers
-    sent = unmapped(work)
-    reference = measure_reference.submit(work, name).result()
+def _by_workers(run: Specification, job: EvaluationJob) -> dict[str, Any]:
+    settings, name, workers = job.settings, run.config.device, run.config.execution.workers
+    sent = unmapped(job)
+    reference = measure_reference.submit(job, name).result()
     limit = settings.norm_limit(reference.median_norm)
-    spans = sae_spans(settings, work.text, workers)
+    spans = sae_spans(settings, job.text, workers)
     measured = merged(finished(measure.map(sent, unmapped(reference.mean), unmapped(limit), devices(name, len(spans)), spans)))
     l0 = active_features(settings, measured)
-    spans = baseline_spans(settings, work.text, workers)
+    spans = baseline_spans(settings, job.text, workers)
     compared = finished(
         measure_baselines.map(sent, unmapped(reference), unmapped(l0), devices(name, len(spans)), spans) if spans else []
     )
-    return steps.finish_evaluation(plan, measured, merged(compared) if compared else None)
+    return steps.finish_evaluation(run, measured, merged(compared) if compared else None)

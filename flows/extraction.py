@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from prefect import flow, task, unmapped
@@ -12,8 +11,9 @@ from components import steps, storage
 from components.activations.dataset import extraction
 from components.activations.dataset.job import Extraction
 from components.hardware import resolve_device
+from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.planning import Plan, check, pinned
+from components.run.specification import Specification, resolve
 from flows.mapping import RETRIED, devices, finished, shares, task_runner
 from flows.runs import begin
 
@@ -21,9 +21,9 @@ from flows.runs import begin
 
 
 @task(name="tokens", cache_policy=NO_CACHE, **RETRIED)
-def prepare_tokens(config: RunConfig) -> dict[str, Any]:
+def prepare_tokens(specification: str) -> dict[str, Any]:
     """Corpus -> token dataset; its manifest."""
-    return steps.prepare_tokens(Plan(config))
+    return steps.prepare_tokens(Specification.from_json(specification))
 
 
 @task(name="scatter", cache_policy=NO_CACHE, **RETRIED)
@@ -42,16 +42,20 @@ def shuffle(work: Extraction, buckets: range) -> None:
 def extract(config: RunConfig) -> int:
     """From a corpus to an activation dataset; the number of stored tokens."""
     begin()
-    config = pinned(config)
-    plan = Plan(config)
-    check(plan, only_data=True)
-    work = plan.extraction(prepare_tokens(config))
+    run = resolve(config)
+    check(run, only_data=True)
+    return extracted(run)
+
+
+@flow(name="chunks-and-shards", flow_run_name="{name}")
+def _extract(name: str, specification: str) -> int:
+    run = Specification.from_json(specification)
+    config, work = run.config, run.extraction(prepare_tokens(specification))
     with storage.exclusive(work.url):
         manifest = extraction.finish(work)
         if manifest is None:
             extraction.prepare(work)
-            workers = config.execution.workers
-            sent = unmapped(dataclasses.replace(work, source=dataclasses.replace(work.source)))  # without what is cached
+            workers, sent = config.execution.workers, unmapped(work)
             chunks = shares(work.chunks, workers)
             finished(scatter.map(sent, devices(config.device, len(chunks)), chunks))
             finished(shuffle.map(sent, shares(work.buckets, workers)))
@@ -59,6 +63,7 @@ def extract(config: RunConfig) -> int:
     return manifest.tokens
 
 
-def extract_on_its_runner(config: RunConfig) -> int:
-    """The flow `extract` with the task runner that the configuration names."""
-    return extract.with_options(task_runner=task_runner(config.execution))(config)
+def extracted(run: Specification) -> int:
+    """The number of stored tokens, by workers on the task runner that the configuration names."""
+    runner = task_runner(run.config.execution)
+    return _extract.with_options(task_runner=runner)(run.config.name, run.to_json())

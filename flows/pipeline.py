@@ -11,11 +11,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from components import steps
+from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.planning import Plan, check, pinned
+from components.run.specification import Specification, resolve
 from flows import artifacts
-from flows.evaluation import evaluate_on_its_runner
-from flows.extraction import extract_on_its_runner, prepare_tokens
+from flows.evaluation import evaluated
+from flows.extraction import extracted, prepare_tokens
 from flows.mapping import RETRIED
 from flows.promotion import announce
 from flows.runs import begin, lineage_tags
@@ -25,34 +26,46 @@ from flows.training import train
 
 
 @task(name="register", cache_policy=NO_CACHE, **RETRIED)
-def register(config: RunConfig, run: Any) -> dict[str, Any]:
+def register(specification: str, open_run: Any) -> dict[str, Any]:
     """SAE artifact and metrics -> a model version with an alias; version, alias and reason."""
-    return steps.register(Plan(config), run)
+    return steps.register(Specification.from_json(specification), open_run)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}")
 def pipeline(config: RunConfig) -> dict[str, Any]:
     """From a corpus to a registered SAE; the summary of the run."""
     begin()
-    config = pinned(config)
-    plan = Plan(config)
-    check(plan)
+    run = resolve(config)
+    check(run)
+    return line(run)
+
+
+@flow(name="pipeline", flow_run_name="{name}")
+def pipeline_of(name: str, specification: str) -> dict[str, Any]:
+    """`pipeline` of a run that is resolved and checked already."""
+    begin()
+    return line(Specification.from_json(specification))
+
+
+def line(run: Specification) -> dict[str, Any]:
+    """All steps, within a flow run."""
     seconds: dict[str, float] = {}
-    with steps.tracked(plan, lineage_tags()) as run:
-        artifacts.mlflow_run(plan, run.run_id, run.address)
+    sent = run.to_json()
+    with steps.tracked(run, lineage_tags()) as open_run:
+        artifacts.mlflow_run(run, open_run.run_id, open_run.address)
         with _timed(seconds, "tokens"):
-            prepare_tokens(config)
+            prepare_tokens(sent)
         with _timed(seconds, "extract"):
-            extract_on_its_runner(config)
+            extracted(run)
         with _timed(seconds, "train"):
-            train(config, run.add_points)
+            train(sent, open_run.add_points)
         with _timed(seconds, "evaluate"):
-            evaluate_on_its_runner(config)
+            evaluated(run)
         with _timed(seconds, "register"):
-            outcome = register(config, run)
-        announce(config, outcome)
-    summary = steps.summary(plan, {"mlflow_run": run.run_id, **outcome}, seconds, reused=False)
-    artifacts.verdict(plan, summary)
+            outcome = register(sent, open_run)
+        announce(run, outcome)
+    summary = steps.summary(run, {"mlflow_run": open_run.run_id, **outcome}, seconds, reused=False)
+    artifacts.verdict(run, summary)
     return summary
 
 

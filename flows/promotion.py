@@ -7,15 +7,14 @@ from typing import Any
 from prefect.events import emit_event
 
 from components import steps
-from components.run.config import RunConfig
-from components.run.planning import Plan
+from components.run.specification import Specification
 
 PROMOTED = "sae.champion.promoted"
 
 
-def announce(config: RunConfig, summary: dict[str, Any]) -> None:
+def announce(run: Specification, summary: dict[str, Any]) -> None:
     """The event `sae.champion.promoted`, once for each version that became champion; its payload is what a deployment needs."""
-    if not steps.is_news(Plan(config), summary):
+    if not steps.is_news(run, summary):
         return
     name, version = summary["registered_model"], summary["model_version"]
     resource = {
@@ -29,6 +28,6 @@ def announce(config: RunConfig, summary: dict[str, Any]) -> None:
         "model_uri": f"models:/{name}/{version}",
         "reason": summary["alias_reason"],
         # Without what belongs to the machine: the worker's own defaults apply.
-        "config": config.model_dump(mode="json", exclude={"execution", "storage"}),
+        "config": run.config.model_dump(mode="json", exclude={"execution", "storage"}),
     }
     emit_event(PROMOTED, resource=resource, payload=payload)

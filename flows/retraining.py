@@ -9,13 +9,13 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
-from components import steps
 from components.run import staleness
+from components.run.checks import check
 from components.run.config import RunConfig, load_config
-from components.run.planning import Plan, check, pinned
+from components.run.specification import resolve
 from components.settings import UserError
 from flows import artifacts
-from flows.pipeline import pipeline
+from flows.pipeline import line
 from flows.runs import begin
 
 NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refused", "Retrained"
@@ -26,31 +26,26 @@ NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refuse
 def retrain(
     config: RunConfig, force: bool = False, max_age_days: float | None = None, commit: str | None = None
 ) -> State[dict[str, Any]]:
-    """Train again if corpus, language model, code, configuration or age say so, or by `force`; activations are reused.
+    """Train again if corpus, language model, configuration, recipe or age say so, or by `force`; activations are reused.
 
     max_age_days: an SAE that is older is trained anew. commit: of the change that asks for it, a tag of the runs.
     Completes as `NothingToDo`, `Promoted` or `Refused`, with the reason.
     """
     begin()
-    config = pinned(config)
-    plan = Plan(config)
-    check(plan)
+    run = resolve(config)
+    check(run)
     # The same after a crash, when the run is started again and goes on with its SAE.
     word = str(flow_run.get_root_flow_run_id()).split("-")[0] if force else None
-    due = staleness.verdict(plan, word, max_age_days)
+    due = staleness.verdict(run, word, max_age_days)
     get_run_logger().info("%s: %s", config.name, due.reason)
     if due.standing is not None:
         if due.standing["alias"] == "champion":
             return Completed(name=NOTHING_TO_DO, message=due.reason)
         # Asked again, a refusal is still one.
-        artifacts.verdict(plan, due.standing)
+        artifacts.verdict(run, due.standing)
         return Completed(name=REFUSED, message=f"{due.reason}, and it stands refused: {due.standing['alias_reason']}")
-    again = config.model_copy(update={"rerun": due.rerun})
     with tags(*([f"commit:{commit[:12]}"] if commit else [])):
-        summary = pipeline(again)
-    address = steps.run_address(plan, summary["mlflow_run"])
-    artifacts.mlflow_run(Plan(again), summary["mlflow_run"], address)
-    artifacts.verdict(Plan(again), summary)
+        summary = line(run.repeated(due.rerun))
     version = f"{summary['registered_model']} version {summary['model_version']}"
     return Completed(
         name=PROMOTED if summary["alias"] == "champion" else REFUSED,

@@ -14,8 +14,9 @@ from prefect.concurrency.sync import concurrency
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from components import steps
+from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.planning import Plan, check, pinned
+from components.run.specification import Specification, resolve
 from components.training.job import Point
 from flows.mapping import RETRIED
 from flows.progress import training_progress
@@ -31,16 +32,16 @@ logger = logging.getLogger("components.flows")
 
 
 @task(name="train", cache_policy=NO_CACHE, **RETRIED)
-def train(config: RunConfig, on_points: Callable[[list[Point]], None]) -> str:
+def train(specification: str, on_points: Callable[[list[Point]], None]) -> str:
     """Activation dataset -> SAE artifact; the checksum of its weights."""
-    plan = Plan(config)
-    with _turn(config.execution.training_limit), training_progress(steps.training_tokens(plan)) as show:
+    run = Specification.from_json(specification)
+    with _turn(run.config.execution.training_limit), training_progress(steps.training_tokens(run)) as show:
 
         def both(points: list[Point]) -> None:
             on_points(points)
             show(points)
 
-        return str(steps.launch_training(plan, both).weights_sha256)
+        return str(steps.launch_training(run, both).weights_sha256)
 
 
 @contextmanager
@@ -78,9 +79,8 @@ def _acquired(limit: str) -> AbstractContextManager[None]:
 def train_sae(config: RunConfig) -> dict[str, Any]:
     """Activation dataset -> SAE artifact, in the MLflow run that `pipeline` would go on with."""
     begin()
-    config = pinned(config)
-    plan = Plan(config)
-    check(plan)
-    with steps.tracked(plan, lineage_tags()) as run:
-        weights = train(config, run.add_points)
-    return {"mlflow_run": run.run_id, "sae": plan.sae_url, "weights_sha256": weights}
+    run = resolve(config)
+    check(run)
+    with steps.tracked(run, lineage_tags()) as open_run:
+        weights = train(run.to_json(), open_run.add_points)
+    return {"mlflow_run": open_run.run_id, "sae": run.sae_url, "weights_sha256": weights}

@@ -10,9 +10,8 @@ from components.corpus.documents import Render
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """`identity` names the tokenizer's content; `encode` gives the token ids of each text, without BOS and EOS."""
+    """`encode` gives the token ids of each text, without BOS and EOS."""
 
-    identity: str
     encode: Callable[[list[str]], Sequence[Sequence[int]]]
     bos: int
     separator: int

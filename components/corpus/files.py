@@ -12,9 +12,8 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -26,31 +25,55 @@ from fsspec.implementations.local import LocalFileSystem
 
 from components.corpus.documents import Document, Render, document_from_row
 from components.corpus.settings import SourceSettings
-from components.settings import UserError, digest
+from components.settings import Settings, UserError, digest
 from components.storage import file_sha256, resolve
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".parquet")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _ROWS_PER_BATCH = 256
 _BUFFER_BYTES = 8 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusFile:
-    """A file of a corpus. `name` is relative to the path that named it, so that a corpus may move."""
+class ListedFile(Settings):
+    """A file of a corpus as it was when a run was resolved."""
 
     name: str
-    path: str
-    filesystem: AbstractFileSystem = field(compare=False)
-    info: dict[str, Any] = field(compare=False)
+    """Relative to the path that named it, so that a corpus may move."""
+    url: str
+    stamp: str
+    """Size and time of the last change on this machine, the store's ETag or the like elsewhere: another stamp, another file."""
+    fingerprint: str
+    """The content's hash on this machine; the store's own (ETag and size) elsewhere, which spares a download."""
 
     @property
-    def fingerprint(self) -> list[Any] | str:
-        """The content's hash on this machine; the store's own (ETag and size) elsewhere, which spares a download."""
-        if isinstance(self.filesystem, LocalFileSystem):
-            state = Path(self.path).stat()
-            return _local_sha256(self.path, state.st_size, state.st_mtime_ns)
-        etag = self.info.get("ETag") or self.info.get("etag")
-        return [etag.strip('"'), self.info["size"]] if etag else str(self.filesystem.ukey(self.path))
+    def path(self) -> str:
+        return str(resolve(self.url)[1])
+
+    def require_unchanged(self, where: str) -> None:
+        """A UserError at `where` for a file that is gone, or is another one than was listed."""
+        filesystem, path = resolve(self.url)
+        try:
+            stamp = _stamp(filesystem, path, filesystem.info(path))
+        except FileNotFoundError as error:
+            raise UserError(f"{where}: '{path}' vanished after this run began; put it back, or run again without it") from error
+        if stamp != self.stamp:
+            raise UserError(f"{where}: '{path}' changed after this run began; run again to read it as it is now")
+
+
+def _stamp(filesystem: AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
+    if isinstance(filesystem, LocalFileSystem):
+        state = Path(path).stat()
+        return f"{state.st_size} {state.st_mtime_ns}"
+    etag = info.get("ETag") or info.get("etag")
+    return f"{info['size']} {etag.strip(chr(34))}" if etag else str(filesystem.ukey(path))
+
+
+def listed_file(filesystem: AbstractFileSystem, path: str, name: str, info: dict[str, Any]) -> ListedFile:
+    stamp = _stamp(filesystem, path, info)
+    size, _, modified = stamp.partition(" ")
+    local = isinstance(filesystem, LocalFileSystem)
+    fingerprint = _local_sha256(path, int(size), int(modified)) if local else stamp
+    return ListedFile(name=name, url=filesystem.unstrip_protocol(path), stamp=stamp, fingerprint=fingerprint)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -58,12 +81,12 @@ def _local_sha256(path: str, size: int, modified: int) -> str:
     return file_sha256(Path(path))
 
 
-def find_files(paths: tuple[str, ...], where: str) -> list[CorpusFile]:
+def find_files(paths: tuple[str, ...], where: str) -> list[ListedFile]:
     """The files that paths, folders and patterns name, sorted by name; a UserError at `where` for one that names nothing.
 
     With several paths a name starts with the path's place in the list.
     """
-    found: dict[str, CorpusFile] = {}
+    found: dict[str, ListedFile] = {}
     for index, path in enumerate(paths):
         filesystem, bare = resolve(path)
         filesystem.invalidate_cache()
@@ -81,20 +104,39 @@ def find_files(paths: tuple[str, ...], where: str) -> list[CorpusFile]:
                 continue
             named += 1
             name = f"{prefix}{relative.as_posix()}"
-            found.setdefault(
-                filesystem.unstrip_protocol(match), CorpusFile(name=name, path=match, filesystem=filesystem, info=info)
-            )
+            url = filesystem.unstrip_protocol(match)
+            if url not in found:
+                found[url] = listed_file(filesystem, match, name, info)
         if not named:
             raise UserError(f"{where}: '{path}' names no file; give an existing file, folder or glob pattern")
     return sorted(found.values(), key=lambda file: file.name)
 
 
-def files_identity(files: list[CorpusFile]) -> dict[str, Any]:
+def find_images(paths: tuple[str, ...]) -> tuple[ListedFile, ...]:
+    """The image and Parquet files that paths, folders and patterns name, named by their URLs, sorted."""
+    found: dict[str, ListedFile] = {}
+    for path in paths:
+        filesystem, bare = resolve(path)
+        names = filesystem.find(bare) if filesystem.isdir(bare) else [n for n in filesystem.glob(bare) if filesystem.isfile(n)]
+        matches = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not matches:
+            raise UserError(
+                f"corpus.paths: '{path}' names no image; accepted are files, folders and patterns with "
+                f"{', '.join(IMAGE_SUFFIXES)}"
+            )
+        for match in matches:
+            url = filesystem.unstrip_protocol(match)
+            found[url] = listed_file(filesystem, match, url, filesystem.info(match))
+    return tuple(found[url] for url in sorted(found))
+
+
+def files_identity(files: Sequence[ListedFile]) -> dict[str, Any]:
     return {"files": len(files), "content": digest([[file.name, file.fingerprint] for file in files])}
 
 
-def read_file(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+def read_file(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     """The documents of one file, in its order; `where` is the source's place in the configuration."""
+    file.require_unchanged(f"{where}.paths")
     try:
         if file.name.endswith(".parquet"):
             yield from _read_parquet(file, source, where, render)
@@ -129,7 +171,7 @@ def _is_jsonl(name: str) -> bool:
     return any(name.endswith(".jsonl" + compression) for compression in ("", *_COMPRESSIONS))
 
 
-def _read_jsonl(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+def _read_jsonl(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -146,11 +188,12 @@ def _read_jsonl(file: CorpusFile, source: SourceSettings, where: str, render: Re
                 yield document
 
 
-def _read_parquet(file: CorpusFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+def _read_parquet(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     setting = "text_column" if source.messages_column is None else "messages_column"
     column = source.messages_column or source.text_column
     # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
-    with pq.ParquetFile(file.path, filesystem=file.filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
+    filesystem, path = resolve(file.url)
+    with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
         names = table.schema_arrow.names
         if column not in names:
             raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")
@@ -164,9 +207,10 @@ def _read_parquet(file: CorpusFile, source: SourceSettings, where: str, render: 
 
 
 @contextmanager
-def _opened(file: CorpusFile) -> Iterator[IO[str]]:
+def _opened(file: ListedFile) -> Iterator[IO[str]]:
     """The file as text, decompressed by its suffix. A file that ends too early raises EOFError."""
-    with file.filesystem.open(file.path, "rb") as raw:
+    filesystem, path = resolve(file.url)
+    with filesystem.open(path, "rb") as raw:
         suffix = PurePosixPath(file.name).suffix
         stream: Any = raw
         if suffix == ".gz":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from components.corpus.documents import Document, Render, document_from_row
-from components.corpus.files import files_identity, find_files
+from components.corpus.files import ListedFile, find_files
 from components.corpus.settings import SourceSettings
 from components.settings import UserError, is_commit
 
@@ -20,22 +20,22 @@ def is_local_dataset(source: SourceSettings) -> bool:
     return Path(source.dataset).expanduser().exists()
 
 
-def huggingface_identity(source: SourceSettings, where: str) -> dict[str, Any]:
-    """What decides the rows: the files' contents for a local dataset, a commit for one of the Hub."""
-    selection = {"subset": source.subset, "dataset_split": source.dataset_split}
-    if is_local_dataset(source):
-        return {**files_identity(find_files((source.dataset,), f"{where}.dataset")), **selection}
-    return {"dataset": source.dataset, "commit": huggingface_commit(source, where), **selection}
+def read_huggingface(
+    source: SourceSettings, where: str, render: Render | None, files: Sequence[ListedFile]
+) -> Iterator[Document]:
+    """Rows in the dataset's own order, since it is streamed.
 
-
-def read_huggingface(source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
-    """Rows in the dataset's own order, since it is streamed."""
+    files: of a local dataset, as they were listed. `datasets` looks into the folder itself, so what it holds is compared with
+    them afterwards: a UserError where it is no longer the same.
+    """
     rows = _local_rows(source, where) if is_local_dataset(source) else _hub_rows(source, where)
     title = Path(source.dataset).name if is_local_dataset(source) else source.dataset
     for number, row in enumerate(rows):
         document = document_from_row(row, f"{title}/{source.dataset_split}:{number}", source, where, render)
         if document is not None:
             yield document
+    if is_local_dataset(source) and list(files) != find_files((source.dataset,), f"{where}.dataset"):
+        raise UserError(f"{where}.dataset: the files of '{source.dataset}' changed after this run began; run again")
 
 
 def huggingface_commit(source: SourceSettings, where: str) -> str:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components import storage
+from components.corpus.files import ListedFile
 from components.corpus.packing import SPECIAL
 from components.corpus.settings import CorpusSettings
-from components.corpus.tokenization import SPLITS
-from components.corpus.tokens import SCHEMA_VERSION
-from components.settings import UserError, digest
+from components.corpus.tokenization import SCHEMA_VERSION, SPLITS
+from components.settings import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".parquet")
 _SHARD_BYTES = 64 << 20
 _SHARD_IMAGES = 4096
 
@@ -48,26 +46,15 @@ class ImageLayout:
         return len(self.tokens)
 
 
-def image_identity(settings: CorpusSettings, layout_identity: str, seed: int) -> dict[str, Any]:
-    """Everything that decides the bytes of an image dataset. A UserError when the corpus is not there."""
-    files = [[url, _fingerprint(url)] for url in _image_files(settings.paths)]
-    return {
-        "kind": "tokens",
-        "schema_version": SCHEMA_VERSION,
-        "corpus": {
-            "source": "images",
-            "files": len(files),
-            "content": digest(files),
-            "image_column": settings.image_column,
-            "prompt": settings.prompt,
-        },
-        "tokenizer": layout_identity,
-        "seed": seed,
-        **settings.model_dump(include={"held_out_fraction", "train_tokens", "held_out_tokens"}),
-    }
-
-
-def prepare_images(settings: CorpusSettings, layout: ImageLayout, seed: int, url: str) -> dict[str, Any]:
+def prepare_images(
+    settings: CorpusSettings,
+    files: Sequence[ListedFile],
+    layout: ImageLayout,
+    seed: int,
+    url: str,
+    digest: str,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
     """Write the image dataset at `url` unless it is there, and return its manifest.
 
     Images are read in a hashed order; copies of an image and files that are no readable image are left out. Memory: a
@@ -83,7 +70,7 @@ def prepare_images(settings: CorpusSettings, layout: ImageLayout, seed: int, url
     seen: set[bytes] = set()
     unreadable: list[str] = []
     rows: list[tuple[Any, ...]] = []
-    for name, content in _read_images(settings, seed):
+    for name, content in _read_images(settings, files, seed):
         size = _size(content)
         if size is None:
             unreadable.append(name)
@@ -109,10 +96,9 @@ def prepare_images(settings: CorpusSettings, layout: ImageLayout, seed: int, url
         columns = [pa.array(column) for column in zip(*rows, strict=True)]
         pq.write_table(pa.table(columns, schema=_DOCUMENT_SCHEMA), path, compression="zstd")
     storage.sweep(url)
-    identity = image_identity(settings, layout.identity, seed)
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "digest": digest(identity),
+        "digest": digest,
         "identity": identity,
         "context_length": len(layout),
         "documents": len(rows),
@@ -192,29 +178,14 @@ _DOCUMENT_SCHEMA = pa.schema(
 )
 
 
-def _image_files(paths: tuple[str, ...]) -> list[str]:
-    """The image and Parquet files that paths, folders and patterns name, as URLs, sorted."""
-    found: set[str] = set()
-    for path in paths:
-        filesystem, bare = storage.resolve(path)
-        names = filesystem.find(bare) if filesystem.isdir(bare) else [n for n in filesystem.glob(bare) if filesystem.isfile(n)]
-        matches = [name for name in names if name.lower().endswith(SUFFIXES)]
-        if not matches:
-            raise UserError(
-                f"corpus.paths: '{path}' names no image; accepted are files, folders and patterns with {', '.join(SUFFIXES)}"
-            )
-        found.update(filesystem.unstrip_protocol(match) for match in matches)
-    return sorted(found)
-
-
-def _read_images(settings: CorpusSettings, seed: int) -> Iterator[tuple[str, bytes]]:
+def _read_images(settings: CorpusSettings, files: Sequence[ListedFile], seed: int) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of every image, files in an order that depends on `seed` and their names alone."""
-    urls = _image_files(settings.paths)
-    for url in sorted(urls, key=lambda url: blake2b(f"{seed}:{url}".encode(), digest_size=8).digest()):
-        if url.lower().endswith(".parquet"):
-            yield from _read_parquet(url, settings.image_column)
+    for file in sorted(files, key=lambda file: blake2b(f"{seed}:{file.url}".encode(), digest_size=8).digest()):
+        file.require_unchanged("corpus.paths")
+        if file.url.lower().endswith(".parquet"):
+            yield from _read_parquet(file.url, settings.image_column)
         else:
-            yield url, storage.read_bytes(url)
+            yield file.url, storage.read_bytes(file.url)
 
 
 def _read_parquet(url: str, column: str) -> Iterator[tuple[str, bytes]]:
@@ -245,9 +216,3 @@ def _size(content: bytes) -> tuple[int, int] | None:
             return image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-
-
-def _fingerprint(url: str) -> str:
-    """The content's hash on this machine; the store's own key (ETag) elsewhere, which spares a download."""
-    filesystem, path = storage.resolve(url)
-    return storage.file_sha256(Path(path)) if storage.is_local(url) else str(filesystem.ukey(path))

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any
 
 from components.corpus.documents import Document, Render
-from components.corpus.files import files_identity, find_files, read_file
-from components.corpus.huggingface import huggingface_commit, huggingface_identity, is_local_dataset, read_huggingface
+from components.corpus.files import ListedFile, files_identity, find_files, find_images, read_file
+from components.corpus.huggingface import huggingface_commit, is_local_dataset, read_huggingface
 from components.corpus.settings import CorpusSettings, MixtureSourceSettings, SourceSettings
 from components.corpus.standard_library import read_standard_library, standard_library_files
-from components.settings import UserError, digest
-from components.storage import file_sha256
+from components.settings import Settings, UserError
 
 
-def corpus_identity(settings: CorpusSettings) -> dict[str, Any]:
-    """What decides the documents, as plain JSON: content hashes for files, a commit for a Hub dataset.
+class ListedSource(Settings):
+    """A source as it was when a run was resolved."""
 
-    Raises a UserError when the corpus is not there.
-    """
-    identities = [source_identity(source, field) for field, source in settings.sources]
+    content: dict[str, Any]
+    """What decides its documents: content hashes for files, a commit for a Hub dataset."""
+    files: tuple[ListedFile, ...] = ()
+    """Of a source that is files on this machine or in a bucket; images likewise."""
+
+
+def list_corpus(settings: CorpusSettings) -> tuple[ListedSource, ...]:
+    """Every source, listed; a UserError when the corpus is not there."""
+    return tuple(_listed(source, field, settings) for field, source in settings.sources)
+
+
+def _listed(source: SourceSettings, field: str, settings: CorpusSettings) -> ListedSource:
+    """`field` is the source's place in the configuration."""
+    if source.source == "standard_library":
+        files = tuple(standard_library_files())
+        return ListedSource(content={"source": source.source, **files_identity(files)}, files=files)
+    if source.source == "images":
+        files = find_images(source.paths)
+        columns = {"image_column": settings.image_column, "prompt": settings.prompt}
+        return ListedSource(content={"source": source.source, **files_identity(files), **columns}, files=files)
+    if source.messages_column is None:
+        columns = {"text_column": source.text_column}
+    else:
+        columns = {"messages_column": source.messages_column, "chat_template": source.chat_template or ""}
+    if source.source == "files":
+        files = tuple(find_files(source.paths, f"{field}.paths"))
+        return ListedSource(content={"source": source.source, **files_identity(files), **columns}, files=files)
+    selection = {"subset": source.subset, "dataset_split": source.dataset_split}
+    if is_local_dataset(source):
+        files = tuple(find_files((source.dataset,), f"{field}.dataset"))
+        return ListedSource(content={"source": source.source, **files_identity(files), **selection, **columns}, files=files)
+    found = {"dataset": source.dataset, "commit": huggingface_commit(source, field)}
+    return ListedSource(content={"source": source.source, **found, **selection, **columns})
+
+
+def corpus_content(settings: CorpusSettings, sources: Sequence[ListedSource]) -> dict[str, Any]:
+    """What decides the documents of all sources together, as plain JSON."""
     if not settings.mixture:
-        return identities[0]
+        return sources[0].content
     shares = weights_to_shares(settings)
     names = [source.name for _, source in settings.sources]
-    return {
-        "mixture": [
-            {"name": name, "share": share, **identity} for name, share, identity in zip(names, shares, identities, strict=True)
-        ]
-    }
+    parts = zip(names, shares, sources, strict=True)
+    return {"mixture": [{"name": name, "share": share, **source.content} for name, share, source in parts]}
 
 
 def weights_to_shares(settings: CorpusSettings) -> list[float]:
@@ -37,34 +67,23 @@ def weights_to_shares(settings: CorpusSettings) -> list[float]:
     return [source.weight / total for _, source in settings.sources]
 
 
-def source_identity(source: SourceSettings, field: str) -> dict[str, Any]:
-    """As `corpus_identity`, of one source; `field` is its place in the configuration."""
-    if source.source == "standard_library":
-        files = [[name, file_sha256(path)] for name, path in standard_library_files()]
-        return {"source": source.source, "files": len(files), "content": digest(files)}
-    if source.messages_column is None:
-        columns = {"text_column": source.text_column}
-    else:
-        columns = {"messages_column": source.messages_column, "chat_template": source.chat_template or ""}
-    if source.source == "files":
-        return {"source": source.source, **files_identity(find_files(source.paths, f"{field}.paths")), **columns}
-    return {"source": source.source, **huggingface_identity(source, field), **columns}
-
-
-def read_documents(source: SourceSettings, field: str, seed: int, render: Render | None = None) -> Iterator[Document]:
+def read_documents(
+    source: SourceSettings, field: str, seed: int, render: Render | None = None, listed: ListedSource | None = None
+) -> Iterator[Document]:
     """Every document once, in an order that depends on `seed` and the files' names alone.
 
     Files are read in a hashed order, so that a budget of tokens takes a sample of the corpus and not its first
-    letters of the alphabet. A Hugging Face dataset is read in its own order, since it is streamed.
+    letters of the alphabet. A Hugging Face dataset is read in its own order, since it is streamed. listed: what is read, and
+    nothing that came later; the source as it is now where it is not given.
     """
+    files = (listed or _listed(source, field, CorpusSettings())).files
     if source.source == "huggingface":
-        yield from read_huggingface(source, field, render)
+        yield from read_huggingface(source, field, render, files)
     elif source.source == "files":
-        files = find_files(source.paths, f"{field}.paths")
         for file in sorted(files, key=lambda file: _hashed(seed, file.name)):
             yield from read_file(file, source, field, render)
     else:
-        yield from sorted(read_standard_library(), key=lambda document: _hashed(seed, document.name))
+        yield from sorted(read_standard_library(files), key=lambda document: _hashed(seed, document.name))
 
 
 def pinned(settings: CorpusSettings) -> CorpusSettings:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fsspec.implementations.local import LocalFileSystem
+
 from components.corpus.documents import Document
+from components.corpus.files import ListedFile, listed_file
 
 # Tests are repetitive fixtures, site-packages is whatever the user installed, and the codec tables of `encodings` are
 # hundreds of near-identical maps of numbers: a held-out table would be memorised from its twin in the training text.
@@ -19,8 +22,8 @@ STDLIB_EXCLUDED_FOLDERS = frozenset(
 STDLIB_EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
 
-def standard_library_files() -> list[tuple[str, Path]]:
-    """(name, path) of the source files of the running interpreter's standard library, sorted by name."""
+def standard_library_files() -> list[ListedFile]:
+    """The source files of the running interpreter's standard library, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     prefix = f"python{sys.version_info.major}.{sys.version_info.minor}"
     found = []
@@ -31,15 +34,17 @@ def standard_library_files() -> list[tuple[str, Path]]:
             if name.endswith(".py") and not name.startswith(STDLIB_EXCLUDED_PREFIXES):
                 path = Path(folder, name)
                 found.append((f"{prefix}/{path.relative_to(root).as_posix()}", path))
-    return sorted(found)
+    local = LocalFileSystem()
+    return [listed_file(local, str(path), name, {}) for name, path in sorted(found)]
 
 
-def read_standard_library() -> Iterator[Document]:
+def read_standard_library(files: Sequence[ListedFile] | None = None) -> Iterator[Document]:
     """The standard library's modules as documents; undecodable and empty files are left out."""
-    for name, path in standard_library_files():
+    for file in standard_library_files() if files is None else files:
+        file.require_unchanged("corpus.source")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = Path(file.path).read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few modules declare another encoding on purpose
             continue
         if text.strip():
-            yield Document(name=name, text=text)
+            yield Document(name=file.name, text=text)

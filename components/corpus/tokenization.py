@@ -23,9 +23,11 @@ from components.corpus.encoder import Encoder
 from components.corpus.mixture import Quotas
 from components.corpus.packing import Packer
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import read_documents, weights_to_shares
+from components.corpus.sources import ListedSource, read_documents, weights_to_shares
 from components.progress import progress
 
+SCHEMA_VERSION = 2
+"""Of the files of a token dataset."""
 SPLITS = ("train", "held_out")
 _SEQUENCES_PER_SHARD = 4096
 # A batch is large enough for a fast tokenizer to spread over the cores, and small enough to be held for every source.
@@ -50,7 +52,8 @@ class _Candidate:
 class Tokenization:
     """The work on one token dataset; `run` writes everything at `url` but the manifest."""
 
-    def __init__(self, settings: CorpusSettings, encoder: Encoder, seed: int, url: str) -> None:
+    def __init__(self, settings: CorpusSettings, encoder: Encoder, seed: int, url: str, listed: Sequence[ListedSource]) -> None:
+        self.listed = listed
         self.settings, self.encoder, self.seed, self.url = settings, encoder, seed, url
         self.budgets = {"train": settings.train_tokens, "held_out": settings.held_out_tokens}
         self.quotas = Quotas(weights_to_shares(settings), self.budgets)
@@ -104,7 +107,7 @@ class Tokenization:
     def _encoded(self, source: int, duplicates: Duplicates) -> Iterator[_Candidate]:
         """A source's documents with their tokens; those that are sure not to be taken are not encoded."""
         field, settings = self.settings.sources[source]
-        documents = read_documents(settings, field, self.seed, self.encoder.render)
+        documents = read_documents(settings, field, self.seed, self.encoder.render, self.listed[source])
         while batch := _batch(documents, self._batch_characters(source)):
             sides = [document.split(self.settings.held_out_fraction) for document in batch]
             open_ones = [

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,17 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components import storage
-from components.corpus.duplicates import near_duplicates_identity
 from components.corpus.encoder import Encoder
 from components.corpus.packing import PADDING, SPECIAL
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import corpus_identity, describe
-from components.corpus.tokenization import SPLITS, Tokenization
-from components.settings import UserError, digest
+from components.corpus.sources import ListedSource, describe, list_corpus
+from components.corpus.tokenization import SCHEMA_VERSION, SPLITS, Tokenization
+from components.settings import UserError
 
-__all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_sequences", "token_identity"]
-
-SCHEMA_VERSION = 2
+__all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_sequences"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,32 +50,24 @@ class Sequences:
         )
 
 
-def token_identity(settings: CorpusSettings, tokenizer_identity: str, seed: int) -> dict[str, Any]:
-    """Everything that decides the bytes of a token dataset."""
-    shape = settings.model_dump(
-        include={"held_out_fraction", "context_length", "packing", "bos", "train_tokens", "held_out_tokens"}
-    )
-    return {
-        "kind": "tokens",
-        "schema_version": SCHEMA_VERSION,
-        "corpus": corpus_identity(settings),
-        "near_duplicates": near_duplicates_identity(settings.near_duplicates),
-        "tokenizer": tokenizer_identity,
-        "seed": seed,
-        **shape,
-    }
-
-
-def prepare_tokens(settings: CorpusSettings, encoder: Encoder, seed: int, url: str) -> dict[str, Any]:
+def prepare_tokens(
+    settings: CorpusSettings,
+    encoder: Encoder,
+    seed: int,
+    url: str,
+    digest: str = "",
+    identity: Mapping[str, Any] | None = None,
+    sources: Sequence[ListedSource] | None = None,
+) -> dict[str, Any]:
     """Write the token dataset at `url` unless it is there, and return its manifest.
 
-    Raises a UserError when a split ends up with no tokens.
+    digest, identity: what names it. sources: what is read, as it was listed when the run was resolved; as it is now where it
+    is not given. Raises a UserError when a split ends up with no tokens.
     """
     manifest = storage.read_json_if_present(storage.join(url, "manifest.json"))
     if manifest is not None:
         return manifest
-    identity = token_identity(settings, encoder.identity, seed)
-    work = Tokenization(settings, encoder, seed, url)
+    work = Tokenization(settings, encoder, seed, url, list_corpus(settings) if sources is None else sources)
     splits = work.run()
     storage.sweep(url)
     for split, entry in splits.items():
@@ -88,8 +78,8 @@ def prepare_tokens(settings: CorpusSettings, encoder: Encoder, seed: int, url: s
             )
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "digest": digest(identity),
-        "identity": identity,
+        "digest": digest,
+        "identity": dict(identity or {}),
         "context_length": settings.context_length,
         "documents": work.documents,
         "splits": splits,

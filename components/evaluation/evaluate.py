@@ -20,34 +20,16 @@ from components.evaluation.settings import EvaluationSettings
 from components.evaluation.span_totals import merged
 from components.evaluation.token_classes import TokenClasses
 from components.language_model.hook_points import HookPoint
-from components.settings import digest
 
 __all__ = ["Autoencoder", "Evaluation", "HeldOut", "Reference", "TokenClasses", "evaluate", "reference_statistics"]
 
-# Raised when the same SAE and text would no longer give the same metrics.
-METRICS_VERSION = 2
 FILES = ("features.parquet", "report.html", "evaluation.json")
 
 
-def evaluation_identity(
-    settings: EvaluationSettings, weights_sha256: str, token_digest: str, model: dict[str, Any], hook_point: str
-) -> dict[str, Any]:
-    """Everything that decides the metrics (on one kind of device)."""
-    return {
-        "kind": "evaluation",
-        "metrics_version": METRICS_VERSION,
-        "weights": weights_sha256,
-        "tokens": token_digest,
-        "model": model,
-        "hook_point": hook_point,
-        "settings": settings.model_dump(mode="json", exclude={"batch_sequences"}),
-    }
-
-
-def read_evaluation(url: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The evaluation beside the artifact at `url`, None unless it is the one of `identity`."""
+def read_evaluation(url: str, digest: str) -> dict[str, Any] | None:
+    """The evaluation beside the artifact at `url`, None unless it is the one of that digest."""
     record = storage.read_json_if_present(storage.join(url, "evaluation.json"))
-    return record if record is not None and record["digest"] == digest(identity) else None
+    return record if record is not None and record["digest"] == digest else None
 
 
 def evaluate(
@@ -76,7 +58,7 @@ def evaluate(
 
 
 def write_evaluation(
-    url: str, identity: dict[str, Any], evaluation: Evaluation, device: torch.device, about: Mapping[str, Any]
+    url: str, digest: str, identity: dict[str, Any], evaluation: Evaluation, device: torch.device, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Put `features.parquet`, `report.html` and then `evaluation.json` beside the artifact at `url`; returns the record.
 
@@ -85,7 +67,7 @@ def write_evaluation(
     with storage.whole_file(storage.join(url, "features.parquet")) as path:
         pq.write_table(evaluation.features, path, compression="zstd")
     record = {
-        "digest": digest(identity),
+        "digest": digest,
         "identity": identity,
         "metrics": evaluation.metrics,
         "breakdown": evaluation.breakdown,

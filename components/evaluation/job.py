@@ -17,7 +17,7 @@ _SEQUENCES_AT_ONCE = 1_024
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationWork:
+class EvaluationJob:
     """All that a worker must know; it loads the language model and the SAE itself."""
 
     settings: EvaluationSettings

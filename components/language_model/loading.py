@@ -15,12 +15,13 @@ from components.corpus.documents import Render
 from components.corpus.encoder import Encoder
 from components.corpus.tokens import PADDING, Sequences
 from components.language_model.architectures import model_class
-from components.language_model.source import ModelSource, find_model, pinned
+from components.language_model.source import ModelSource, find_model
 from components.language_model.vision import pixel_values
 from components.settings import UserError
 
 __all__ = [
-    "ModelSource", "find_model", "forward_inputs", "load_encoder", "load_model", "load_tokenizer", "pinned", "require_runnable"
+    "ModelSource", "find_model", "forward_inputs", "kept_model", "load_encoder", "load_model", "load_tokenizer",
+    "require_runnable",
 ]  # fmt: skip
 
 
@@ -96,6 +97,21 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
+_kept: tuple[str, torch.nn.Module] | None = None
+
+
+def kept_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
+    """As `load_model`, which is asked only where the last one was another model or on another device: passes and spans of one
+    process share it."""
+    global _kept
+    key = f"{source.settings.model_dump_json()} {source.location} {source.commit} {device}"
+    with LOADING:
+        if _kept is None or _kept[0] != key:
+            _kept = None  # two would not fit
+            _kept = (key, load_model(source, device))
+        return _kept[1]
+
+
 def forward_inputs(source: ModelSource, sequences: Sequences, device: torch.device) -> dict[str, Tensor]:
     """What the model's forward takes for a block of sequences.
 
@@ -127,7 +143,6 @@ def load_encoder(source: ModelSource) -> Encoder:
         raise UserError(f"language_model.name: the tokenizer of '{source.settings.name}' has neither a BOS nor an EOS token")
 
     return Encoder(
-        identity=source.tokenizer_identity,
         encode=_encode_of(tokenizer),
         bos=bos,
         separator=separator,

@@ -213,12 +213,6 @@ def find_model(settings: LanguageModelSettings) -> ModelSource:
     return ModelSource(settings, settings.name, _hub_commit(settings))
 
 
-def pinned(settings: LanguageModelSettings) -> LanguageModelSettings:
-    """The same model with its Hub revision resolved to a commit, so that no later step can see another one."""
-    commit = find_model(settings).commit
-    return settings if commit is None else settings.model_copy(update={"revision": commit})
-
-
 def _hub_commit(settings: LanguageModelSettings) -> str:
     """The commit that a Hub revision stands for: asked of the Hub, or of its local cache where there is no network."""
     from huggingface_hub import HfApi, try_to_load_from_cache

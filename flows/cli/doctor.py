@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from components.doctor.check import Check
     from components.run.config import RunConfig
 
-_HEAVY = ("components.run.planning", "components.doctor.mlflow_server", "prefect.settings", "boto3")
+_HEAVY = ("components.run.estimate", "components.doctor.mlflow_server", "prefect.settings", "boto3")
 _PLAN_SECONDS = 12.0  # a large corpus is hashed by whoever plans with it first
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red", "skipped": "dim"}
 MaybeConfig = Annotated[
@@ -103,7 +103,8 @@ def _room(config: RunConfig, sized: bool) -> Iterator[Check]:
 def _planned(config: RunConfig, local: bool) -> Generator[Check, None, dict[str, Any] | None]:
     """What `sae plan` says; None, and why, where that fails or takes long."""
     from components.doctor.check import Check, explained
-    from components.run.planning import Plan, estimate, pinned
+    from components.run.estimate import estimate
+    from components.run.specification import resolve
     from components.settings import UserError
     from components.storage.retries import patience
 
@@ -115,7 +116,7 @@ def _planned(config: RunConfig, local: bool) -> Generator[Check, None, dict[str,
     def work() -> None:
         try:
             with patience(0):
-                outcome.append(estimate(Plan(pinned(config))))
+                outcome.append(estimate(resolve(config)))
         except Exception as error:
             outcome.append(error)
 

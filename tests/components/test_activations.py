@@ -29,7 +29,7 @@ from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import forward_inputs, load_model
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 
 CPU = torch.device("cpu")
@@ -46,9 +46,9 @@ def put_chunk(work: Extraction, model: torch.nn.Module, chunk: int) -> None:
 
 
 @pytest.fixture
-def plan(tiny_tree: dict) -> Plan:
+def plan(tiny_tree: dict) -> Specification:
     tiny_tree["activations"]["hook_points"] = ["resid_post.1", "mlp_out.0"]
-    return Plan(parse_config(tiny_tree))
+    return resolve(parse_config(tiny_tree))
 
 
 def values_of(table: pa.Table, hook_point: str, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -57,7 +57,7 @@ def values_of(table: pa.Table, hook_point: str, dtype: torch.dtype = torch.float
     return torch.frombuffer(bytearray(array.buffers()[1]), dtype=dtype).reshape(len(array), -1)
 
 
-def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Plan):
+def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Specification):
     manifest = steps.extract(plan)
     table = shards(plan.dataset_url)
     tokens = plan.token_manifest()
@@ -76,7 +76,7 @@ def test_every_counted_token_is_stored_once_with_the_models_activation(plan: Pla
         torch.testing.assert_close(stored, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_plain_pyarrow_and_pandas_read_what_the_manifest_says(plan: Plan):
+def test_plain_pyarrow_and_pandas_read_what_the_manifest_says(plan: Specification):
     manifest = steps.extract(plan)
     for shard in manifest.shards:
         path = Path(plan.dataset_url) / shard.name
@@ -95,7 +95,7 @@ def test_plain_pyarrow_and_pandas_read_what_the_manifest_says(plan: Plan):
     assert len(manifest.shards) == 3
 
 
-def test_mean_and_scale_are_those_of_the_stored_values(plan: Plan):
+def test_mean_and_scale_are_those_of_the_stored_values(plan: Specification):
     manifest = steps.extract(plan)
     values = values_of(shards(plan.dataset_url), "resid_post.1").double().numpy()
     column = manifest.column("resid_post.1")
@@ -107,7 +107,7 @@ def test_train_and_held_out_documents_are_disjoint(tiny_tree: dict):
     documents = {}
     for split in ("train", "held_out"):
         tiny_tree["activations"]["split"] = split
-        plan = Plan(parse_config(tiny_tree))
+        plan = resolve(parse_config(tiny_tree))
         steps.extract(plan)
         documents[split] = set(shards(plan.dataset_url)["document"].to_pylist())
         assert len(documents[split]) == plan.dataset_manifest().documents
@@ -116,7 +116,7 @@ def test_train_and_held_out_documents_are_disjoint(tiny_tree: dict):
     assert not documents["train"] & documents["held_out"]
 
 
-def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Plan, tmp_path: Path):
+def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Specification, tmp_path: Path):
     manifest = steps.extract(plan)
     work = plan.extraction(plan.token_manifest())
     settings = work.settings.model_copy(update={"sequences_per_chunk": 64})
@@ -129,7 +129,7 @@ def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Plan, tmp_p
     assert extraction.extract(other, CPU).shards == manifest.shards
 
 
-def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Plan, tmp_path: Path):
+def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Specification, tmp_path: Path):
     manifest = steps.extract(plan)
     again = dataclasses.replace(plan.extraction(plan.token_manifest()), url=str(tmp_path / "again"))
     model = load_model(plan.source, CPU)
@@ -140,7 +140,7 @@ def test_a_half_done_extraction_continues_and_leaves_nothing_behind(plan: Plan, 
     assert names == ["manifest.json", *(shard.name for shard in manifest.shards)]
 
 
-def test_two_processes_that_extract_the_same_dataset_both_end_with_it(plan: Plan, tmp_path: Path):
+def test_two_processes_that_extract_the_same_dataset_both_end_with_it(plan: Specification, tmp_path: Path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(plan.config.model_dump(mode="json")))
     command = [str(Path(sys.executable).parent / "sae"), "extract", str(config), "--json"]
@@ -164,7 +164,7 @@ def test_activations_that_do_not_fit_the_number_format_are_refused(tiny_tree: di
     tiny_tree["language_model"]["name"] = str(large)
     tiny_tree["activations"]["hook_points"] = ["resid_pre.0"]
     with pytest.raises(UserError, match=r"activations\.dtype.*float16.*bfloat16"):
-        steps.extract(Plan(parse_config(tiny_tree)))
+        steps.extract(resolve(parse_config(tiny_tree)))
 
 
 def test_a_manifest_of_another_schema_version_is_refused(tmp_path: Path):
@@ -184,7 +184,7 @@ def test_the_shuffle_is_a_uniform_permutation():
     assert (order_of(documents, positions, seed=2) != order).mean() > 0.99
 
 
-def reader(plan: Plan, **changes) -> ActivationReader:
+def reader(plan: Specification, **changes) -> ActivationReader:
     manifest = plan.dataset_manifest()
     values = {"url": plan.dataset_url, "manifest": manifest, "columns": ("resid_post.1",), "batch_size": 300, "seed": 0}
     return ActivationReader(**{**values, **changes})
@@ -195,7 +195,7 @@ def take(source: ActivationReader, count: int, start: int = 0, column: str = "re
         return [next(batches)[column].clone() for _ in range(count)]
 
 
-def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_order(plan: Plan):
+def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_order(plan: Specification):
     steps.extract(plan)
     source = reader(plan, batch_size=100)
     assert source.tokens == 6_000
@@ -210,7 +210,7 @@ def test_an_epoch_of_batches_holds_every_row_once_and_the_next_one_in_another_or
 
 
 @pytest.mark.parametrize("batch", [0, 1, 13, 19, 20, 21, 37])
-def test_reading_resumes_at_any_batch_with_any_number_of_threads(plan: Plan, batch: int):
+def test_reading_resumes_at_any_batch_with_any_number_of_threads(plan: Specification, batch: int):
     steps.extract(plan)
     whole = take(reader(plan, window_groups=3, threads=1), 40)
     rest = take(reader(plan, window_groups=3, threads=1 + batch % 5), 40 - batch, start=300 * batch)

@@ -25,7 +25,7 @@ def characters(texts: list[str]) -> list[list[int]]:
     return [[ord(character) for character in text] for text in texts]
 
 
-ENCODER = Encoder(identity="characters", encode=characters, bos=BOS, separator=END)
+ENCODER = Encoder(encode=characters, bos=BOS, separator=END)
 
 
 def settings(folder: Path, **more) -> CorpusSettings:

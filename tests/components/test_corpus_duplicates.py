@@ -17,7 +17,7 @@ from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings, NearDuplicateSettings
 from components.corpus.tokens import prepare_tokens, token_identity
 
-ENCODER = Encoder(identity="characters", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
+ENCODER = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
 RANDOM = np.random.default_rng(0)
 VOCABULARY = [f"word{number}" for number in range(5000)]
 

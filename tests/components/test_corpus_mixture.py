@@ -17,7 +17,7 @@ from components.corpus.tokens import prepare_tokens, read_sequences
 from components.run.config import flattened, load_config, parse_config
 from components.settings import UserError
 
-ENCODER = Encoder(identity="characters", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
+ENCODER = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
 
 
 @pytest.fixture

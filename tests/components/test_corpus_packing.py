@@ -48,9 +48,7 @@ def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, e
     random = np.random.default_rng(0)
     for number in range(60):
         (folder / f"{number}.txt").write_text(f"{number:02d}" + "x" * int(random.integers(0, 40)))
-    encoder = Encoder(
-        identity="c", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=bos_id, separator=eos_id
-    )
+    encoder = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=bos_id, separator=eos_id)
     chosen = CorpusSettings(
         source="files", paths=(str(folder),), held_out_fraction=0.3, context_length=CONTEXT, packing=packing, bos=bos,
         train_tokens=500, held_out_tokens=10**6,
@@ -80,7 +78,7 @@ def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, e
 def test_no_sequence_is_without_a_counted_token_however_short(tmp_path: Path):
     for number in range(9):
         (tmp_path / f"{number}.txt").write_text(f"{number}xy")  # BOS and separator stand alone in a sequence of two
-    encoder = Encoder(identity="c", encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
+    encoder = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
     chosen = CorpusSettings(
         source="files", paths=(str(tmp_path / "*.txt"),), held_out_fraction=0.4, context_length=2, bos="document"
     )

@@ -25,8 +25,9 @@ from components.corpus.settings import CorpusSettings
 from components.corpus.sources import corpus_identity, read_documents
 from components.language_model.loading import find_model, load_encoder, load_tokenizer
 from components.language_model.settings import LanguageModelSettings
+from components.run.checks import check
 from components.run.config import parse_config
-from components.run.planning import Plan, check
+from components.run.specification import resolve
 from components.settings import UserError
 
 TEXTS = [f"text {number}: " + "naïve 你好 🙂\n" * (number % 5) for number in range(30)]
@@ -317,7 +318,7 @@ def test_a_template_that_is_not_there_is_found_before_any_work(
     chosen = write_talks(tmp_path, "jsonl")
     tiny_tree["corpus"] |= {"paths": list(chosen.paths), "messages_column": "messages", "chat_template": template}
     with pytest.raises(UserError, match=message):
-        check(Plan(parse_config(tiny_tree)))
+        check(resolve(parse_config(tiny_tree)))
 
 
 def test_the_quick_way_to_encode_gives_the_tokenizers_own_ids(tiny_model: str):

@@ -19,7 +19,7 @@ from components.activations.dataset.manifest import Manifest, read_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.activations.dataset.values import DamagedDatasetError, Values
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 from components.settings import UserError
 from components.storage.cache import DiskCache
 
@@ -32,7 +32,7 @@ def tree(tiny_tree: dict) -> dict:
 
 @pytest.fixture
 def dataset(tree: dict) -> tuple[str, Manifest]:
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     return plan.dataset_url, steps.extract(plan)
 
 
@@ -51,7 +51,7 @@ def plain(url: str, manifest: Manifest) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_reader_gives_what_pyarrow_reads_in_every_format(tree: dict, compression: str, dtype: str):
     tree["activations"] |= {"compression": compression, "dtype": dtype}
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     manifest = steps.extract(plan)
     names = ("document", "position", "token", "resid_post.1", "mlp_out.0")
     reader = ActivationReader(url=plan.dataset_url, manifest=manifest, columns=names, batch_size=500, seed=3)
@@ -110,7 +110,7 @@ def test_memory_is_used_again_when_nobody_holds_it(dataset: tuple[str, Manifest]
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_a_token_is_found_by_document_and_position(tree: dict, compression: str):
     tree["activations"]["compression"] = compression
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     manifest = steps.extract(plan)
     rows = plain(plan.dataset_url, manifest)
     lookup = ActivationLookup(Values(plan.dataset_url, manifest))
@@ -228,7 +228,7 @@ def test_the_cache_keeps_to_its_size_and_gives_what_was_fetched(tmp_path: Path):
 
 def test_a_disk_that_is_too_small_is_named_before_the_language_model_runs(tree: dict, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "free_bytes", lambda url: 100_000)
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     with pytest.raises(UserError, match=r"storage\.root: extraction needs 0\.0 GB more .* has 0\.0 GB left"):
         steps.extract(plan)
     assert not list(Path(plan.dataset_url).glob("scatter/*/*"))
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_next_run_continues(tree: d
     import errno
     import os
 
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.prepare_tokens(plan)
     synchronise, calls = os.fsync, []
 

@@ -14,7 +14,7 @@ from components.evaluation.evaluate import Evaluation, HeldOut, TokenClasses, ev
 from components.evaluation.settings import EvaluationSettings
 from components.language_model.loading import load_model, load_tokenizer
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.sae.features import DenseFeatures
 
@@ -75,7 +75,7 @@ class Case:
 
     def __init__(self, tree: dict, hook_point: str = "resid_post.1") -> None:
         tree["activations"]["hook_points"] = [hook_point]
-        self.plan = Plan(parse_config(tree))
+        self.plan = resolve(parse_config(tree))
         manifest = steps.prepare_tokens(self.plan)
         self.text = HeldOut(url=self.plan.token_url, manifest=manifest)
         self.model = load_model(self.plan.source, CPU).double()
@@ -110,7 +110,7 @@ def random_sae() -> ReLUSAE:
     return sae.double().requires_grad_(False)
 
 
-def trained_sae(plan: Plan) -> ReLUSAE:
+def trained_sae(plan: Specification) -> ReLUSAE:
     from pathlib import Path
 
     from components.interop.saelens import load_saelens

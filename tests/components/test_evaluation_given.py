@@ -17,7 +17,7 @@ from components import steps
 from components.evaluation.given import hook_point_of
 from components.interop.saelens import load_saelens, saelens_files
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.tracking.runs import connect
 from flows.cli import app
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_given_sae_is_measured_like_our_own_and_tracked(tiny_tree: dict, tmp_path: Path):
     tiny_tree["evaluation"] = {"tokens": 900, "reference_tokens": 1_000, "baseline_tokens": 200}
     tiny_tree["training"]["tokens"] = 5_000
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     steps.train(plan)
     own = steps.evaluate(plan)

@@ -18,15 +18,15 @@ from components.evaluation.measurements import baseline_spans, sae_spans
 from components.evaluation.results import active_features
 from components.evaluation.span_totals import SpanSums, merged
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 
 CPU = torch.device("cpu")
 
 
-def trained(tree: dict, **evaluation) -> Plan:
+def trained(tree: dict, **evaluation) -> Specification:
     tree["training"]["tokens"] = 3_000
     tree["evaluation"] = {"tokens": 1_001, "reference_tokens": 1_000, "baseline_tokens": 450, **evaluation}
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.extract(plan)
     steps.train(plan)
     return plan
@@ -36,9 +36,9 @@ def sent(value):
     return pickle.loads(pickle.dumps(value))
 
 
-def by_spans(plan: Plan, parts: int) -> tuple[dict, dict, list[SpanSums]]:
+def by_spans(plan: Specification, parts: int) -> tuple[dict, dict, list[SpanSums]]:
     """Record, feature table, and what each span of the SAE's pass gave."""
-    work = sent(steps.evaluation_work(plan))
+    work = sent(steps.evaluation_job(plan))
     settings = work.settings
     reference = sent(steps.evaluation_reference(work, CPU))
     limit = settings.norm_limit(reference.median_norm)
@@ -117,7 +117,7 @@ def test_groups_of_spans_are_those_of_the_whole():
 @pytest.mark.parametrize("tokens", [1, 137, 1_001, 10**9])
 @pytest.mark.parametrize("parts", [2, 3, 7, 1_000])
 def test_spans_cover_the_text_once_in_the_batches_of_one_worker(tiny_tree: dict, tokens: int, parts: int):
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     text = steps.evaluation.HeldOut(url=plan.token_url, manifest=steps.prepare_tokens(plan))
     batch = batch_size(16, 3)
     found = spans(text, tokens, batch, parts)

@@ -37,8 +37,10 @@ from components.corpus.tokens import PADDING, SPECIAL, Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, capture, expand_hook_points
 from components.language_model.loading import find_model, forward_inputs, load_model
 from components.language_model.settings import LanguageModelSettings
+from components.run.checks import check
 from components.run.config import parse_config
-from components.run.planning import Plan, check, estimate
+from components.run.estimate import estimate
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 
 CPU = torch.device("cpu")
@@ -133,7 +135,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stored(plan: Plan, split: str = "train") -> tuple[dict[tuple[int, int], torch.Tensor], pa.Table]:
+def stored(plan: Specification, split: str = "train") -> tuple[dict[tuple[int, int], torch.Tensor], pa.Table]:
     """(document, position) -> stored activation at the first hook point, and the table."""
     manifest = steps.extract(plan)
     table = pa.concat_tables(pq.read_table(f"{plan.dataset_url}/{shard.name}") for shard in manifest.shards)
@@ -145,12 +147,14 @@ def stored(plan: Plan, split: str = "train") -> tuple[dict[tuple[int, int], torc
     return rows, table
 
 
-def documents_of(plan: Plan) -> list[dict[str, Any]]:
+def documents_of(plan: Specification) -> list[dict[str, Any]]:
     return pq.read_table(f"{plan.token_url}/documents.parquet").to_pylist()
 
 
 def test_a_folder_of_images_becomes_a_dataset_of_patches_without_the_cls_token(vit: Path, pictures: Path, tmp_path: Path):
-    plan = Plan(parse_config(tree(tmp_path, vit, {"source": "images", "paths": [str(pictures)]}, ["resid_post.1", "mlp_in.*"])))
+    plan = resolve(
+        parse_config(tree(tmp_path, vit, {"source": "images", "paths": [str(pictures)]}, ["resid_post.1", "mlp_in.*"]))
+    )
     check(plan, evaluated=False)
     rows, table = stored(plan)
     model = ViTForImageClassification.from_pretrained(vit).eval()
@@ -178,7 +182,7 @@ def test_held_out_images_are_others_and_a_budget_counts_patches(vit: Path, pictu
     for split in ("train", "held_out"):
         config = tree(tmp_path, vit, corpus, ["resid_post.1"])
         config["activations"]["split"] = split
-        rows, _ = stored(Plan(parse_config(config)), split)
+        rows, _ = stored(resolve(parse_config(config)), split)
         seen[split] = {document for document, _ in rows}
         assert split != "train" or len(rows) == 40  # two images and a half
     assert len(seen["train"]) == 3
@@ -190,7 +194,7 @@ def test_images_in_parquet_are_the_same_corpus(vit: Path, pictures: Path, tmp_pa
     both = pa.table({"picture": [{"bytes": content, "path": None} for content in contents], "label": range(len(contents))})
     pq.write_table(both, tmp_path / "pictures.parquet")
     corpus = {"source": "images", "paths": [f"{tmp_path}/*.parquet"], "image_column": "picture"}
-    plan = Plan(parse_config(tree(tmp_path, vit, corpus, ["resid_post.1"])))
+    plan = resolve(parse_config(tree(tmp_path, vit, corpus, ["resid_post.1"])))
     manifest = steps.prepare_tokens(plan)
     kept = {
         image
@@ -204,13 +208,13 @@ def test_images_in_parquet_are_the_same_corpus(vit: Path, pictures: Path, tmp_pa
     assert block[1:3].images == block.images[1:3]
     with pytest.raises(UserError, match=r"corpus\.image_column: 'image' is not a column of .*picture, label"):
         corpus.pop("image_column")
-        steps.prepare_tokens(Plan(parse_config(tree(tmp_path, vit, corpus, ["resid_post.1"]))))
+        steps.prepare_tokens(resolve(parse_config(tree(tmp_path, vit, corpus, ["resid_post.1"]))))
 
 
 def test_a_vision_language_model_sees_the_image_in_its_prompt(llava: Path, pictures: Path, tmp_path: Path):
     prompt = "the model <image> fires where"
     corpus = {"source": "images", "paths": [str(pictures)], "prompt": prompt}
-    plan = Plan(parse_config(tree(tmp_path, llava, corpus, ["resid_post.1", "attn_out.0"])))
+    plan = resolve(parse_config(tree(tmp_path, llava, corpus, ["resid_post.1", "attn_out.0"])))
     check(plan, evaluated=False)
     rows, table = stored(plan)
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
@@ -233,7 +237,7 @@ def test_a_vision_language_model_sees_the_image_in_its_prompt(llava: Path, pictu
 
 def test_without_a_prompt_the_vision_tower_runs_alone(llava: Path, pictures: Path, tmp_path: Path):
     names = ["vision.resid_post.1", "model.vision_tower.encoder.layers.0.mlp.fc1"]
-    plan = Plan(parse_config(tree(tmp_path, llava, {"source": "images", "paths": [str(pictures)]}, names)))
+    plan = resolve(parse_config(tree(tmp_path, llava, {"source": "images", "paths": [str(pictures)]}, names)))
     check(plan, evaluated=False)
     rows, _ = stored(plan)
     assert [plan.widths[point] for point in plan.points] == [16, 24]
@@ -288,7 +292,7 @@ def text_corpus(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_padding_changes_nothing_that_an_encoder_computes(bert: Path, tmp_path: Path):
-    plan = Plan(parse_config(tree(tmp_path, bert, text_corpus(tmp_path), ["resid_post.1", "mlp_out.2"])))
+    plan = resolve(parse_config(tree(tmp_path, bert, text_corpus(tmp_path), ["resid_post.1", "mlp_out.2"])))
     check(plan, evaluated=False)
     rows, table = stored(plan)
     model = BertForMaskedLM.from_pretrained(bert).eval()
@@ -307,7 +311,7 @@ def test_padding_changes_nothing_that_an_encoder_computes(bert: Path, tmp_path: 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
 def test_an_sae_trains_where_none_can_be_evaluated(kind: str, request: pytest.FixtureRequest, pictures: Path, tmp_path: Path):
     corpus = {"source": "images", "paths": [str(pictures)]} if kind == "vit" else text_corpus(tmp_path)
-    plan = Plan(parse_config(tree(tmp_path, request.getfixturevalue(kind), corpus, ["resid_post.0", "attn_out.1"])))
+    plan = resolve(parse_config(tree(tmp_path, request.getfixturevalue(kind), corpus, ["resid_post.0", "attn_out.1"])))
     check(plan, evaluated=False)
     assert estimate(plan)["activations"]["bytes_per_token"] == 16 + 2 * 16 * 4
     steps.extract(plan)
@@ -346,7 +350,7 @@ def test_a_model_and_a_corpus_that_do_not_fit_are_refused(
 ):
     corpus = {"source": "images", "paths": [str(pictures)], **change}
     with pytest.raises(UserError, match=says):
-        check(Plan(parse_config(tree(tmp_path, request.getfixturevalue(model), corpus, points))), evaluated=False)
+        check(resolve(parse_config(tree(tmp_path, request.getfixturevalue(model), corpus, points))), evaluated=False)
 
 
 def test_the_processor_decides_the_dataset(vit: Path, pictures: Path, tmp_path: Path):
@@ -358,7 +362,7 @@ def test_the_processor_decides_the_dataset(vit: Path, pictures: Path, tmp_path: 
         for file in vit.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[mean] * 3).save_pretrained(folder)
-        plan = Plan(parse_config(tree(tmp_path, folder, corpus, ["resid_post.1"])))
+        plan = resolve(parse_config(tree(tmp_path, folder, corpus, ["resid_post.1"])))
         digests.add((plan.token_digest, plan.dataset_digest, json.dumps(plan.source.identity)))
     assert len({token for token, _, _ in digests}) == len({dataset for _, dataset, _ in digests}) == 2
     assert len({identity for _, _, identity in digests}) == 1

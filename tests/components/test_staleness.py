@@ -12,12 +12,12 @@ from components import steps
 from components.run import staleness
 from components.run.code_version import code_versions
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.run.staleness import verdict
 from components.training import loop
 
 
-def plan_of(tree: dict, **changes) -> Plan:
+def plan_of(tree: dict, **changes) -> Specification:
     tree = deepcopy(tree)
     for field, value in changes.items():
         part, _, name = field.partition("__")
@@ -25,10 +25,10 @@ def plan_of(tree: dict, **changes) -> Plan:
             tree[part][name] = value
         else:
             tree[part] = value
-    return Plan(parse_config(tree))
+    return resolve(parse_config(tree))
 
 
-def registered(plan: Plan) -> dict:
+def registered(plan: Specification) -> dict:
     steps.extract(plan)
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)

@@ -18,17 +18,17 @@ from components.interop.saelens import load_saelens
 from components.registry.history import CHAMPION
 from components.registry.versions import CHALLENGER, champion_of
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.tracking.runs import EVALUATION_SET, TrackedRun
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect, tracking_uri
 
 
-def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Plan, dict]:
+def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, dict]:
     """The whole line without Prefect."""
     sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
-    plan = Plan(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
+    plan = resolve(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)
@@ -37,7 +37,7 @@ def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple
     return plan, {"run": run.run_id, **outcome}
 
 
-def client_of(plan: Plan) -> MlflowClient:
+def client_of(plan: Specification) -> MlflowClient:
     return connect(plan.config.tracking, plan.config.storage.root)
 
 
@@ -147,13 +147,13 @@ def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_t
 
 
 def test_more_training_text_does_not_make_saes_incomparable(tiny_tree: dict):
-    first = Plan(parse_config(tiny_tree))
+    first = resolve(parse_config(tiny_tree))
     tiny_tree["corpus"]["train_tokens"] = 5_000
-    second = Plan(parse_config(tiny_tree))
+    second = resolve(parse_config(tiny_tree))
     assert first.token_digest != second.token_digest
     assert first.evaluation_set(400) == second.evaluation_set(400)
     for section, change in {"corpus": {"held_out_tokens": 900}, "activations": {"hook_points": ["mlp_out.0"]}}.items():
-        other = Plan(parse_config({**tiny_tree, section: {**tiny_tree[section], **change}}))
+        other = resolve(parse_config({**tiny_tree, section: {**tiny_tree[section], **change}}))
         assert other.evaluation_set(400) != first.evaluation_set(400)
 
 
@@ -171,7 +171,7 @@ def test_a_killed_registration_decides_again_against_the_champion_of_now(tiny_tr
 
 
 def test_a_failed_run_says_why_and_the_next_one_continues_it(tiny_tree: dict):
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     with pytest.raises(RuntimeError), steps.tracked(plan, {}) as run:
         run.add_points([{"tokens": 10.0, "loss": 1.0}])
         raise RuntimeError("the disk is full")
@@ -181,7 +181,7 @@ def test_a_failed_run_says_why_and_the_next_one_continues_it(tiny_tree: dict):
     assert failed.data.tags["sae.failure"] == "RuntimeError: the disk is full"
     assert failed.data.metrics["train/loss"] == 1.0
     tiny_tree["language_model"]["batch_sequences"] = 7  # changes no result, so it is the same run
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     with steps.tracked(plan, {}) as again:
         again.add_points([{"tokens": 10.0, "loss": 1.0}, {"tokens": 20.0, "loss": 0.5}])
     assert again.run_id == run.run_id

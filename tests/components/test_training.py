@@ -11,7 +11,7 @@ from components import steps, storage
 from components.activations.dataset.reader import ActivationReader
 from components.interop.saelens import load_saelens
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.sae.coder import Progress
 from components.settings import UserError
@@ -24,15 +24,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(tiny_tree: dict) -> Plan:
-    plan = Plan(parse_config(tiny_tree))
+def plan(tiny_tree: dict) -> Specification:
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     return plan
 
 
-def fresh(tree: dict, sparsity_coefficient: float = 5.0, sparsity_warmup: float = 0.05, **training) -> Plan:
+def fresh(tree: dict, sparsity_coefficient: float = 5.0, sparsity_warmup: float = 0.05, **training) -> Specification:
     sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient, "sparsity_warmup": sparsity_warmup}
-    return Plan(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
+    return resolve(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
 
 
 class Interrupted(Exception):
@@ -48,7 +48,7 @@ def stopping_after(tokens: int):
 
 
 @pytest.mark.parametrize("stops", [[5_000], [4_096, 9_000, 15_000], [20_000]])
-def test_interrupted_training_ends_with_the_same_bytes(plan: Plan, tiny_tree: dict, stops: list[int]):
+def test_interrupted_training_ends_with_the_same_bytes(plan: Specification, tiny_tree: dict, stops: list[int]):
     record = steps.train(plan)
     weights = storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors")
     storage.delete(plan.sae_url)
@@ -62,7 +62,7 @@ def test_interrupted_training_ends_with_the_same_bytes(plan: Plan, tiny_tree: di
     assert storage.list_names(checkpoint_folder(plan.sae_url)) == []
 
 
-def test_a_resumed_training_starts_at_the_checkpoint_and_not_anew(plan: Plan):
+def test_a_resumed_training_starts_at_the_checkpoint_and_not_anew(plan: Specification):
     with pytest.raises(Interrupted):
         steps.train(plan, stopping_after(15_000))
     seen: list[float] = []
@@ -71,7 +71,7 @@ def test_a_resumed_training_starts_at_the_checkpoint_and_not_anew(plan: Plan):
     assert read_training_record(plan.sae_url).curves[-1]["tokens"] == seen[-1]
 
 
-def test_how_often_it_is_logged_or_checkpointed_changes_no_weight(plan: Plan, tiny_tree: dict):
+def test_how_often_it_is_logged_or_checkpointed_changes_no_weight(plan: Specification, tiny_tree: dict):
     first = steps.train(plan)
     storage.delete(plan.sae_url)
     other = fresh(tiny_tree, checkpoint_tokens=1_000, log_tokens=500)
@@ -79,21 +79,21 @@ def test_how_often_it_is_logged_or_checkpointed_changes_no_weight(plan: Plan, ti
     assert steps.train(other).weights_sha256 == first.weights_sha256
 
 
-def test_what_is_trained_is_reused_and_what_decides_it_makes_another(plan: Plan, tiny_tree: dict):
+def test_what_is_trained_is_reused_and_what_decides_it_makes_another(plan: Specification, tiny_tree: dict):
     record = steps.train(plan)
     assert steps.train(plan) == record
     for change in ({"sparsity_coefficient": 1.0}, {"learning_rate": 1e-4}, {"tokens": 21_000}, {"batch_size": 128}):
         assert fresh(tiny_tree, **change).sae_digest != plan.sae_digest
 
 
-def test_training_lowers_the_loss_on_the_data(plan: Plan, tiny_tree: dict):
+def test_training_lowers_the_loss_on_the_data(plan: Specification, tiny_tree: dict):
     record = steps.train(fresh(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.5))
     first, last = record.curves[1], record.curves[-1]
     assert last["reconstruction_loss"] < first["reconstruction_loss"]
     assert last["explained_variance"] > 0.3
 
 
-def test_the_first_step_is_adam_on_the_clipped_gradient(plan: Plan, tiny_tree: dict):
+def test_the_first_step_is_adam_on_the_clipped_gradient(plan: Specification, tiny_tree: dict):
     """One step, done again by hand: Adam's first step is the learning rate times the gradient's sign, softened."""
     one = fresh(tiny_tree, tokens=256, batch_size=256, sparsity_warmup=0.0, learning_rate_decay=0.0, clip_gradient_norm=1e-3)
     manifest = plan.dataset_manifest()
@@ -134,14 +134,14 @@ def test_schedules_rise_stay_and_fall():
 def test_dead_features_are_counted_in_tokens(tiny_tree: dict):
     tiny_tree["training"].update({"learning_rate": 1e-2, "dead_after_tokens": 6_000, "tokens": 30_000})
     tiny_tree["sae"]["sparsity_coefficient"] = 1000.0
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     curves = steps.train(plan).curves
     assert curves[1]["dead_fraction"] == 0  # fewer than 6,000 tokens yet
     assert curves[-1]["dead_fraction"] > 0.2
 
 
-def test_bfloat16_autocast_trains_and_keeps_weights_in_float32(tiny_tree: dict, plan: Plan):
+def test_bfloat16_autocast_trains_and_keeps_weights_in_float32(tiny_tree: dict, plan: Specification):
     other = fresh(tiny_tree, autocast="bfloat16")
     record = steps.train(other)
     exact = steps.train(plan)
@@ -152,9 +152,9 @@ def test_bfloat16_autocast_trains_and_keeps_weights_in_float32(tiny_tree: dict, 
 
 def test_training_without_its_dataset_says_what_to_run(tiny_tree: dict):
     with pytest.raises(UserError, match="sae extract"):
-        steps.train(Plan(parse_config(tiny_tree)))
+        steps.train(resolve(parse_config(tiny_tree)))
 
 
-def test_divergence_is_reported_with_what_to_change(tiny_tree: dict, plan: Plan):
+def test_divergence_is_reported_with_what_to_change(tiny_tree: dict, plan: Specification):
     with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):
         steps.train(fresh(tiny_tree, learning_rate=1e20, tokens=200_000))

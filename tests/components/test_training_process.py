@@ -16,7 +16,7 @@ import torch
 
 from components import steps, storage
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.training import process
 from components.training.checkpoint import checkpoint_folder
@@ -26,17 +26,17 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def plan(tiny_tree: dict) -> Plan:
-    plan = Plan(parse_config(tiny_tree))
+def plan(tiny_tree: dict) -> Specification:
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     return plan
 
 
-def with_tokens(tree: dict, tokens: int, **more) -> Plan:
-    return Plan(parse_config({**tree, "training": {**tree["training"], "tokens": tokens, **more}}))
+def with_tokens(tree: dict, tokens: int, **more) -> Specification:
+    return resolve(parse_config({**tree, "training": {**tree["training"], "tokens": tokens, **more}}))
 
 
-def work_of(plan: Plan):
+def work_of(plan: Specification):
     manifest = plan.dataset_manifest()
     assert manifest is not None
     return plan.training(manifest)
@@ -46,7 +46,7 @@ def children() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "components.training.process" in " ".join(child.cmdline())]
 
 
-def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_process(plan: Plan):
+def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_process(plan: Specification):
     record = steps.train(plan)
     weights = storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors")
     storage.delete(plan.sae_url)
@@ -56,7 +56,9 @@ def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_proce
     assert launched.curves == record.curves == seen
 
 
-def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(plan: Plan, tiny_tree: dict):
+def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(
+    plan: Specification, tiny_tree: dict
+):
     slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
     started = time.monotonic()
     with pytest.raises(TrainingTimeout, match=r"more than 0\.15 minutes"):
@@ -67,7 +69,7 @@ def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_b
     assert int(checkpoint.removeprefix("step-").removesuffix(".safetensors")) > 0
 
 
-def test_an_interrupt_in_the_parent_stops_the_process_and_leaves_a_checkpoint(tiny_tree: dict, plan: Plan):
+def test_an_interrupt_in_the_parent_stops_the_process_and_leaves_a_checkpoint(tiny_tree: dict, plan: Specification):
     slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
 
     def cancelled(points: list[dict]) -> None:
@@ -79,7 +81,7 @@ def test_an_interrupt_in_the_parent_stops_the_process_and_leaves_a_checkpoint(ti
     assert storage.list_names(checkpoint_folder(slow.sae_url))
 
 
-def test_the_process_ends_with_a_checkpoint_when_its_parent_is_killed(tiny_tree: dict, plan: Plan, tmp_path: Path):
+def test_the_process_ends_with_a_checkpoint_when_its_parent_is_killed(tiny_tree: dict, plan: Specification, tmp_path: Path):
     slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
     order = tmp_path / "order.json"
     order.write_bytes(process._TRAINING.dump_json(work_of(slow)))
@@ -98,7 +100,7 @@ def test_the_process_ends_with_a_checkpoint_when_its_parent_is_killed(tiny_tree:
     assert storage.list_names(checkpoint_folder(slow.sae_url))
 
 
-def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_tree: dict, plan: Plan):
+def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_tree: dict, plan: Specification):
     longer = with_tokens(tiny_tree, 200_000)
 
     def kill(points: list[dict]) -> None:
@@ -113,7 +115,7 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
     assert steps.train(longer).weights_sha256 == record.weights_sha256
 
 
-def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Plan):
+def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Specification):
     wild = with_tokens(tiny_tree, 20_000, learning_rate=1e30)
     with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):
         launch(work_of(wild), CPU)

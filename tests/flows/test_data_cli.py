@@ -11,19 +11,19 @@ from typer.testing import CliRunner
 
 from components import steps
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from flows.cli import app
 
 
 @pytest.fixture
-def plan(tiny_tree: dict) -> Plan:
-    plan = Plan(parse_config(tiny_tree))
+def plan(tiny_tree: dict) -> Specification:
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     return plan
 
 
 @pytest.fixture
-def data(plan: Plan, capfd: pytest.CaptureFixture):
+def data(plan: Specification, capfd: pytest.CaptureFixture):
     def invoke(*arguments: str, answer: str | None = None) -> tuple[int, str, str]:
         result = CliRunner().invoke(app, ["data", *arguments, "--root", plan.config.storage.root], input=answer)
         captured = capfd.readouterr()
@@ -32,7 +32,7 @@ def data(plan: Plan, capfd: pytest.CaptureFixture):
     return invoke
 
 
-def test_list_show_and_check_say_the_same_to_people_and_to_programs(plan: Plan, data):
+def test_list_show_and_check_say_the_same_to_people_and_to_programs(plan: Specification, data):
     (listed,) = json.loads(data("list", "--json")[1])["datasets"]
     assert (listed["state"], listed["tokens"], listed["hook_points"]) == ("finished", 6_000, ["resid_post.1"])
     assert listed["name"] in data("list")[1]
@@ -55,7 +55,7 @@ def test_list_show_and_check_say_the_same_to_people_and_to_programs(plan: Plan, 
     assert "6,000, each once" in data("check", listed["url"])[1]
 
 
-def test_check_exits_with_1_and_names_what_is_wrong(plan: Plan, data):
+def test_check_exits_with_1_and_names_what_is_wrong(plan: Specification, data):
     (Path(plan.dataset_url) / "shard-00002.parquet").unlink()
     code, out, _ = data("check", plan.dataset_digest)
     assert code == 1
@@ -68,7 +68,7 @@ def test_an_unknown_dataset_is_one_sentence(data):
     assert "DATASET: there is no 'nothing'" in error
 
 
-def test_delete_asks_first_and_refuses_what_a_registered_model_names(plan: Plan, data):
+def test_delete_asks_first_and_refuses_what_a_registered_model_names(plan: Specification, data):
     url = Path(plan.dataset_url)
     code, _, error = data("delete", plan.dataset_digest, answer="n\n")
     assert code == 1

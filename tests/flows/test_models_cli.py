@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from components import steps
 from components.run.config import load_config, parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from flows.cli import app
 
 
-def complete(tree: dict, coefficient: float) -> Plan:
+def complete(tree: dict, coefficient: float) -> Specification:
     training = {**tree["training"], "tokens": 10_000, "learning_rate": 1e-2}
-    plan = Plan(parse_config({**tree, "sae": {**tree["sae"], "sparsity_coefficient": coefficient}, "training": training}))
+    plan = resolve(parse_config({**tree, "sae": {**tree["sae"], "sparsity_coefficient": coefficient}, "training": training}))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)
@@ -74,7 +74,7 @@ def test_from_the_champion_alone_back_to_its_weights_and_all_commands_between(
     (tmp_path / "reproduction.yaml").write_text(models(capfd, "show", f"{name}@champion", "--config", *at))
     tree = yaml.safe_load((tmp_path / "reproduction.yaml").read_text())
     assert "storage" in tree
-    again = Plan(load_config(str(tmp_path / "reproduction.yaml"), [f"storage.root={tmp_path}/fresh"]))
+    again = resolve(load_config(str(tmp_path / "reproduction.yaml"), [f"storage.root={tmp_path}/fresh"]))
     steps.extract(again)
     assert steps.train(again)["weights_sha256"] == record["weights_sha256"]
     assert again.sae_digest == plan.sae_digest

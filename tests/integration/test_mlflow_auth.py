@@ -20,7 +20,7 @@ from mlflow_process import Served, mlflow_process
 from components import steps
 from components.registry.catalogue import list_models
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.tracking.store import connect
 
@@ -97,8 +97,8 @@ def test_who_has_no_password_gets_nothing_and_one_sentence(server: Served, user:
     assert done.stdout == ""
 
 
-def line(tree: dict, **tracking) -> tuple[Plan, dict]:
-    plan = Plan(parse_config({**tree, "tracking": {**tree["tracking"], **tracking}}))
+def line(tree: dict, **tracking) -> tuple[Specification, dict]:
+    plan = resolve(parse_config({**tree, "tracking": {**tree["tracking"], **tracking}}))
     steps.extract(plan)
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)

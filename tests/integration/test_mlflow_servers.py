@@ -18,7 +18,7 @@ from components.registry.gates import Gates
 from components.registry.history import Ledger, champion_version
 from components.registry.promotion import promote, rollback
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect
@@ -26,10 +26,10 @@ from components.tracking.store import connect
 pytestmark = pytest.mark.integration
 
 
-def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Plan, dict]:
+def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, dict]:
     """From the corpus to the registry, without Prefect."""
     sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
-    plan = Plan(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
+    plan = resolve(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
     steps.extract(plan)
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)
@@ -93,7 +93,7 @@ def test_twenty_runs_at_once_lose_nothing(mlflow_server):
 def test_killed_and_restarted_in_the_middle_the_server_has_everything_and_nothing_half(tree: dict, mlflow_server):
     """It dies three times: in training, and twice while the model is being registered."""
     tree["training"]["log_tokens"] = 256
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.extract(plan)
     deaths: list[float] = []
     done = threading.Event()

@@ -18,7 +18,7 @@ import yaml
 from components import steps
 from components.activations.dataset.manifest import Manifest
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 
 pytestmark = pytest.mark.integration
 
@@ -31,8 +31,8 @@ class Comparison:
 
     def __init__(self, tree: dict, folder: Path, execution: dict) -> None:
         tree["training"]["tokens"] = 3_000
-        self.alone = Plan(parse_config({**tree, "storage": {"root": str(folder / "alone")}}))
-        self.plan = Plan(parse_config({**tree, "execution": execution}))
+        self.alone = resolve(parse_config({**tree, "storage": {"root": str(folder / "alone")}}))
+        self.plan = resolve(parse_config({**tree, "execution": execution}))
         self.config, self.home = folder / "config.yaml", folder / "prefect"
         self.config.write_text(yaml.safe_dump(self.plan.config.model_dump(mode="json", exclude_unset=True)))
 

@@ -24,7 +24,7 @@ from components.corpus.documents import Document
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import corpus_identity, read_documents
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 
 pytestmark = pytest.mark.integration
@@ -39,8 +39,8 @@ def tree(tiny_tree: dict, s3: str, tmp_path: Path) -> dict:
     return tiny_tree
 
 
-def line(tree: dict) -> tuple[Plan, dict]:
-    plan = Plan(parse_config(tree))
+def line(tree: dict) -> tuple[Specification, dict]:
+    plan = resolve(parse_config(tree))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)
@@ -115,7 +115,7 @@ def test_of_many_writers_on_s3_exactly_one_commits(s3: str, tmp_path: Path):
 def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp_path: Path):
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     moments = {
         "a chunk is there": lambda: storage.list_names(f"{plan.dataset_url}/scatter/32") != [],
         "a shard is there": lambda: any(name.startswith("shard-") for name in storage.list_names(plan.dataset_url)),
@@ -129,7 +129,7 @@ def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"it ended before {moment}"
     manifest = steps.extract(plan)
-    undisturbed = Plan(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
+    undisturbed = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
     assert steps.extract(undisturbed).shards == manifest.shards
     shutil.rmtree(tmp_path / "local")
 

@@ -28,7 +28,7 @@ from components.activations.dataset.manifest import Manifest, read_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.activations.dataset.values import DamagedDatasetError, Values
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 from components.storage.cache import DiskCache
 
 pytestmark = pytest.mark.integration
@@ -52,7 +52,7 @@ def config(tree: dict, tmp_path: Path) -> Path:
 
 def undisturbed(tree: dict, tmp_path: Path) -> Manifest:
     """The same dataset, made on a local disk."""
-    return steps.extract(Plan(parse_config({**tree, "storage": {"root": str(tmp_path / "undisturbed")}})))
+    return steps.extract(resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "undisturbed")}})))
 
 
 def extraction(config: Path, **environment: str) -> subprocess.Popen:
@@ -79,7 +79,7 @@ def assert_whole(url: str, expected: Manifest) -> None:
 def test_a_store_that_slows_down_breaks_and_hangs_up_is_waited_for(
     tree: dict, config: Path, s3_server: Seaweed, tmp_path: Path
 ):
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     proxy = FaultyProxy(s3_server.port)
     through = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
     with closing(proxy):
@@ -96,7 +96,7 @@ def test_a_store_that_slows_down_breaks_and_hangs_up_is_waited_for(
 
 
 def test_two_workers_on_one_dataset_share_the_work(tree: dict, config: Path, tmp_path: Path):
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.prepare_tokens(plan)
     workers = [extraction(config) for _ in range(2)]
     answers = [worker.communicate() for worker in workers]
@@ -111,7 +111,7 @@ def test_a_shard_that_another_worker_has_put_is_never_replaced(tree: dict):
     from components.activations.dataset.shard import write_shard_file
     from components.activations.dataset.shuffle import read_bucket
 
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     work = plan.extraction(steps.prepare_tokens(plan))
     work_items.scatter(work, torch.device("cpu"), range(work.chunks))
     chunks = [work.chunk_url(chunk) for chunk in range(work.chunks)]
@@ -127,7 +127,7 @@ def test_a_shard_that_another_worker_has_put_is_never_replaced(tree: dict):
 
 
 def test_pyarrow_alone_reads_the_dataset_from_the_bucket(tree: dict, s3_server: Seaweed):
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     manifest = steps.extract(plan)
     filesystem = pyarrow.fs.S3FileSystem(
         access_key=KEYS["AWS_ACCESS_KEY_ID"],
@@ -147,7 +147,7 @@ def test_pyarrow_alone_reads_the_dataset_from_the_bucket(tree: dict, s3_server: 
 
 
 def test_a_second_epoch_comes_from_the_cache_and_a_missing_shard_is_named(tree: dict, tmp_path: Path):
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     manifest = steps.extract(plan)
 
     def epoch(cache: DiskCache | None) -> list[torch.Tensor]:
@@ -174,7 +174,7 @@ def test_a_second_epoch_comes_from_the_cache_and_a_missing_shard_is_named(tree: 
 def test_a_server_that_is_killed_and_comes_back_interrupts_nothing(
     tree: dict, config: Path, s3_server: Seaweed, tmp_path: Path
 ):
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     process = extraction(config)
     while process.poll() is None and not storage.list_names(f"{plan.dataset_url}/scatter/32"):
         time.sleep(0.01)
@@ -198,7 +198,7 @@ def test_kill_9_of_a_worker_of_all_or_of_the_server_at_random_moments(
     tree["corpus"]["train_tokens"] = 40_000
     tree["activations"] |= {"sequences_per_chunk": 8}
     config.write_text(yaml.safe_dump(tree))
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     expected = undisturbed(tree, tmp_path)
     draw = random.Random(0)
     done = {"a worker": 0, "all workers": 0, "the S3 server": 0}

@@ -20,7 +20,7 @@ from components import steps
 from components.corpus.tokens import read_sequences
 from components.interop.saelens import load_saelens
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 
 pytestmark = pytest.mark.integration
 
@@ -134,7 +134,7 @@ def compared(
         "language_model": {"name": tiny_model}, "activations": {"hook_points": ["resid_post.1"]}, "sae": {"d_sae": 64},
         "training": {"tokens": 20_000, "batch_size": 256}, "evaluation": {"baselines": []},
     }  # fmt: skip
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.extract(plan)
     steps.train(plan)
     manifest = plan.token_manifest()
@@ -142,7 +142,7 @@ def compared(
     whole = (block.documents != -2).all(axis=1)  # all but the last one, which is padded
     # As many tokens as the whole sequences hold: ours stops there.
     tree["evaluation"]["tokens"] = int((block.documents[whole] >= 0).sum())
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     ours = steps.evaluate(plan)["metrics"]
     np.save(root / "tokens.npy", block.tokens[whole])
     theirs = json.loads(in_saelens(saelens, EVALUATE, plan.sae_url, tiny_model, str(root / "tokens.npy")).splitlines()[-1])

@@ -26,7 +26,7 @@ from stack_client import FINAL, NOTIFY_SECRET, Live, trainings
 
 from components import steps
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 from infra.stack import postgres
 from infra.stack.settings import REPOSITORY
 
@@ -234,7 +234,7 @@ def test_a_run_that_dies_in_training_goes_on_from_its_checkpoint_with_the_same_w
     ended = live.wait(run, 240, lambda found: found["state_type"] == "COMPLETED")
     assert ended["run_count"] == 2
     assert "train: continuing from step" in live.logs(run)
-    undisturbed = Plan(parse_config({**named(tree, "undisturbed", **long), "storage": {"root": str(tmp_path / "root")}}))
+    undisturbed = resolve(parse_config({**named(tree, "undisturbed", **long), "storage": {"root": str(tmp_path / "root")}}))
     steps.extract(undisturbed)
     weights = steps.train(undisturbed)["weights_sha256"]
     assert mlflow.get_model_version_by_alias("killed", "champion").tags["sae.weights_sha256"] == weights

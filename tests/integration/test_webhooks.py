@@ -24,7 +24,7 @@ from mlflow_process import Served, mlflow_process
 
 from components import steps
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 
 pytestmark = pytest.mark.integration
 
@@ -135,7 +135,7 @@ def test_a_promotion_calls_the_receiver_and_only_the_owner_of_the_secret_can_hav
     time.sleep(1.5)  # until the server's list of webhooks is read anew
 
     tiny_tree["tracking"] |= {"uri": server.uri, "registered_model": "promoted"}
-    plan = Plan(parse_config(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)

@@ -25,7 +25,7 @@ from components.activations.dataset.shard import LARGEST_PAGE, Written, describe
 from components.activations.dataset.shuffle import read_bucket, write_scattered
 from components.language_model.loading import load_model
 from components.progress import progress
-from components.settings import UserError, digest
+from components.settings import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ def commit(work: Extraction) -> Manifest:
         )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        digest=digest(work.identity),
+        digest=work.digest,
         identity=work.identity,
         configuration=work.configuration,
         versions=_versions(),

@@ -7,28 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from components import storage
-from components.activations.dataset.manifest import SCHEMA_VERSION
 from components.activations.dataset.schema import Layout
 from components.activations.settings import ActivationSettings
 from components.corpus.tokens import Sequences, read_sequences
-from components.language_model.hook_points import HookPoint, expand_hook_points
+from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.loading import ModelSource
-
-
-def dataset_identity(
-    settings: ActivationSettings, source: ModelSource, token_identity: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    """Everything that decides the bytes of an activation dataset. The device and the batch size are left out: they
-    change nothing beyond the last bit of a rounding."""
-    return {
-        "kind": "activations",
-        "schema_version": SCHEMA_VERSION,
-        "model": source.identity,
-        "tokens": token_identity,
-        "seed": seed,
-        **settings.model_dump(mode="json", exclude={"sequences_per_chunk", "shuffle_workers"}),
-        "hook_points": [str(point) for point in expand_hook_points(settings.hook_points, source, "activations.hook_points")],
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +19,13 @@ class Extraction:
     """One dataset's work, cut into chunks and buckets."""
 
     url: str
+    digest: str
     identity: dict[str, Any]
     configuration: dict[str, Any]
     settings: ActivationSettings
     source: ModelSource
+    widths: dict[str, int]
+    """Of the hook points, in the order of the columns."""
     token_url: str
     token_manifest: dict[str, Any]
     seed: int
@@ -56,14 +42,13 @@ class Extraction:
     def buckets(self) -> int:
         return max(1, round(self.split["tokens"] / self.settings.rows_per_shard))
 
-    @cached_property
+    @property
     def points(self) -> list[HookPoint]:
-        return expand_hook_points(self.settings.hook_points, self.source, "activations.hook_points")
+        return [parse_hook_point(name) for name in self.widths]
 
     @cached_property
     def layout(self) -> Layout:
-        widths = self.source.widths(self.points)
-        return Layout({str(point): widths[point] for point in self.points}, self.settings.dtype)
+        return Layout(self.widths, self.settings.dtype)
 
     @property
     def scatter_url(self) -> str:

@@ -1,0 +1,108 @@
+"""What a run knows of its language model once it is resolved: plain values, so that no step asks for them again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from components.corpus.images import ImageLayout
+from components.language_model.hook_points import depth, expand_hook_points, reads_images
+from components.language_model.settings import LanguageModelSettings
+from components.language_model.source import ModelSource
+from components.settings import Settings, UserError
+
+
+class StoredColumn(Settings):
+    """A hook point of the model."""
+
+    name: str
+    width: int
+    """d_in"""
+    depth: float
+    """Share of the model that runs before it is reached."""
+
+
+class ModelRecord(Settings):
+    """A language model that exists."""
+
+    settings: LanguageModelSettings
+    location: str
+    """A folder, or a name on the Hub."""
+    commit: str | None
+    slug: str
+    """Its name as part of a file or registry name."""
+    family: str
+    layers: int
+    width: int
+    """Of the residual stream."""
+    parameters: int
+    vocabulary: int
+    longest_text: int | None
+    """Tokens that it can read at once, None where there is no limit."""
+    identity: dict[str, Any]
+    """What decides its function."""
+    tokenizer: str
+    """What decides the tokens: of the tokenizer's files, or of the image processor's."""
+    columns: tuple[StoredColumn, ...]
+    """Hook points that are stored, in the order of the dataset's columns."""
+    reads_images: bool
+    """Whether the columns are in a vision tower."""
+    image_layout: dict[str, Any] | None = None
+
+    @property
+    def source(self) -> ModelSource:
+        """From which it is loaded."""
+        return ModelSource(self.settings, self.location, self.commit)
+
+    def require_stored(self, hook_point: str) -> None:
+        """A UserError for a hook point that is not among the columns."""
+        names = [column.name for column in self.columns]
+        if hook_point not in names:
+            raise UserError(
+                f"training.hook_point: '{hook_point}' is not in activations.hook_points, which has {', '.join(names)}"
+            )
+
+    def layout(self) -> ImageLayout:
+        found = self.image_layout
+        assert found is not None
+        arrays = {name: np.array(found[name]) for name in ("tokens", "counted", "positions")}
+        return ImageLayout(identity=found["identity"], **arrays)
+
+
+def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: bool, prompt: str | None) -> ModelRecord:
+    """All that is asked of a model before a run, once; a UserError for what it does not have. images: whether the corpus is."""
+    points = expand_hook_points(hook_points, source, "activations.hook_points")
+    widths = source.widths(points)
+    in_tower = reads_images(source.skeleton, points)
+    layout = source.image_layout(prompt) if images else None
+    if images and in_tower != (prompt is None):
+        places = "in the vision tower" if in_tower else "in the text decoder"
+        advice = "leave corpus.prompt out" if in_tower else f"give corpus.prompt, or name places such as vision.{points[0]}"
+        raise UserError(f"activations.hook_points: '{points[0]}' is {places} of '{source.settings.name}'; {advice}")
+    return ModelRecord(
+        settings=source.settings,
+        location=source.location,
+        commit=source.commit,
+        slug=source.slug,
+        family=source.family,
+        layers=source.layers,
+        width=source.width,
+        parameters=sum(parameter.numel() for parameter in source.skeleton.parameters()),
+        vocabulary=getattr(source.config.get_text_config(), "vocab_size", 0),
+        longest_text=source.longest_text,
+        identity=source.identity,
+        tokenizer=source.processor_identity if images else source.tokenizer_identity,
+        columns=tuple(
+            StoredColumn(name=str(point), width=widths[point], depth=depth(source.skeleton, point)) for point in points
+        ),
+        reads_images=in_tower,
+        image_layout=None
+        if layout is None
+        else {
+            "identity": layout.identity,
+            "tokens": layout.tokens.tolist(),
+            "counted": layout.counted.tolist(),
+            "positions": layout.positions.tolist(),
+        },
+    )

@@ -1,0 +1,52 @@
+"""Whatever would stop a run later, looked for before it begins."""
+
+from __future__ import annotations
+
+from components import storage
+from components.corpus.sources import require_chat_templates
+from components.language_model.loading import load_encoder, require_runnable
+from components.run.specification import Specification
+from components.settings import UserError
+
+
+def check(run: Specification, only_data: bool = False, evaluated: bool = True) -> None:
+    """Raise a UserError for anything that would stop the run later: device, inputs, root.
+
+    only_data: activations are made and nothing is trained on them, so held-out documents are as good as others.
+    evaluated: the SAE is spliced into the model, which must give next-token logits.
+    """
+    config = run.config
+    reason = without_evaluation(run)
+    if evaluated and not only_data and reason is not None:
+        raise UserError(f"{reason}; use `sae extract` and `sae train`")
+    require_runnable(run.source, run.device)
+    _check_text(run)
+    if config.activations.split != "train" and not only_data:
+        raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
+    storage.require_writable(config.storage.root, "storage.root")
+
+
+def without_evaluation(run: Specification) -> str | None:
+    """Why an SAE on this model and corpus cannot be evaluated, None where it can."""
+    name, family = run.config.language_model.name, run.model.family
+    if family in ("encoder", "vision"):
+        what = "a text encoder" if family == "encoder" else "a vision transformer"
+        return f"language_model.name: '{name}' is {what} without next-token logits, on which the evaluation of an SAE rests"
+    return "corpus.source: an SAE on 'images' cannot be evaluated, there being no next token" if run.of_images else None
+
+
+def _check_text(run: Specification) -> None:
+    """That the model reads text as the corpus has it, where it is to be read."""
+    if run.of_images:
+        return
+    corpus, name = run.config.corpus, run.config.language_model.name
+    if run.model.reads_images:
+        raise UserError(
+            f"corpus.source: '{run.hook_point}' of '{name}' reads images; accepted is 'images', not '{corpus.source}'"
+        )
+    longest = run.model.longest_text
+    if longest is not None and corpus.context_length > longest:
+        raise UserError(
+            f"corpus.context_length: {corpus.context_length} is more than the {longest} tokens that '{name}' can read"
+        )
+    require_chat_templates(corpus, load_encoder(run.source).render)

@@ -1,0 +1,142 @@
+"""What names everything that the line makes: the one module in which digests are made.
+
+An identity is the fields that decide what a thing is, by name and with resolved values: contents and not patterns, commits and
+not branches, sizes and not factors. A field is in it because it is listed here (a coder's own: beside its architecture). One
+that was added later is left out while it has its default, so that what existed before keeps its name. Device, batch sizes of
+forward passes, numbers of workers, logging and checkpoint intervals are never in one.
+
+Each kind has a version, raised on purpose when the same fields would no longer give the same thing; `tests/golden` notices
+when it should have been.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from components.activations.settings import ActivationSettings
+from components.corpus.duplicates import near_duplicates_identity
+from components.corpus.settings import CorpusSettings
+from components.evaluation.settings import EvaluationSettings
+from components.settings import digest as content_digest
+from components.training.settings import TrainingSettings
+
+VERSIONS = {"tokens": 3, "activations": 3, "coder": 3, "evaluation": 3, "evaluation_set": 2, "run": 2}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where every field of a settings class stands."""
+
+    always: tuple[str, ...]
+    later: tuple[str, ...] = ()
+    """Added after the version: in an identity only where they differ from their default."""
+    resolved: tuple[str, ...] = ()
+    """In an identity as what they stand for: a listing, a commit, a list of names."""
+    without_effect: tuple[str, ...] = ()
+
+    def of(self, settings: BaseModel) -> dict[str, Any]:
+        values, known = settings.model_dump(mode="json"), type(settings).model_fields
+        changed = [name for name in self.later if getattr(settings, name) != known[name].get_default(call_default_factory=True)]
+        return {name: values[name] for name in (*self.always, *changed)}
+
+
+CORPUS = Fields(
+    always=("held_out_fraction", "context_length", "packing", "bos", "train_tokens", "held_out_tokens"),
+    resolved=(
+        "source", "paths", "dataset", "subset", "dataset_split", "revision", "text_column", "messages_column", "chat_template",
+        "mixture", "image_column", "prompt", "near_duplicates",
+    ),
+)  # fmt: skip
+IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
+ACTIVATIONS = Fields(
+    always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
+    resolved=("hook_points",),
+    without_effect=("sequences_per_chunk", "shuffle_workers"),
+)
+TRAINING = Fields(
+    always=(
+        "tokens", "batch_size", "learning_rate", "learning_rate_warmup", "learning_rate_decay", "adam_betas",
+        "clip_gradient_norm", "autocast", "dead_after_tokens",
+    ),
+    resolved=("hook_point",),
+    without_effect=("checkpoint_tokens", "log_tokens"),
+)  # fmt: skip
+EVALUATION = Fields(
+    always=("tokens", "exclude_norms_above", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
+    without_effect=("batch_sequences",),
+)
+COMPARED = Fields(always=("tokens", "exclude_norms_above", "reference_tokens"))
+"""What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
+
+
+def identity(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "version": VERSIONS[kind], **fields}
+
+
+def digest(identity: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that name an identity."""
+    return content_digest(identity)
+
+
+def token_identity(settings: CorpusSettings, content: Mapping[str, Any], tokenizer: str, seed: int) -> dict[str, Any]:
+    """content: of the corpus (see `corpus_content`). tokenizer: the digest of its files, of an image corpus the processor's."""
+    fields = (IMAGES if settings.source == "images" else CORPUS).of(settings)
+    near = near_duplicates_identity(settings.near_duplicates)
+    return identity("tokens", corpus=dict(content), near_duplicates=near, tokenizer=tokenizer, seed=seed, **fields)
+
+
+def activation_identity(
+    settings: ActivationSettings, tokens: str, model: Mapping[str, Any], hook_points: Sequence[str], seed: int
+) -> dict[str, Any]:
+    fields = ACTIVATIONS.of(settings)
+    return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, **fields)
+
+
+def coder_identity(
+    settings: TrainingSettings,
+    coder: Mapping[str, Any],
+    activations: str,
+    reads: Sequence[str],
+    writes: Sequence[str],
+    seed: int,
+    rerun: str | None,
+) -> dict[str, Any]:
+    """coder: `CoderSettings.identity`. rerun: another word, another training of the same."""
+    again = {} if rerun is None else {"rerun": rerun}
+    return identity(
+        "coder", activations=activations, reads=list(reads), writes=list(writes), seed=seed, coder=dict(coder),
+        training=TRAINING.of(settings), **again,
+    )  # fmt: skip
+
+
+def evaluation_identity(
+    settings: EvaluationSettings, weights_sha256: str, tokens: str, model: Mapping[str, Any], hook_point: str
+) -> dict[str, Any]:
+    fields = EVALUATION.of(settings)
+    return identity("evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, **fields)
+
+
+def evaluation_set_identity(
+    settings: EvaluationSettings, tokens: Mapping[str, Any], model: Mapping[str, Any], hook_point: str, counted: int
+) -> dict[str, Any]:
+    """What two coders must share to be compared: held-out text, language model, hook point and way of measuring. How much text
+    was prepared for training is no part of it. counted: tokens that were measured."""
+    text = {name: value for name, value in tokens.items() if name != "train_tokens"}
+    return identity(
+        "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
+        counted=counted, **COMPARED.of(settings),
+    )  # fmt: skip
+
+
+def run_identity(
+    name: str, coder: str, tokens: str, settings: EvaluationSettings, model: str, experiment: str
+) -> dict[str, Any]:
+    """All that a run's results depend on; where it is stored is left out. model: the registered one."""
+    return identity(
+        "run", name=name, coder=coder, tokens=tokens, evaluation=EVALUATION.of(settings), registered_model=model,
+        experiment=experiment,
+    )  # fmt: skip

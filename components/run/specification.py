@@ -1,0 +1,263 @@
+"""A run, resolved once: configuration, corpus, language model, device and all digests, frozen, as JSON from task to task.
+
+Nothing here trains, extracts or writes. `sae plan` prints it, and every step starts from it, so that a plan cannot say one
+thing and a run do another; and what changes in the world while a run goes on changes nothing in that run.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any, Self
+
+import torch
+
+from components import storage
+from components.activations.dataset.job import Extraction
+from components.activations.dataset.manifest import Manifest, read_manifest
+from components.corpus import sources as corpus_sources
+from components.corpus.sources import ListedSource, corpus_content, list_corpus
+from components.evaluation.evaluate import read_evaluation
+from components.hardware import resolve_device
+from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
+from components.language_model.record import ModelRecord, resolve_model
+from components.language_model.source import ModelSource, find_model
+from components.run import identity
+from components.run.config import RunConfig
+from components.settings import Settings
+from components.settings import digest as content_digest
+from components.storage.cache import CachePlace
+from components.tracking.code import git_tags
+from components.training.job import Training, TrainingRecord, read_training_record
+
+
+class Specification(Settings):
+    """What a run is. Properties are computed from it alone; methods look at what is there already."""
+
+    config: RunConfig
+    """With every revision resolved to a commit."""
+    device_name: str
+    code: dict[str, str]
+    """Commit of the code that began the run, as tags; none outside a checkout."""
+    model: ModelRecord
+    sources: tuple[ListedSource, ...]
+    """Of the corpus, in the order of its settings."""
+    hook_point: str
+    """That the coder is trained on."""
+    token_identity: dict[str, Any]
+    token_digest: str
+    dataset_identity: dict[str, Any]
+    dataset_digest: str
+    sae_identity: dict[str, Any]
+    sae_digest: str
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return _parsed(cls, text)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        return self.model.source
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_name)
+
+    @property
+    def points(self) -> list[HookPoint]:
+        """The hook points that are stored, in the order of the columns."""
+        return [parse_hook_point(column.name) for column in self.model.columns]
+
+    @property
+    def point(self) -> HookPoint:
+        return parse_hook_point(self.hook_point)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {column.name: column.width for column in self.model.columns}
+
+    @property
+    def d_in(self) -> int:
+        return self.widths[self.hook_point]
+
+    @property
+    def d_sae(self) -> int:
+        return self.config.sae.features(self.d_in)
+
+    @property
+    def of_images(self) -> bool:
+        return self.config.corpus.source == "images"
+
+    def _url(self, kind: str, key: str) -> str:
+        return storage.join(self.config.storage.root, kind, f"{self.config.name}-{key}")
+
+    # tokens
+
+    @property
+    def token_url(self) -> str:
+        return self._url("tokens", self.token_digest)
+
+    def token_manifest(self) -> dict[str, Any] | None:
+        return storage.read_json_if_present(storage.join(self.token_url, "manifest.json"))
+
+    # activations
+
+    @property
+    def dataset_url(self) -> str:
+        return self._url("activations", self.dataset_digest)
+
+    def dataset_manifest(self) -> Manifest | None:
+        return read_manifest(self.dataset_url)
+
+    def extraction(self, token_manifest: dict[str, Any]) -> Extraction:
+        made_from = {"name", "seed", "corpus", "language_model", "activations"}
+        return Extraction(
+            url=self.dataset_url,
+            digest=self.dataset_digest,
+            identity=self.dataset_identity,
+            configuration=self.config.model_dump(mode="json", include=made_from),
+            settings=self.config.activations,
+            source=self.model.source,
+            widths=self.widths,
+            token_url=self.token_url,
+            token_manifest=token_manifest,
+            seed=self.config.seed,
+        )
+
+    # coder
+
+    @property
+    def sae_url(self) -> str:
+        return self._url("saes", self.sae_digest)
+
+    def training_record(self) -> TrainingRecord | None:
+        return read_training_record(self.sae_url)
+
+    def training(self) -> Training:
+        corpus, settings = self.config.corpus, self.config.storage
+        return Training(
+            url=self.sae_url,
+            digest=self.sae_digest,
+            identity=self.sae_identity,
+            settings=self.config.training,
+            coder=self.config.sae,
+            dataset_url=self.dataset_url,
+            reads=(self.hook_point,),
+            writes=(self.hook_point,),
+            seed=self.config.seed,
+            metadata={
+                "model_name": self.config.language_model.name,
+                "hook_name": self.hook_point,
+                "context_size": len(self.model.layout()) if self.of_images else corpus.context_length,
+                "prepend_bos": corpus.bos != "none",
+                "dataset_path": corpus.title,
+            },
+            cache=None if settings.cache is None else CachePlace(folder=settings.cache, limit=settings.cache_bytes),
+        )
+
+    def repeated(self, rerun: str | None) -> Specification:
+        """The same run with another word in `rerun`: on the same activations, another coder."""
+        return _named(self, self.config.model_copy(update={"rerun": rerun}))
+
+    # evaluation
+
+    def evaluation_identity(self, weights_sha256: str) -> dict[str, Any]:
+        return identity.evaluation_identity(
+            self.config.evaluation, weights_sha256, self.token_digest, self.model.identity, self.hook_point
+        )
+
+    def evaluation_record(self) -> dict[str, Any] | None:
+        """The evaluation of the trained coder, None where either is missing."""
+        record = self.training_record()
+        if record is None:
+            return None
+        return read_evaluation(self.sae_url, identity.digest(self.evaluation_identity(record.weights_sha256)))
+
+    def given_evaluation_url(self, digest: str) -> str:
+        """Where the evaluation of an SAE made elsewhere is kept."""
+        return self._url("evaluations", digest)
+
+    def evaluation_set(self, tokens: int) -> str:
+        """The digest of what two coders must share to be compared; tokens: that were measured."""
+        settings = self.config.evaluation
+        return identity.digest(
+            identity.evaluation_set_identity(settings, self.token_identity, self.model.identity, self.hook_point, tokens)
+        )
+
+    # registry
+
+    @property
+    def registered_model(self) -> str:
+        tracking = self.config.tracking
+        name = tracking.registered_model or f"{self.model.slug}.{self.hook_point}"
+        name = f"{name}.{tracking.purpose}" if tracking.purpose else name
+        return name.replace("/", "-").replace(":", "-")
+
+    @property
+    def run_digest(self) -> str:
+        config = self.config
+        return identity.digest(
+            identity.run_identity(
+                config.name, self.sae_digest, self.token_digest, config.evaluation, self.registered_model,
+                config.tracking.experiment,
+            )
+        )  # fmt: skip
+
+    @property
+    def model_digest(self) -> str:
+        return content_digest(self.model.identity)
+
+
+@lru_cache(maxsize=2)
+def _parsed(kind: type[Any], text: str) -> Any:
+    return kind.model_validate_json(text)
+
+
+def resolve(config: RunConfig) -> Specification:
+    """Ask the world once: revisions, the corpus's files, the model's shape, the device, the checkout.
+
+    Raises a UserError for what is not there.
+    """
+    images = config.corpus.source == "images"
+    found = find_model(config.language_model)
+    pinned = config.language_model if found.commit is None else found.settings.model_copy(update={"revision": found.commit})
+    config = config.model_copy(update={"corpus": corpus_sources.pinned(config.corpus), "language_model": pinned})
+    source = ModelSource(pinned, found.location, found.commit)
+    model = resolve_model(source, config.activations.hook_points, images, config.corpus.prompt)
+    wanted = config.training.hook_point
+    hook_point = (
+        model.columns[0].name if wanted is None else str(expand_hook_points([wanted], source, "training.hook_point")[0])
+    )
+    model.require_stored(hook_point)
+    sources = list_corpus(config.corpus)
+    tokens = identity.token_identity(config.corpus, corpus_content(config.corpus, sources), model.tokenizer, config.seed)
+    token_digest = identity.digest(tokens)
+    names = [column.name for column in model.columns]
+    stored = identity.activation_identity(config.activations, token_digest, model.identity, names, config.seed)
+    resolved = Specification(
+        config=config,
+        device_name=str(resolve_device(config.device)),
+        code=git_tags(),
+        model=model,
+        sources=sources,
+        hook_point=hook_point,
+        token_identity=tokens,
+        token_digest=token_digest,
+        dataset_identity=stored,
+        dataset_digest=identity.digest(stored),
+        sae_identity={},
+        sae_digest="",
+    )
+    return _named(resolved, config)
+
+
+def _named(specification: Specification, config: RunConfig) -> Specification:
+    """With the coder's identity."""
+    point = (specification.hook_point,)
+    coder = config.sae.identity(specification.d_in)
+    found = identity.coder_identity(
+        config.training, coder, specification.dataset_digest, point, point, config.seed, config.rerun
+    )
+    return specification.model_copy(update={"config": config, "sae_identity": found, "sae_digest": identity.digest(found)})

@@ -1,0 +1,25 @@
+"""The steps of the line, one file each: from a specification to what the step leaves behind.
+
+Every step returns at once where its result is there already, and continues where a killed one stopped.
+"""
+
+from components.steps.evaluation import (
+    evaluate,
+    evaluation_job,
+    evaluation_reference,
+    finish_evaluation,
+    measure_baselines,
+    measure_span,
+)
+from components.steps.extraction import extract
+from components.steps.given import evaluate_given
+from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
+from components.steps.registration import log_results, register, require_evaluated, tracked
+from components.steps.tokens import prepare_tokens
+from components.steps.training import launch_training, train, training_tokens
+
+__all__ = [
+    "comparison", "evaluate", "evaluate_given", "evaluation_job", "evaluation_reference", "extract", "finish_evaluation",
+    "finished_run", "is_news", "launch_training", "log_results", "measure_baselines", "measure_span", "prepare_tokens",
+    "register", "require_evaluated", "run_address", "summary", "tracked", "train", "training_tokens",
+]  # fmt: skip

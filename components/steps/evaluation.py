@@ -1,0 +1,134 @@
+"""Coder -> its metrics on held-out documents: by one worker, or by several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from components import storage
+from components.evaluation import evaluate as evaluation
+from components.evaluation import measurements, results
+from components.evaluation.job import EvaluationJob, Span
+from components.evaluation.span_totals import Measured, SpanSums
+from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, NormalizedSAE, load_saelens
+from components.language_model.loading import LOADING, kept_model, load_tokenizer
+from components.run import identity
+from components.run.specification import Specification
+from components.sae.coder import Coder
+from components.settings import UserError
+from components.training.job import TrainingRecord
+
+AnySAE = Coder | NormalizedSAE
+
+
+def evaluate(run: Specification) -> dict[str, Any]:
+    """SAE artifact -> its metrics on held-out documents; the evaluation record."""
+    record, token_manifest = require_trained(run)
+    present = run.evaluation_record()
+    if present is not None:
+        return present
+    sae = _own_sae(run.sae_url, run.device)
+    named = run.evaluation_identity(record.weights_sha256)
+    return measured_alone(run, lambda _: sae, named, run.sae_url, token_manifest, record.architecture)
+
+
+def evaluation_job(run: Specification) -> EvaluationJob:
+    """What there is to measure of the trained SAE, for workers that may be elsewhere."""
+    _, token_manifest = require_trained(run)
+    return EvaluationJob(
+        settings=run.config.evaluation,
+        source=run.model.source,  # without what is cached
+        point=run.point,
+        text=evaluation.HeldOut(url=run.token_url, manifest=token_manifest),
+        sae_url=run.sae_url,
+    )
+
+
+def evaluation_reference(job: EvaluationJob, device: torch.device) -> evaluation.Reference:
+    """What an evaluation takes from training text, once for all spans; on the CPU."""
+    settings, model = job.settings, kept_model(job.source, device)
+    found = evaluation.reference_statistics(
+        model, job.point, job.text, settings.reference_tokens, settings.batch_sequences, device
+    )
+    return found.on(torch.device("cpu"))
+
+
+def measure_span(job: EvaluationJob, mean: torch.Tensor, limit: float | None, device: torch.device, span: Span) -> SpanSums:
+    """The SAE on a span of `measurements.sae_spans`. mean, limit: see `measurements.measure_sae`."""
+    subject = _subject(job, device, evaluation.TokenClasses(load_tokenizer(job.source)))
+    return measurements.measure_sae(job.settings, subject, mean, limit, span)
+
+
+def measure_baselines(
+    job: EvaluationJob, reference: evaluation.Reference, l0: float, device: torch.device, span: Span
+) -> SpanSums:
+    """What the SAE is compared with, on a span of `measurements.baseline_spans`. l0: the SAE's, on all of the text."""
+    return measurements.measure_baselines(job.settings, _subject(job, device), reference, l0, span)
+
+
+def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> dict[str, Any]:
+    """The merged sums of both passes -> the evaluation record beside the SAE."""
+    record, _ = require_trained(run)
+    sae = _own_sae(run.sae_url, run.device)
+    found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
+    named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
+    device = torch.device(measured.device)
+    return evaluation.write_evaluation(run.sae_url, identity.digest(named), named, found, device, about)
+
+
+def require_trained(run: Specification) -> tuple[TrainingRecord, dict[str, Any]]:
+    """Training record and token manifest; a UserError unless both are there."""
+    record, token_manifest = run.training_record(), run.token_manifest()
+    if record is None or token_manifest is None:
+        raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
+    return record, token_manifest
+
+
+def _own_sae(url: str, device: torch.device) -> AnySAE:
+    with storage.local_copies(url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
+        return load_saelens(folder, device)
+
+
+def _subject(job: EvaluationJob, device: torch.device, classes: evaluation.TokenClasses | None = None) -> measurements.Subject:
+    with LOADING:  # the SAE too: torch's default type is another meanwhile
+        sae, model = _own_sae(job.sae_url, device), kept_model(job.source, device)
+    return measurements.Subject(
+        sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes
+    )
+
+
+def measured_alone(
+    run: Specification,
+    load: Callable[[evaluation.Reference], AnySAE],
+    named: dict[str, Any],
+    url: str,
+    token_manifest: dict[str, Any],
+    architecture: str,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Evaluate the SAE that `load` gives and write what was found to `url`. named: the evaluation's identity."""
+    settings, device = run.config.evaluation, run.device
+    model = kept_model(run.source, device)
+    text = evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
+    reference = evaluation.reference_statistics(
+        model, run.point, text, settings.reference_tokens, settings.batch_sequences, device
+    )
+    sae = load(reference)
+    classes = evaluation.TokenClasses(load_tokenizer(run.source))
+    found = evaluation.evaluate(settings, sae, sae.d_sae, model, run.point, text, reference, device, classes)
+    about = _about(run, sae, url, architecture) | ({} if name is None else {"name": name})
+    return evaluation.write_evaluation(url, identity.digest(named), named, found, device, about)
+
+
+def _about(run: Specification, sae: AnySAE, url: str, architecture: str) -> dict[str, Any]:
+    """What the report says of an SAE."""
+    return {
+        "name": url.rstrip("/").rsplit("/", 1)[-1],
+        "language_model": run.config.language_model.name,
+        "hook_point": run.hook_point,
+        "architecture": architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+    }

@@ -1,0 +1,77 @@
+"""What a run came to, as it is recorded: for its summary, its page, and whoever is to be told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from components.run.specification import Specification
+
+
+def comparison(run: Specification, outcome: dict[str, Any]) -> dict[str, Any]:
+    """The registered version of `outcome` beside the champion that it was measured against: `champion` (a version, None
+    where there was none), and `metrics` and `gates` as rows of a table."""
+    from components.registry import catalogue
+    from components.tracking import store
+
+    client = store.connect(run.config.tracking, run.config.storage.root)
+    return catalogue.against_champion(client, outcome["registered_model"], str(outcome["model_version"]))
+
+
+def is_news(run: Specification, outcome: dict[str, Any]) -> bool:
+    """Whether the registered version of `outcome` is champion and nobody has been told; asked again, it is no news."""
+    from components.registry import versions as registry
+    from components.tracking import store
+
+    client = store.connect(run.config.tracking, run.config.storage.root)
+    return registry.mark_announced(client, outcome["registered_model"], str(outcome["model_version"]))
+
+
+def run_address(run: Specification, run_id: str) -> str | None:
+    """Where the MLflow UI shows a run; None where there is no server."""
+    from components.tracking import store
+
+    client = store.connect(run.config.tracking, run.config.storage.root)
+    return store.run_address(client, client.get_run(run_id).info.experiment_id, run_id)
+
+
+def finished_run(run: Specification) -> dict[str, Any] | None:
+    """The outcome of an earlier run of this very specification that is whole from tokens to registry, or None."""
+    record = run.training_record()
+    if run.dataset_manifest() is None or record is None or run.evaluation_record() is None:
+        return None
+    from components.registry import versions as registry
+    from components.tracking import runs, store
+
+    config = run.config
+    if not store.database_exists(config.tracking, config.storage.root):
+        return None
+    client = store.connect(config.tracking, config.storage.root)
+    earlier = runs.find_run(client, config.tracking.experiment, run.run_digest)
+    version = registry.find_version(client, run.registered_model, run.run_digest, record.weights_sha256, finished=True)
+    if earlier is None or version is None or earlier.info.status != "FINISHED":
+        return None
+    return {
+        "mlflow_run": earlier.info.run_id,
+        "registered_model": version.name,
+        "model_version": int(version.version),
+        "alias": ", ".join(registry.aliases_of(client, version)) or None,
+        "alias_reason": version.tags["sae.alias_reason"],
+    }
+
+
+def summary(run: Specification, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
+    """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
+    from components.tracking.store import public_uri, tracking_uri
+
+    measured = run.evaluation_record()
+    assert measured is not None
+    return {
+        "name": run.config.name,
+        "reused": reused,
+        "digests": {"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
+        "paths": {"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url},
+        "metrics": measured["metrics"],
+        "mlflow_uri": public_uri(tracking_uri(run.config.tracking, run.config.storage.root)),
+        **outcome,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }

@@ -1,0 +1,168 @@
+"""`sae run`, `plan` and a command for each step. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flows.cli.tables import print_plan, print_summary
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
+
+if TYPE_CHECKING:
+    from components.run.specification import Specification
+
+
+def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run the whole line, as a Prefect flow with an MLflow run.
+
+    Ends with a version in the model registry: `champion` where it is the best one so far, `challenger` otherwise.
+    Run again, it does only what is not done yet; unchanged, it prints the earlier result and starts nothing.
+    """
+    with command(as_json) as show:
+        started = time.monotonic()
+        specification = _checked(config, overrides)
+        from components import steps
+
+        outcome = steps.finished_run(specification)
+        if outcome is not None:
+            done = steps.summary(specification, outcome, {"total": time.monotonic() - started}, reused=True)
+            show(done, print_summary)
+            return
+        _prepare_prefect()
+        from flows.pipeline import pipeline_of
+
+        summary = pipeline_of(specification.config.name, specification.to_json())
+        summary["seconds"]["total"] = round(time.monotonic() - started, 2)
+        show(summary, print_summary)
+
+
+def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
+    with command(as_json) as show:
+        from components.run.estimate import estimate
+
+        show(estimate(_checked(config, overrides, evaluated=False)), print_plan)
+
+
+def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Make the token and activation datasets."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+        from components.activations.dataset.manifest import require_manifest
+
+        work = _checked(config, overrides, only_data=True)
+        if _alone(work):
+            manifest = steps.extract(work)
+        else:
+            _extract_on_workers(work)
+            manifest = require_manifest(work.dataset_url)
+        show(
+            {
+                "tokens": {"digest": work.token_digest, "url": work.token_url},
+                "activations": {
+                    "digest": manifest.digest,
+                    "url": work.dataset_url,
+                    "tokens": manifest.tokens,
+                    "documents": manifest.documents,
+                    "shards": len(manifest.shards),
+                    "bytes": sum(shard.bytes for shard in manifest.shards),
+                },
+            },
+            print_tree,
+        )
+
+
+def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train the SAE on the activation dataset (`sae extract` makes it)."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        work = _checked(config, overrides, evaluated=False)
+        record = steps.train(work).model_dump(mode="json")
+        kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
+        show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
+
+
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    sae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|models:/...", help="Another SAE: a folder in SAELens' format, or a registered model."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an SAE on CONFIG's held-out documents, through its language model and at its hook point.
+
+    Without `--sae` it is the one that `sae train CONFIG` made. Leaves `evaluation.json`, `features.parquet` and
+    `report.html`, which needs no network, at the printed address.
+    """
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        work = _checked(config, overrides)
+        if sae is not None:
+            record = steps.evaluate_given(work, sae)
+        elif _alone(work):
+            record = {"url": work.sae_url, **steps.evaluate(work)}
+        else:
+            record = _evaluate_on_workers(work)
+        show({key: record[key] for key in ("url", "metrics", "baselines")}, print_tree)
+
+
+def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Put the evaluated SAE into MLflow: its run, a model version, and an alias."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        work = _checked(config, overrides)
+        steps.require_evaluated(work)
+        with steps.tracked(work, {}) as tracked:
+            outcome = steps.register(work, tracked)
+        show({"mlflow_run": tracked.run_id, **outcome}, print_tree)
+
+
+def _checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Specification:
+    from components.run.checks import check
+    from components.run.config import load_config
+    from components.run.specification import resolve
+
+    run = resolve(load_config(config, overrides or ()))
+    check(run, only_data=only_data, evaluated=evaluated)
+    return run
+
+
+def _extract_on_workers(run: Specification) -> None:
+    _prepare_prefect()
+    from flows.extraction import extracted
+
+    extracted(run)
+
+
+def _evaluate_on_workers(run: Specification) -> dict[str, Any]:
+    _prepare_prefect()
+    from flows.evaluation import evaluated
+
+    return evaluated(run)
+
+
+def _alone(run: Specification) -> bool:
+    return run.config.execution.runner == "threads" and run.config.execution.workers == 1
+
+
+def _prepare_prefect() -> None:
+    # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and the logs of
+    # `components` belong to the flow run.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    log_to_stderr(handler=False)
+    Console(stderr=True).print("Starting Prefect ...", style="dim")

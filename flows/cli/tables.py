@@ -1,0 +1,65 @@
+"""What people see of a run: its summary and its plan as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    metrics = summary["metrics"]
+    table = Table(title=f"{summary['name']}: {'unchanged, nothing to do' if summary['reused'] else 'done'}", show_header=False)
+    for name in (
+        "explained_variance", "l0", "loss_recovered", "dead_fraction", "ce_loss_clean", "ce_loss_sae", "ce_loss_mean",
+        "ce_loss_zero", "kl_divergence", "evaluation_tokens",
+    ):  # fmt: skip
+        value = metrics[name]
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
+    table.add_section()
+    table.add_row("SAE", summary["paths"]["sae"])
+    table.add_row("model version", f"models:/{summary['registered_model']}/{summary['model_version']}")
+    table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
+    table.add_row("MLflow run", summary["mlflow_run"])
+    table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
+    Console().print(table)
+
+
+def print_plan(estimate: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    def state(part: str) -> str:
+        return "there, reused" if estimate[part]["exists"] else "to do"
+
+    tokens, stored, sae = estimate["tokens"], estimate["activations"], estimate["sae"]
+    model, training, memory = estimate["language_model"], estimate["training"], estimate["memory_bytes"]
+    table = Table("step", "state", "what", title=f"{estimate['name']} on {estimate['device']}")
+    counted = "" if tokens["exact"] else "at most "
+    split = f"{tokens['corpus']}: {counted}{tokens['train']:,} train, {tokens['held_out']:,} held out"
+    table.add_row("tokens", state("tokens"), f"{split}\n{tokens['url']}")
+    table.add_row(
+        "extract",
+        state("activations"),
+        f"{model['name']} ({model['parameters']:,} parameters) at {model['hook_point']}, {stored['tokens']:,} tokens, "
+        f"{stored['bytes'] / 1e6:,.0f} MB ({stored['bytes_per_token']} B/token; "
+        f"{stored['peak_bytes'] / 1e6:,.0f} MB while shuffling), "
+        f"{stored['flops']:.2g} FLOPs\n{stored['url']}",
+    )
+    table.add_row(
+        "train",
+        state("sae"),
+        f"{sae['architecture']} {sae['d_in']} -> {sae['d_sae']:,} ({sae['parameters']:,} parameters), "
+        f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs), "
+        f"{training['flops']:.2g} FLOPs\n{sae['url']}",
+    )
+    evaluation = estimate["evaluation"]
+    if evaluation["impossible"]:
+        table.add_row("evaluate", "not possible", evaluation["impossible"])
+    else:
+        what = f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs"
+        table.add_row("evaluate", state("evaluation"), what)
+        table.add_row("register", "", estimate["registered_model"])
+    table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
+    Console().print(table)
