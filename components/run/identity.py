@@ -86,14 +86,14 @@ def token_identity(settings: CorpusSettings, content: Mapping[str, Any], tokeniz
     """content: of the corpus (see `corpus_content`). tokenizer: the digest of its files, of an image corpus the processor's."""
     fields = (IMAGES if settings.source == "images" else CORPUS).of(settings)
     near = near_duplicates_identity(settings.near_duplicates)
-    return identity("tokens", corpus=dict(content), near_duplicates=near, tokenizer=tokenizer, seed=seed, **fields)
+    return identity("tokens", corpus=dict(content), near_duplicates=near, tokenizer=tokenizer, seed=seed, settings=fields)
 
 
 def activation_identity(
     settings: ActivationSettings, tokens: str, model: Mapping[str, Any], hook_points: Sequence[str], seed: int
 ) -> dict[str, Any]:
     fields = ACTIVATIONS.of(settings)
-    return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, **fields)
+    return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, settings=fields)
 
 
 def coder_identity(
@@ -117,7 +117,9 @@ def evaluation_identity(
     settings: EvaluationSettings, weights_sha256: str, tokens: str, model: Mapping[str, Any], hook_point: str
 ) -> dict[str, Any]:
     fields = EVALUATION.of(settings)
-    return identity("evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, **fields)
+    return identity(
+        "evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields
+    )
 
 
 def evaluation_set_identity(
@@ -125,10 +127,11 @@ def evaluation_set_identity(
 ) -> dict[str, Any]:
     """What two coders must share to be compared: held-out text, language model, hook point and way of measuring. How much text
     was prepared for training is no part of it. counted: tokens that were measured."""
-    text = {name: value for name, value in tokens.items() if name != "train_tokens"}
+    settled = {name: value for name, value in tokens["settings"].items() if name != "train_tokens"}
+    text = {**tokens, "settings": settled}
     return identity(
         "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
-        counted=counted, **COMPARED.of(settings),
+        counted=counted, settings=COMPARED.of(settings),
     )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ class CoderSettings(BaseModel):
 
     version: ClassVar[int] = 1
     """Raised when the same settings and data would no longer give the same weights."""
-    added_later: ClassVar[tuple[str, ...]] = ()
+    decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")
+    """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
+    decides_later: ClassVar[tuple[str, ...]] = ()
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
     architecture: str
@@ -44,8 +46,7 @@ class CoderSettings(BaseModel):
 
     def identity(self, d_in: int) -> dict[str, Any]:
         """All that these settings decide of the weights, resolved for activations of width `d_in`."""
-        fields = type(self).model_fields
-        values = self.model_dump(mode="json", exclude={"d_sae", "expansion_factor"})
-        unset = {name for name in self.added_later if values[name] == fields[name].default}
-        kept = {name: value for name, value in values.items() if name not in unset}
+        fields, values = type(self).model_fields, self.model_dump(mode="json")
+        changed = [name for name in self.decides_later if getattr(self, name) != fields[name].default]
+        kept = {name: values[name] for name in (*self.decides, *changed)}
         return {**kept, "version": self.version, "d_sae": self.features(d_in)}

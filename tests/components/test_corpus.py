@@ -13,12 +13,16 @@ import pytest
 from components.corpus.documents import Document, split_of
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import corpus_identity, read_documents
+from components.corpus.sources import corpus_content, list_corpus, read_documents
 from components.corpus.standard_library import read_standard_library
 from components.corpus.tokens import PADDING, SPECIAL, prepare_tokens, read_sequences
 from components.settings import UserError
 
 BOS, END = 1, 2
+
+
+def corpus_identity(settings):
+    return corpus_content(settings, list_corpus(settings))
 
 
 def characters(texts: list[str]) -> list[list[int]]:

@@ -15,7 +15,8 @@ from components.corpus.documents import split_of
 from components.corpus.duplicates import Duplicates
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings, NearDuplicateSettings
-from components.corpus.tokens import prepare_tokens, token_identity
+from components.corpus.tokens import prepare_tokens
+from components.run.identity import token_identity
 
 ENCODER = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
 RANDOM = np.random.default_rng(0)
@@ -70,7 +71,7 @@ def test_near_twins_are_dropped_across_the_splits_and_unrelated_documents_kept(t
         by_number.setdefault(line, []).append(file[0])
     assert len(by_number) == 150
     assert all("3" in files and len(files) == 2 for files in by_number.values()), "one of each pair of twins, every cousin"
-    assert token_identity(on, "t", 0) != token_identity(off, "t", 0)
+    assert token_identity(on, {}, "t", 0) != token_identity(off, {}, "t", 0)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8])

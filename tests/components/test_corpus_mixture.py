@@ -12,12 +12,16 @@ import pytest
 
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import corpus_identity
+from components.corpus.sources import corpus_content, list_corpus
 from components.corpus.tokens import prepare_tokens, read_sequences
 from components.run.config import flattened, load_config, parse_config
 from components.settings import UserError
 
 ENCODER = Encoder(encode=lambda texts: [[ord(c) for c in text] for text in texts], bos=1, separator=2)
+
+
+def corpus_identity(settings):
+    return corpus_content(settings, list_corpus(settings))
 
 
 @pytest.fixture

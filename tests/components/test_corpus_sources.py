@@ -22,7 +22,7 @@ from backports import zstd
 
 from components.corpus.documents import Document
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import corpus_identity, read_documents
+from components.corpus.sources import corpus_content, list_corpus, read_documents
 from components.language_model.loading import find_model, load_encoder, load_tokenizer
 from components.language_model.settings import LanguageModelSettings
 from components.run.checks import check
@@ -32,6 +32,10 @@ from components.settings import UserError
 
 TEXTS = [f"text {number}: " + "naïve 你好 🙂\n" * (number % 5) for number in range(30)]
 BLANK = ["", " \n"]
+
+
+def corpus_identity(settings):
+    return corpus_content(settings, list_corpus(settings))
 
 
 def documents_of(chosen: CorpusSettings, seed: int = 0, render=None) -> list[Document]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from components import steps
+from components.evaluation.held_out import HeldOut
 from components.evaluation.intervals import DocumentGroups
 from components.evaluation.job import batch_size, spans
 from components.evaluation.measurements import baseline_spans, sae_spans
@@ -118,7 +119,7 @@ def test_groups_of_spans_are_those_of_the_whole():
 @pytest.mark.parametrize("parts", [2, 3, 7, 1_000])
 def test_spans_cover_the_text_once_in_the_batches_of_one_worker(tiny_tree: dict, tokens: int, parts: int):
     plan = resolve(parse_config(tiny_tree))
-    text = steps.evaluation.HeldOut(url=plan.token_url, manifest=steps.prepare_tokens(plan))
+    text = HeldOut(url=plan.token_url, manifest=steps.prepare_tokens(plan))
     batch = batch_size(16, 3)
     found = spans(text, tokens, batch, parts)
     (whole,) = spans(text, tokens, batch, 1)

@@ -173,7 +173,7 @@ def test_a_folder_of_images_becomes_a_dataset_of_patches_without_the_cls_token(v
         for patch in range(16):
             torch.testing.assert_close(rows[document["document"], patch], states[1 + patch], rtol=1e-4, atol=1e-5)
     assert set(table["token"].to_pylist()) == {-1}
-    assert plan.widths[HookPoint("mlp_in", 2)] == 16
+    assert plan.widths["mlp_in.2"] == 16
 
 
 def test_held_out_images_are_others_and_a_budget_counts_patches(vit: Path, pictures: Path, tmp_path: Path):
@@ -240,7 +240,7 @@ def test_without_a_prompt_the_vision_tower_runs_alone(llava: Path, pictures: Pat
     plan = resolve(parse_config(tree(tmp_path, llava, {"source": "images", "paths": [str(pictures)]}, names)))
     check(plan, evaluated=False)
     rows, _ = stored(plan)
-    assert [plan.widths[point] for point in plan.points] == [16, 24]
+    assert list(plan.widths.values()) == [16, 24]
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     processor = AutoProcessor.from_pretrained(llava, backend="pil").image_processor
     document = next(document for document in documents_of(plan) if document["split"] == "train")

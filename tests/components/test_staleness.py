@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from components import steps
-from components.run import staleness
-from components.run.code_version import code_versions
+from components.run import identity
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.run.staleness import verdict
-from components.training import loop
+from components.sae.architectures.relu import ReLUSettings
 
 
 def plan_of(tree: dict, **changes) -> Specification:
@@ -100,13 +99,14 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
     assert "the corpus changed since version 1" in snapshot.reason
     (corpus / "new.txt").unlink()
 
-    here = code_versions()
-    monkeypatch.setattr(staleness, "code_versions", lambda: {**here, "training": "another"})
-    code = verdict(plan_of(tree))
-    assert code.stale
-    assert "the code of training changed since version 1" in code.reason
-    assert code.rerun is not None
-    assert code.rerun.startswith("retrain+code-")
+    with monkeypatch.context() as patch:
+        patch.setitem(identity.VERSIONS, "evaluation", 99)
+        recipe = verdict(plan_of(tree))
+        assert recipe.stale
+        assert "the recipe or the metrics have another version since version 1" in recipe.reason
+    with monkeypatch.context() as patch:
+        patch.setattr(ReLUSettings, "version", 99)
+        assert verdict(plan_of(tree)).stale
 
 
 def test_a_repetition_trains_anew_on_the_same_activations_and_settles_the_matter(tree: dict):
@@ -132,42 +132,12 @@ def test_a_configuration_that_comes_back_is_not_stale(tree: dict):
     assert not verdict(plan_of(tree)).stale
 
 
-def test_code_that_comes_back_is_not_stale_for_ever(tree: dict, monkeypatch: pytest.MonkeyPatch):
+def test_a_recipe_that_comes_back_is_not_stale_for_ever(tree: dict, monkeypatch: pytest.MonkeyPatch):
     """Two workers with different checkouts, say."""
-    here = code_versions()
     registered(plan_of(tree))
-    monkeypatch.setattr(staleness, "code_versions", lambda: {**here, "evaluation": "another"})
-    due = verdict(plan_of(tree))
-    assert due.stale
-    registered(plan_of(tree, rerun=due.rerun))
-    assert not verdict(plan_of(tree)).stale
-    monkeypatch.setattr(staleness, "code_versions", lambda: here)
-    assert not verdict(plan_of(tree)).stale
-
-
-def test_an_sae_that_other_code_trained_is_not_taken_for_one_of_this_code(tree: dict, monkeypatch: pytest.MonkeyPatch):
-    """Trained, but not registered before the code changed."""
-    plan = plan_of(tree)
-    steps.extract(plan)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "code_versions", lambda: {**code_versions(), "training": "before"})
-        steps.train(plan)
-    registered(plan)
-    found = verdict(plan_of(tree))
-    assert found.stale
-    assert "the code of training changed" in found.reason
-
-
-def test_comments_and_docstrings_are_no_other_code_and_statements_are(tmp_path: Path):
-    def versions(training: str) -> dict[str, str]:
-        for name in ("sae", "training", "evaluation"):
-            (tmp_path / name).mkdir(exist_ok=True)
-            (tmp_path / name / "module.py").write_text("x = 1\n")
-        (tmp_path / "training" / "module.py").write_text(training)
-        return code_versions(tmp_path)
-
-    before = versions('"""Doc."""\ndef f(x):\n    """Doc."""\n    return x + 1\n')
-    same = versions("# a comment\ndef f( x ):\n    return (x + 1)  # another\n")
-    other = versions("def f(x):\n    return x + 2\n")
-    assert before == same
-    assert {name for name in before if before[name] != other[name]} == {"training"}
+        patch.setattr(ReLUSettings, "version", 99)
+        assert verdict(plan_of(tree)).stale
+        registered(plan_of(tree))
+        assert not verdict(plan_of(tree)).stale
+    assert not verdict(plan_of(tree)).stale

@@ -37,9 +37,7 @@ def with_tokens(tree: dict, tokens: int, **more) -> Specification:
 
 
 def work_of(plan: Specification):
-    manifest = plan.dataset_manifest()
-    assert manifest is not None
-    return plan.training(manifest)
+    return plan.training()
 
 
 def children() -> list[psutil.Process]:

@@ -22,7 +22,7 @@ from seaweed import LIMITED
 from components import steps, storage
 from components.corpus.documents import Document
 from components.corpus.settings import CorpusSettings
-from components.corpus.sources import corpus_identity, read_documents
+from components.corpus.sources import corpus_content, list_corpus, read_documents
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -30,6 +30,10 @@ from components.settings import UserError
 pytestmark = pytest.mark.integration
 
 BIN = Path(sys.executable).parent
+
+
+def corpus_identity(settings):
+    return corpus_content(settings, list_corpus(settings))
 
 
 @pytest.fixture

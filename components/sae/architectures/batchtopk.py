@@ -19,6 +19,8 @@ from components.sae.settings import CoderSettings
 
 
 class BatchTopKSettings(KSettings):
+    decides = (*KSettings.decides, "threshold_decay")
+
     architecture: Literal["batchtopk"] = "batchtopk"
     """The strongest features of a whole batch, k per token on average (Bussmann et al. 2024)."""
 

@@ -14,6 +14,8 @@ from components.sae.settings import CoderSettings
 
 
 class GatedSettings(CoderSettings):
+    decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
+
     architecture: Literal["gated"] = "gated"
     """Gate and magnitude on one encoder (Rajamanoharan et al. 2024)."""
 

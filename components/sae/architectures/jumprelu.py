@@ -15,6 +15,11 @@ from components.sae.settings import CoderSettings
 
 
 class JumpReLUSettings(CoderSettings):
+    decides = (
+        *CoderSettings.decides, "sparsity", "sparsity_coefficient", "sparsity_warmup", "target_l0", "tanh_scale",
+        "pre_activation_coefficient", "bandwidth", "threshold_init",
+    )  # fmt: skip
+
     architecture: Literal["jumprelu"] = "jumprelu"
     """A learned threshold for each feature (Rajamanoharan et al. 2024)."""
 

@@ -16,6 +16,8 @@ from components.sae.settings import CoderSettings
 
 
 class MatryoshkaSettings(BatchTopKSettings):
+    decides = (*BatchTopKSettings.decides, "levels")
+
     architecture: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
     """BatchTopK whose leading features also reconstruct without the rest (Bussmann et al. 2025)."""
 

@@ -14,6 +14,8 @@ from components.sae.settings import CoderSettings
 
 
 class ReLUSettings(CoderSettings):
+    decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
+
     architecture: Literal["relu"] = "relu"
     """The ReLU encoder and the decoder-norm L1 penalty of Templeton et al. 2024."""
 

@@ -17,6 +17,8 @@ from components.sae.settings import CoderSettings
 class KSettings(CoderSettings):
     """What architectures share that choose by rank."""
 
+    decides = (*CoderSettings.decides, "k", "auxk_coefficient", "auxk", "k_start", "k_anneal")
+
     k: int = Field(default=32, ge=1)
     """Active features per token, at most: a feature whose pre-activation is not positive stays off."""
 
@@ -42,6 +44,8 @@ class KSettings(CoderSettings):
 
 
 class TopKSettings(KSettings):
+    decides = (*KSettings.decides, "rank_by")
+
     architecture: Literal["topk"] = "topk"
     """The k strongest features of each token (Gao et al. 2024)."""
 
