@@ -35,61 +35,6 @@ pytestmark = pytest.mark.integration
 SAE = str(Path(sys.executable).parent / "sae")
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    if postgres.tool("initdb") is None:
-        pytest.skip(postgres.MISSING)
-    # Not under pytest's folder, which is closed to the user that PostgreSQL runs as.
-    folder = Path(tempfile.mkdtemp(prefix="sae-stack-"))
-    folder.chmod(0o755)
-    stack = Live(folder)
-    try:
-        yield stack
-    finally:
-        stack.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("gates") / "gates.yaml"
-    path.write_text("evaluation_tokens: 100\n")
-    return path
-
-
-@pytest.fixture
-def tree(tiny_tree: dict, gates: Path) -> dict:
-    """A configuration that says nothing of the machine."""
-    del tiny_tree["storage"], tiny_tree["device"]
-    tiny_tree["tracking"] = {"gates": str(gates)}
-    return tiny_tree
-
-
-def named(tree: dict, name: str, **changes: Any) -> dict:
-    tree = deepcopy(tree)
-    tree["name"], tree["tracking"]["registered_model"] = name, name
-    for field, value in changes.items():
-        part, _, leaf = field.partition("__")
-        tree[part][leaf] = value
-    return tree
-
-
-@pytest.fixture
-def mlflow(live: Live, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
-    for name, value in live.stack.client_environment().items():
-        if name.startswith("MLFLOW_"):
-            monkeypatch.setenv(name, value)
-    return MlflowClient(live.stack.mlflow_url, live.stack.mlflow_url)
-
-
-@pytest.fixture
-def bucket(live: Live) -> s3fs.S3FileSystem:
-    secrets = live.stack.secrets
-    return s3fs.S3FileSystem(
-        key=secrets.s3_access, secret=secrets.s3_secret, endpoint_url=live.stack.s3_url, use_listings_cache=False
-    )
-
-
 def test_a_deployment_run_ends_with_a_registered_model_on_s3_and_in_postgresql(
     live: Live, tree: dict, mlflow: MlflowClient, bucket: s3fs.S3FileSystem, tmp_path: Path
 ):
