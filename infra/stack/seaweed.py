@@ -39,7 +39,8 @@ def prepare(folder: Path, secrets: Secrets) -> None:
         write_private(tls / "certificate.pem", certificate)
     pair = f'cert = "{tls}/certificate.pem"\nkey = "{tls}/key.pem"\n'
     ca = f'ca = "{tls}/certificate.pem"\n'
-    sections = [f"[grpc]\n{ca}", f"[https.client]\nenabled = true\n{pair}{ca}"]
+    # Pages of no origin may ask for anything; an empty value would mean all.
+    sections = ['[cors.allowed_origins]\nvalues = "none"\n', f"[grpc]\n{ca}", f"[https.client]\nenabled = true\n{pair}{ca}"]
     sections += [f"[grpc.{part}]\n{pair}" for part in _PARTS]
     sections += [f"[https.{part}]\n{pair}{ca}" for part in ("master", "volume", "filer")]
     write_private(tls / "security.toml", "\n".join(sections))
@@ -73,7 +74,7 @@ def command(folder: Path, ports: Ports) -> list[str]:
         "-volume.max=0", "-master.volumeSizeLimitMB=1024", "-volume.preStopSeconds=1", "-s3.cacheCapacityMB=64",
         "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0",
         "-disableHttp", "-filer.disableHttp",  # S3 does without
-        "-s3.allowedOrigins=none", "-filer.allowedOrigins=none",  # no page of a browser; empty would mean all
+        "-s3.allowedOrigins=none", "-filer.allowedOrigins=none",
         "-s3.autoCreateBucket=false",  # a misspelled bucket is an error, as at AWS
     ]  # fmt: skip
 
