@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from infra.stack import postgres
-from infra.stack.services import Service, prepare, services
+from infra.stack.services import BIN, Service, prepare, services
 from infra.stack.settings import REPOSITORY, Stack, load, load_or_make, port_is_free
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Folder = Annotated[Path, typer.Option("--folder", help="Where the stack keeps its data, logs and secrets.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Trainings at the same time; 1 at first.")]
+AtOnce = Annotated[
+    int | None, typer.Option("--workers-at-once", min=1, help="Flow runs of a pool at the same time; 2 at first.")
+]
 HOME = REPOSITORY / ".stack"
 
 
@@ -46,29 +49,28 @@ def start(
     folder: Folder = HOME,
     free_ports: Annotated[bool, typer.Option("--free-ports", help="Ports that nobody uses, not the usual ones.")] = False,
     gpus: Gpus = None,
-    workers_at_once: Annotated[
-        int | None, typer.Option(min=1, help="Flow runs that each worker has at the same time; 2 at first.")
-    ] = None,
+    at_once: AtOnce = None,
 ) -> None:
     """Start what does not run, wait until all of it is ready, register the deployments, and print the addresses."""
     started = time.monotonic()
     if postgres.tool("initdb") is None:
         _fail(postgres.MISSING)
     folder = folder.resolve()
+    os.umask(0o077)  # of all that is made from here on
     try:
         with _alone(folder):
-            before = load(folder)
-            stack = load_or_make(folder, postgres.data_folder(folder), free_ports, workers_at_once)
+            supervisor = _supervisor(folder)
+            running = supervisor.is_running()
+            known = load(folder)
+            place = known.postgres_folder if known and running else postgres.data_folder(folder)
+            stack = load_or_make(folder, place, free_ports)
             everything = services(stack)
-            supervisor = _supervisor(stack)
-            if not supervisor.is_running():
+            if not running:
                 _require_free_ports(everything)
                 prepare(stack)
                 supervisor.start(everything)
-            elif before is not None and before.workers_at_once != stack.workers_at_once:
-                console.print("--workers-at-once holds from the next start on: `make stack-stop`, then `make stack`.")
             _start(stack, supervisor, [service for service in everything if not service.name.startswith("worker-")])
-            _register(stack, gpus)
+            _register(stack, gpus, at_once)
             _start(stack, supervisor, [service for service in everything if service.name.startswith("worker-")])
     except (RuntimeError, TimeoutError) as error:
         _fail(str(error))
@@ -82,7 +84,7 @@ def status(
 ) -> None:
     """Which services run and are ready. Exit code 1 where one is not."""
     stack = _known(folder)
-    supervisor, everything = _supervisor(stack), services(stack)
+    supervisor, everything = _supervisor(stack.folder), services(stack)
     rows = _states(supervisor, everything)
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -96,7 +98,7 @@ def status(
 def stop(folder: Folder = HOME) -> None:
     """Stop everything, workers first; data, secrets and ports stay for the next start."""
     stack = _known(folder)
-    supervisor = _supervisor(stack)
+    supervisor = _supervisor(stack.folder)
     with _alone(stack.folder):
         if not supervisor.is_running():
             console.print("The stack is not running.")
@@ -109,16 +111,13 @@ def stop(folder: Folder = HOME) -> None:
 
 
 @app.command()
-def register(
-    folder: Folder = HOME,
-    gpus: Gpus = None,
-) -> None:
-    """Pools, limit, deployments and automations: with the server of PREFECT_API_URL, or else with the stack's own."""
+def register(folder: Folder = HOME, gpus: Gpus = None, at_once: AtOnce = None) -> None:
+    """Pools, limits, deployments and automations: with the server of PREFECT_API_URL, or else with the stack's own."""
     if "PREFECT_API_URL" not in os.environ:
         os.environ.update(_known(folder).prefect_environment())
     from infra.stack import registration  # Prefect reads its settings when it is imported
 
-    registration.register(gpus, lambda line: console.print(line, style="dim"))
+    registration.register(gpus, at_once, lambda line: console.print(line, style="dim"))
 
 
 @app.command()
@@ -141,11 +140,11 @@ def _alone(folder: Path) -> Iterator[None]:
         raise RuntimeError(f"another command is starting or stopping the stack in {os.path.relpath(folder)}") from None
 
 
-def _supervisor(stack: Stack) -> Supervisor:
+def _supervisor(folder: Path) -> Supervisor:
     # Not where the image of `infra/docker` registers deployments: it has no supervisord.
     from infra.stack.supervision import Supervisor
 
-    return Supervisor(stack.folder)
+    return Supervisor(folder)
 
 
 def _start(stack: Stack, supervisor: Supervisor, wanted: list[Service]) -> None:
@@ -172,9 +171,11 @@ def _start(stack: Stack, supervisor: Supervisor, wanted: list[Service]) -> None:
         time.sleep(0.3)
 
 
-def _register(stack: Stack, gpus: int | None) -> None:
+def _register(stack: Stack, gpus: int | None, at_once: int | None) -> None:
     # A process of its own: Prefect reads its settings when it is imported.
-    command = [sys.executable, "-m", "infra.stack", "register", *(["--gpus", str(gpus)] if gpus else [])]
+    command = [sys.executable, "-m", "infra.stack", "register"]
+    command += [f"--gpus={gpus}"] if gpus else []
+    command += [f"--workers-at-once={at_once}"] if at_once else []
     environment = {**os.environ, **stack.prefect_environment(), **stack.client_environment()}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
@@ -212,7 +213,7 @@ def _print(stack: Stack, supervisor: Supervisor, everything: list[Service], rows
     option = "" if stack.folder == HOME else f" --folder {folder}"
     console.print(f"logs: {folder}/log; user and password of MLflow, keys of S3:")
     console.print(f'    eval "$({os.path.relpath(sys.executable)} -m infra.stack environment{option})"')
-    console.print("then, for example:\n    prefect deployment run pipeline/quickstart --watch")
+    console.print(f"then, for example:\n    {os.path.relpath(BIN / 'prefect')} deployment run pipeline/quickstart --watch")
 
 
 def _known(folder: Path) -> Stack:

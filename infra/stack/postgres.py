@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import stat
 import subprocess
 from hashlib import sha256
 from pathlib import Path
@@ -40,13 +39,11 @@ def owner() -> str | None:
 
 
 def data_folder(stack_folder: Path) -> Path:
-    """Where the cluster of a stack is kept: in the stack's folder, or, where the user that PostgreSQL runs as may not pass
-    through to it (a checkout in root's home), under `/var/lib`."""
-    closed = owner() is not None and any(
-        parent.exists() and not parent.stat().st_mode & stat.S_IXOTH for parent in stack_folder.parents
-    )
-    name = sha256(str(stack_folder).encode()).hexdigest()[:12]
-    return Path("/var/lib/sae-foundry") / name if closed else stack_folder / "postgres"
+    """Where the cluster of a stack is kept: in the stack's folder, or, where PostgreSQL runs as another user, to whom that
+    folder is closed, under `/var/lib`."""
+    if owner() is None:
+        return stack_folder / "postgres"
+    return Path("/var/lib/sae-foundry") / sha256(str(stack_folder).encode()).hexdigest()[:12]
 
 
 def run_as(user: str | None) -> dict[str, int]:
@@ -69,9 +66,9 @@ def initialise(folder: Path, password: str) -> None:
     made, password_file = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.password")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    made.parent.chmod(0o755)
     write_private(password_file, password)
     if user is not None:
+        made.parent.chmod(0o711)
         for path in (made, password_file):
             shutil.chown(path, user, user)
     command = [

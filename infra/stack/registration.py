@@ -14,14 +14,19 @@ from uuid import UUID
 import yaml
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate, WorkPoolCreate
+from prefect.client.schemas.actions import (
+    GlobalConcurrencyLimitCreate,
+    GlobalConcurrencyLimitUpdate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
 from prefect.events.schemas.automations import Automation, AutomationCore
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 from pydantic import SecretStr
 
-from infra.stack.settings import LIMIT, POOLS, REPOSITORY
+from infra.stack.settings import AT_ONCE, LIMIT, POOLS, REPOSITORY
 
 AUTOMATIONS = REPOSITORY / "infra" / "automations"
 NOTIFY_VARIABLE = "SAE_NOTIFY_URL"
@@ -31,26 +36,40 @@ NOTIFICATIONS = "sae-notifications"
 Say = Callable[[str], None]
 
 
-def register(gpus: int | None, say: Say) -> None:
-    """Everything, with the server that PREFECT_API_URL names. gpus: how many trainings run at the same time; where it is None,
-    as many as before, at first 1."""
+def register(gpus: int | None, at_once: int | None, say: Say) -> None:
+    """Everything, with the server that PREFECT_API_URL names. gpus: how many trainings run at the same time, at first 1;
+    at_once: how many flow runs a pool of processes has at the same time, at first 2. None: as many as before."""
     with get_client(sync_client=True) as client:
-        pools(client, say)
+        pools(client, at_once, say)
         limit(client, gpus, say)
         deployments(say)
         notifications(say)
         automations(client, say)
 
 
-def pools(client: SyncPrefectClient, say: Say) -> None:
-    """Process work pools; a pool that is there stays as it is, whatever its type."""
+def pools(client: SyncPrefectClient, at_once: int | None, say: Say) -> None:
+    """Process work pools; of a pool that is there nothing changes but the limit, and that of a pool of another type never.
+
+    The limit is the pool's and not `prefect worker start --limit`: a worker that has one dies when a run that it still holds is
+    scheduled again (the limiter's "this borrower is already holding one of this CapacityLimiter's tokens"), and takes
+    its other runs down with it.
+    """
     for name in POOLS:
-        template = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type("process"))
         try:
-            client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template or {}))
-            say(f"work pool {name}")
-        except ObjectAlreadyExists:
-            pass
+            known = client.read_work_pool(name)
+        except ObjectNotFound:
+            template = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type("process"))
+            client.create_work_pool(
+                WorkPoolCreate(
+                    name=name, type="process", base_job_template=template or {}, concurrency_limit=at_once or AT_ONCE
+                )
+            )
+            say(f"work pool {name}: {at_once or AT_ONCE} flow runs at a time")
+            continue
+        wanted = at_once or known.concurrency_limit or AT_ONCE
+        if known.type == "process" and wanted != known.concurrency_limit:
+            client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=wanted))
+            say(f"work pool {name}: {wanted} flow runs at a time, not {known.concurrency_limit or 'any number'}")
 
 
 def limit(client: SyncPrefectClient, gpus: int | None, say: Say) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psycopg2
 
-from infra.stack import postgres
-from infra.stack.settings import BUCKETS, DATABASES, POOLS, REPOSITORY, Stack, write_private
+from infra.stack import postgres, seaweed
+from infra.stack.settings import DATABASES, POOLS, REPOSITORY, Stack
 
 BIN = Path(sys.executable).parent
 
@@ -49,10 +49,9 @@ def services(stack: Stack) -> list[Service]:
     return [
         Service(
             name="s3",
-            command=seaweed_command(stack.folder, BUCKETS, ports.s3, ports.s3_master, ports.s3_volume, ports.s3_filer),
+            command=seaweed.command(stack.folder, ports),
             environment={},
-            # It refuses us without a signature, which is an answer.
-            is_ready=lambda: answers(stack.s3_url),
+            is_ready=lambda: seaweed.buckets_are_there(stack),
             url=stack.s3_url,
             needs=(ports.s3, ports.s3_master, ports.s3_volume, ports.s3_filer),
         ),
@@ -92,7 +91,7 @@ def services(stack: Stack) -> list[Service]:
                 name=f"worker-{pool}",
                 command=[
                     str(BIN / "python"), "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process",
-                    "--name", f"worker-{pool}", "--limit", str(stack.workers_at_once),
+                    "--name", f"worker-{pool}",
                 ],
                 environment=stack.worker_environment(),
                 is_ready=lambda pool=pool: _has_a_worker(stack, pool),
@@ -107,32 +106,12 @@ def services(stack: Stack) -> list[Service]:
 
 def prepare(stack: Stack) -> None:
     """What must be in the folder before the first service starts."""
-    write_private(stack.folder / "s3.json", json.dumps(s3_identities(stack.secrets.s3_access, stack.secrets.s3_secret)))
+    seaweed.prepare(stack.folder, stack.secrets)
     postgres.initialise(stack.postgres_folder, stack.secrets.postgres)
     example = (REPOSITORY / "mlflow" / "basic_auth.ini").read_text(encoding="utf-8").splitlines()
     database = f"database_uri = {stack.mlflow_database}"
     lines = [database if line.startswith("database_uri") else line for line in example]
     (stack.folder / "basic_auth.ini").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def s3_identities(access: str, secret: str) -> dict[str, object]:
-    """SeaweedFS's file of who may do what, with one identity that may do everything."""
-    credentials = [{"accessKey": access, "secretKey": secret}]
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    return {"identities": [{"name": "sae", "credentials": credentials, "actions": actions}]}
-
-
-def seaweed_command(folder: Path, buckets: tuple[str, ...], s3: int, master: int, volume: int, filer: int) -> list[str]:
-    """SeaweedFS as an S3 server on loopback, with its data in `folder/s3` and its identities in `folder/s3.json`."""
-    data = folder / "s3"
-    data.mkdir(parents=True, exist_ok=True)
-    return [
-        str(BIN / "weed"), "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}",
-        f"-s3.config={folder / 's3.json'}", "-master.telemetry=false", "-admin.ui=false", "-webdav=false",
-        f"-bucket={','.join(buckets)}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
-        f"-filer.localSocket={data / 'filer.sock'}", "-s3.cacheCapacityMB=64",
-        "-s3.autoCreateBucket=false",  # a misspelled bucket is an error, as at AWS
-    ]  # fmt: skip
 
 
 def answers(url: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import socket
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +20,8 @@ POOLS = ("cpu", "gpu")
 DATABASES = ("mlflow", "prefect")
 BUCKETS = ("sae", "mlflow")
 ADMIN = "admin"
-DEFAULT_AT_ONCE = 2
+AT_ONCE = 2
+"""Flow runs of a pool at the same time; a run of the quickstart takes about 1 GB."""
 _GRPC = 10_000  # SeaweedFS listens there as well, so many above each of its ports
 
 
@@ -56,8 +58,6 @@ class Stack:
     """Of the database, which may run as another user, to whom `folder` may be closed."""
     ports: Ports
     secrets: Secrets
-    workers_at_once: int
-    """Flow runs that each worker has at the same time; a run of the quickstart takes about 1 GB."""
 
     @property
     def mlflow_url(self) -> str:
@@ -137,6 +137,9 @@ class Stack:
             "PREFECT_SERVER_DATABASE_NAME": "prefect",
             "PREFECT_SERVER_DATABASE_USER": "sae",
             "PREFECT_SERVER_DATABASE_PASSWORD": self.secrets.postgres,
+            # Seconds for a statement and for a connection: with 10 and 5, the defaults, a busy machine makes the server answer 500.
+            "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
+            "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
             # In memory, which is the default, a restart would forget who holds a place under the limit, for ever.
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         }
@@ -168,34 +171,29 @@ def load(folder: Path) -> Stack | None:
         postgres_folder=Path(content["postgres_folder"]),
         ports=Ports(**content["ports"]),
         secrets=Secrets(**content["secrets"]),
-        workers_at_once=content["workers_at_once"],
     )
 
 
-def load_or_make(folder: Path, postgres_folder: Path, free_ports: bool, workers_at_once: int | None) -> Stack:
-    """The stack of that folder, made now if it is not there; with `free_ports`, on ports that nobody uses.
-
-    workers_at_once: kept from the last time where it is None.
-    """
-    found = load(folder)
-    if found is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # What is private in it says so itself, and the database's user may have to pass through.
-        folder.chmod(0o755)
-        found = Stack(
+def load_or_make(folder: Path, postgres_folder: Path, free_ports: bool) -> Stack:
+    """The stack of that folder, made now if it is not there; with `free_ports`, on ports that nobody uses. The folder, which
+    holds the secrets and all data, is closed to others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    stack = load(folder)
+    if stack is None:
+        stack = Stack(
             folder=folder,
             postgres_folder=postgres_folder,
             ports=_free() if free_ports else Ports(),
             secrets=Secrets(**{name: secrets.token_urlsafe(24) for name in Secrets.__dataclass_fields__}),
-            workers_at_once=DEFAULT_AT_ONCE,
         )
-    stack = replace(found, workers_at_once=workers_at_once or found.workers_at_once)
-    content = {
-        "postgres_folder": str(stack.postgres_folder),
-        "ports": asdict(stack.ports),
-        "secrets": asdict(stack.secrets),
-        "workers_at_once": stack.workers_at_once,
-    }
+    elif stack.postgres_folder != postgres_folder and not postgres_folder.exists():
+        # Made when the folder was open to the user that PostgreSQL runs as.
+        postgres_folder.parent.mkdir(parents=True, exist_ok=True)
+        postgres_folder.parent.chmod(0o711)
+        shutil.move(stack.postgres_folder, postgres_folder)
+        stack = replace(stack, postgres_folder=postgres_folder)
+    content = {"postgres_folder": str(stack.postgres_folder), "ports": asdict(stack.ports), "secrets": asdict(stack.secrets)}
     write_private(folder / "stack.json", json.dumps(content, indent=2))
     return stack
 

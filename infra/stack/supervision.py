@@ -34,6 +34,7 @@ def configuration(folder: Path, services: list[Service]) -> str:
                 "childlogdir": folder / "log",
                 "directory": folder,
                 "minfds": 4096,
+                "umask": "077",
             },
             "unix_http_server": {"file": _socket(folder), "chmod": "0700"},
             "rpcinterface:supervisor": {

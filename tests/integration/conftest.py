@@ -16,7 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import s3fs
+from mlflow import MlflowClient
 from seaweed import Seaweed
+from stack_client import Live
 
 from components import storage
 from components.storage.retries import patience
@@ -150,3 +153,53 @@ def mlflow_server(postgres: str, s3: str, tmp_path_factory: pytest.TempPathFacto
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def live() -> Iterator[Live]:
+    """The whole stack, as `make stack` starts it, under a umask that opens everything."""
+    if cluster.tool("initdb") is None:
+        pytest.skip(cluster.MISSING)
+    folder = Path(tempfile.mkdtemp(prefix="sae-stack-"))  # a short path: sockets have no room for a long one
+    folder.chmod(0o755)
+    before = os.umask(0)
+    try:
+        stack = Live(folder)
+    finally:
+        os.umask(before)
+    try:
+        yield stack
+    finally:
+        stack.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gates") / "gates.yaml"
+    path.write_text("evaluation_tokens: 100\n")
+    return path
+
+
+@pytest.fixture
+def tree(tiny_tree: dict, gates: Path) -> dict:
+    """A configuration that says nothing of the machine."""
+    del tiny_tree["storage"], tiny_tree["device"]
+    tiny_tree["tracking"] = {"gates": str(gates)}
+    return tiny_tree
+
+
+@pytest.fixture
+def mlflow(live: Live, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    for name, value in live.stack.client_environment().items():
+        if name.startswith("MLFLOW_"):
+            monkeypatch.setenv(name, value)
+    return MlflowClient(live.stack.mlflow_url, live.stack.mlflow_url)
+
+
+@pytest.fixture
+def bucket(live: Live) -> s3fs.S3FileSystem:
+    secrets = live.stack.secrets
+    return s3fs.S3FileSystem(
+        key=secrets.s3_access, secret=secrets.s3_secret, endpoint_url=live.stack.s3_url, use_listings_cache=False
+    )

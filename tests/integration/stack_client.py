@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class Live:
 
     def stop(self) -> None:
         self.command("stop", timeout=400)
+        shutil.rmtree(self.stack.postgres_folder, ignore_errors=True)
         self._receiver.shutdown()
         del os.environ["SAE_NOTIFY_URL"]
 
@@ -144,6 +147,16 @@ def _listening(told: list[str]) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Receiver
+
+
+def named(tree: dict, name: str, **changes: Any) -> dict:
+    """The configuration with another name, and with values such as `training__tokens`."""
+    tree = deepcopy(tree)
+    tree["name"], tree["tracking"]["registered_model"] = name, name
+    for field, value in changes.items():
+        part, _, leaf = field.partition("__")
+        tree[part][leaf] = value
+    return tree
 
 
 def trainings() -> list[psutil.Process]:

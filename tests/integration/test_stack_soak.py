@@ -1,6 +1,5 @@
 """The stack under load and under outages, as long as it takes: `make soak`."""
 
-# ruff: noqa: F811 (fixtures that are imported)
 from __future__ import annotations
 
 import json
@@ -13,9 +12,9 @@ from contextlib import contextmanager
 
 import pytest
 import s3fs
+from kills import killed_beside_siblings
 from mlflow import MlflowClient
-from stack_client import Live, trainings
-from test_stack import bucket, gates, live, mlflow, named, tree  # noqa: F401
+from stack_client import Live, named, trainings
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -101,3 +100,8 @@ def test_a_machine_that_dies_in_training_hands_its_run_to_the_next_worker(live: 
     assert live.wait(whole, 600)["state_type"] == "COMPLETED"
     first, second = (mlflow.get_model_version_by_alias(name, "champion") for name in ("machine", "whole"))
     assert first.tags["sae.weights_sha256"] == second.tags["sae.weights_sha256"]
+
+
+def test_many_killed_flow_processes_disturb_no_sibling_and_no_worker(live: Live, tree: dict, mlflow: MlflowClient):
+    """20 kills, of four runs five times each, as often as they are started again."""
+    print(killed_beside_siblings(live, tree, mlflow, victims=4, kills=5))
