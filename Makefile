@@ -77,7 +77,7 @@ $(VENV)-infra/.installed: requirements-infra.lock
 .PHONY: lint-infra
 lint-infra: $(VENV)-infra/.installed  ## Validate the files under infra/ and .github/, and that a broken one would be noticed
 	@$(VENV)-infra/bin/python infra/lint.py
-	@$(VENV)-infra/bin/python infra/lint.py --prove
+	@$(VENV)-infra/bin/python -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/test_infra_lint.py
 
 .PHONY: lock
 lock:  ## Resolve pyproject.toml anew into requirements.lock

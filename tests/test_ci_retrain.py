@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +19,10 @@ from prefect.client.schemas.objects import State, StateType
 from typer.testing import CliRunner
 
 from components import storage
-from infra.ci import report, runs, server
-from infra.ci.report import Outcome
-from infra.ci.retrain import app
-from infra.ci.runs import Retrain, checked, follow
-from infra.ci.server import Stop, table_rows
+from infra.ci import flow_runs, report, run
+from infra.ci.flow_runs import Job, follow, table_rows
+from infra.ci.report import Outcome, Stop
+from infra.ci.retrain import app, checked
 
 HOSTILE = "a|b `c` <script>x</script>\n::error::y [z](https://evil.example) *d* @team #7 \x1b[2J\u202eback"
 
@@ -82,23 +83,25 @@ def test_the_tree_is_sent_as_it_is_written(tmp_path: Path):
     path = tmp_path / "own.yaml"
     path.write_text("name: own\nsae: {d_sae: 64}\n")
     first, shipped = checked([str(path), "quickstart", str(path)], True, "c" * 40, "ci-1-1")
-    assert first.parameters == {"config": {"name": "own", "sae": {"d_sae": 64}}, "force": True, "commit": "c" * 40}
-    assert first.key.startswith("ci-1-1-own-")
-    assert shipped.parameters["config"]["name"] == "quickstart"
-    assert checked([str(path)], True, None, "ci-1-1")[0].key == first.key
-    assert checked([str(path)], True, None, "ci-1-2")[0].key != first.key
+    config, parameters, key = first
+    assert config == str(path)
+    assert parameters == {"config": {"name": "own", "sae": {"d_sae": 64}}, "force": True, "commit": "c" * 40}
+    assert key.startswith("ci-1-1-own-")
+    assert shipped[1]["config"]["name"] == "quickstart"
+    assert checked([str(path)], True, None, "ci-1-1")[0][2] == key
+    assert checked([str(path)], True, None, "ci-1-2")[0][2] != key
     path.write_text("name: own\nsae: {d_sae: 128}\n")
-    assert checked([str(path)], True, None, "ci-1-1")[0].key != first.key
+    assert checked([str(path)], True, None, "ci-1-1")[0][2] != key
 
 
 def test_a_configuration_on_an_object_store(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(storage, "read_bytes", lambda url: b"name: far\n")
     (far,) = checked(["s3://bucket/far.yaml"], False, None, "ci-1-1")
-    assert far.parameters["config"] == {"name": "far"}
+    assert far[1]["config"] == {"name": "far"}
 
 
 def test_a_server_that_is_not_there_is_one_sentence_soon(call, prefect_api, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(server, "FIRST_CONTACT_SECONDS", 1.0)
+    monkeypatch.setattr(flow_runs, "FIRST_CONTACT_SECONDS", 1.0)
     prefect_api("http://someone:hidden@127.0.0.1:9/api")
     started = time.monotonic()
     done = call("quickstart")
@@ -125,24 +128,63 @@ def test_no_server_is_named(call, prefect_api):
     ],
 )
 def test_a_server_that_does_not_help(call, prefect_api, status: int, body: str, wanted: str):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(65536)
-                    head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-                    connection.sendall((head + body).encode())
-
-        threading.Thread(target=answer, daemon=True).start()
-        prefect_api(f"http://127.0.0.1:{listener.getsockname()[1]}/api")
+    with answering((status, body)) as url:
+        prefect_api(url)
         done = call("quickstart")
     assert done.code == 3
     assert wanted in done.output
+
+
+def test_a_server_that_answers_with_an_error_is_not_said_to_be_away(call, prefect_api, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flow_runs, "FIRST_CONTACT_SECONDS", 0.1)
+    with answering((500, '{"detail": "a number out of range"}')) as url:
+        prefect_api(url)
+        done = call("quickstart")
+    assert done.code == 3
+    assert "the Prefect server answers HTTP 500 a number out of range; trying again" in done.output
+    assert "is away" not in done.output
+
+
+def test_a_deployment_is_waited_for_by_asking_again(prefect_api, capsys):
+    """As `prefect deployment run --watch`, without the stream of events: this server has none."""
+    known = {"id": str(uuid4()), "flow_id": str(uuid4()), "name": "quickstart"}
+    states = ["PENDING", "RUNNING", "RUNNING", "COMPLETED"]
+    looks = [json.dumps({**known, "state": {"type": state}}) for state in states]
+    for ends, code in ((looks, 0), ([*looks[:2], looks[1].replace("RUNNING", "FAILED")], 1)):
+        answers = [json.dumps(known), json.dumps({**known, "state": {"type": "SCHEDULED"}}), *ends, "[]"]
+        with answering(*((200, answer) for answer in answers)) as url:
+            prefect_api(url)
+            assert run.main("pipeline/quickstart", pause=0.01) == code
+    assert "pipeline/quickstart: Running" in capsys.readouterr().out
+
+
+@contextmanager
+def answering(*answers: tuple[int, str]) -> Iterator[str]:
+    """Address of an API that gives one answer after the other, whatever is asked; the last one again and again."""
+    left = list(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if "csrf-token" in self.path or "/version" in self.path:
+                status, body = 404, "{}"
+            else:
+                status, body = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/api"
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -169,18 +211,18 @@ class FakeServer:
     def __init__(self, *states: State, artifacts: dict[str, Any] | None = None) -> None:
         self.states, self.found = list(states), artifacts or {}
 
-    def read(self, run: Any) -> Any:
-        return SimpleNamespace(state=self.states.pop(0) if len(self.states) > 1 else self.states[0])
+    def state(self, run: Any) -> State:
+        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
 
     def artifacts(self, run: Any, keys: list[str]) -> dict[str, Any]:
         return self.found
 
 
 def followed(*states: State, minutes: float = 1, grace: float = 0, **artifacts: Any) -> Outcome:
-    retrain = Retrain("own", {}, "key", run=uuid4())
-    follow(FakeServer(*states, artifacts=artifacts), [retrain], minutes, grace, 0.01)  # type: ignore[arg-type]
-    assert retrain.outcome is not None
-    return retrain.outcome
+    job = Job("own", {}, "key", run=uuid4())
+    follow(FakeServer(*states, artifacts=artifacts), [job], minutes, grace, 0.01)  # type: ignore[arg-type]
+    assert job.outcome is not None
+    return job.outcome
 
 
 RUNNING = State(type=StateType.RUNNING)
@@ -230,18 +272,18 @@ def test_a_refused_parameter_cancels_what_was_started():
         def start(self, parameters: dict[str, Any], tags: list[str], key: str, patience: float = 0) -> Any:
             if key == "second":
                 raise Stop(2, "no such field")
-            assert tags == ["ci", "commit:abcdefabcdef"]
-            return SimpleNamespace(id=uuid4())
+            assert tags == ["ci"]
+            return uuid4()
 
-        def cancel(self, run: Any, patience: float) -> None:
+        def cancel(self, run: Any) -> None:
             cancelled.append(run)
 
         def page(self, run: Any) -> None:
             return None
 
-    refusing, both = Refusing(RUNNING), [Retrain("a.yaml", {}, "first"), Retrain("b.yaml", {}, "second")]
+    refusing, both = Refusing(RUNNING), [Job("a.yaml", {}, "first"), Job("b.yaml", {}, "second")]
     with pytest.raises(Stop, match=r"b\.yaml: no such field") as stop:
-        runs.start(refusing, both, "abcdef" * 6)  # type: ignore[arg-type]
+        flow_runs.start(refusing, both, ["ci"])  # type: ignore[arg-type]
     assert stop.value.exit_code == 2
     assert cancelled == [both[0].run]
 
@@ -287,6 +329,19 @@ def test_nothing_that_a_flow_says_is_more_than_text():
     for line in text.splitlines():
         assert "::" not in report.log_line(line)
     assert "##[" not in report.log_line("##[error]x")
+
+
+def test_a_terminal_gets_the_report_without_the_escapes_of_markdown():
+    sentence = r"[Errno 2] a < b & c <= d in C:\x, `y` *z* _u_ @v #1 &lt;w&gt; a|b ~"
+    assert report.plain(report.markdown_text(sentence)) == sentence
+
+
+def test_the_command_prints_plain_text_and_writes_markdown(call):
+    done = call("[a<=b].yaml")
+    assert done.code == 2
+    assert "[a<=b]" in done.output
+    assert "&lt;" not in done.output
+    assert r"\[a&lt;=b\]" in done.summary
 
 
 def test_long_reports_fit_into_a_comment():

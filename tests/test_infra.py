@@ -91,6 +91,50 @@ def test_only_the_gpu_worker_reserves_a_gpu(compose: dict[str, Any]) -> None:
     assert {name for name, service in compose["services"].items() if "gpu" in str(service.get("deploy", ""))} == {"worker-gpu"}
 
 
+def test_of_seaweedfs_only_s3_can_be_reached_and_only_by_who_has_its_keys(compose: dict[str, Any]) -> None:
+    s3 = compose["services"]["s3"]
+    assert {"-ip.bind=127.0.0.1", "-s3.ip.bind=0.0.0.0", "-s3.allowedOrigins=none"} <= set(s3["command"])
+    assert [port.rpartition(":")[2] for port in s3["ports"]] == ["8333"]
+    for name, service in compose["services"].items():
+        in_storage = "storage" in service.get("networks", ["default"])
+        assert in_storage == ("AWS_SECRET_ACCESS_KEY" in service.get("environment", {})), name
+    assert s3["networks"] == ["storage"]
+
+
+def test_nothing_is_published_but_where_asked_and_workers_have_a_limit(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        assert all(port.startswith("${SAE_BIND_ADDRESS:-127.0.0.1}:") for port in service.get("ports", [])), name
+    assert all(compose["services"][name]["mem_limit"] for name in WORKERS)
+    assert "-m infra.stack register" in compose["services"]["deploy"]["command"][-1], "which limits the runs of a pool"
+
+
+def test_prefect_asks_for_a_login_and_answers_no_foreign_page(compose: dict[str, Any]) -> None:
+    environment = compose["services"]["prefect"]["environment"]
+    assert REFERENCE.fullmatch(environment["PREFECT_SERVER_API_AUTH_STRING"])
+    assert environment["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "${PREFECT_UI_ORIGIN:-http://localhost:4200}"
+    chart = yaml.safe_load((INFRA / "kubernetes/helm/prefect-server.yaml").read_text())
+    cors = {item["name"]: item["value"] for item in chart["global"]["prefect"]["env"]}["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"]
+    assert chart["server"]["uiConfig"]["prefectUiApiUrl"] == f"{cors}/api"
+    assert chart["server"]["basicAuth"] == {"enabled": True, "existingSecret": "prefect-auth"}
+    example = (INFRA / "automations/new-data-is-extracted.yaml").read_text()
+    assert '/events" -u "$PREFECT_API_AUTH_STRING"' in example
+
+
+def test_nobody_outside_the_namespace_reaches_a_pod_but_the_ingress_to_the_servers() -> None:
+    manifests = list(yaml.safe_load_all((INFRA / "kubernetes/base.yaml").read_text()))
+    policies = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests if manifest["kind"] == "NetworkPolicy"}
+    assert policies["closed"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    (rule,) = policies["servers"]["ingress"]
+    assert [port["port"] for port in rule["ports"]] == [4200, 5000]
+    assert rule["from"][0] == {"podSelector": {}}
+    assert all(set(source) == {"namespaceSelector"} for source in rule["from"][1:])
+
+
+def test_the_database_may_have_a_standby_in_another_zone() -> None:
+    text = (INFRA / "terraform/database.tf").read_text()
+    assert re.search(r"^  multi_az += var\.database_multi_az$", text, re.MULTILINE)
+
+
 def test_compose_fits_the_settings_of_the_mlflow_server(compose: dict[str, Any]) -> None:
     settings = dict(
         line.split("=", 1)
@@ -101,8 +145,7 @@ def test_compose_fits_the_settings_of_the_mlflow_server(compose: dict[str, Any])
     assert mlflow["env_file"] == "../mlflow/server.env"
     assert settings["MLFLOW_S3_ENDPOINT_URL"] == mlflow["environment"]["AWS_ENDPOINT_URL"]
     assert "mlflow:5000" in mlflow["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
-    buckets = next(option for option in compose["services"]["s3"]["command"] if option.startswith("-bucket="))
-    assert buckets == "-bucket=sae,mlflow"
+    assert '{"sae", "mlflow"}' in compose["services"]["deploy"]["command"][-1]
     assert settings["MLFLOW_ARTIFACTS_DESTINATION"].startswith("s3://mlflow/")
     sql = (INFRA / "postgres/init.sql").read_text()
     ini = (ROOT / "mlflow/basic_auth.ini").read_text()

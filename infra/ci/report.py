@@ -28,20 +28,25 @@ _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _LINK = re.compile(r"\[([^\[\]\n]*)\]\((https?://[^\s()<>]+)\)")
 
 
+class Stop(Exception):
+    """The end of the whole job: one sentence and the exit code."""
+
+    def __init__(self, exit_code: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
 @dataclass
 class Outcome:
     """How the retrain of one configuration ended."""
 
     config: str
     """As it was given: a file, or the name of a shipped configuration."""
-
     verdict: str
     """`Promoted`, `Refused`, `NothingToDo`, or what kind of failure it was."""
-
     reason: str
     page: str | None = None
     """Address of the flow run in the Prefect UI."""
-
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
     gates: list[Mapping[str, Any]] = field(default_factory=list)
     mlflow: str = ""
@@ -88,6 +93,13 @@ def markdown_text(value: Any, limit: int = 1000) -> str:
     # Within a word, as in the names of metrics, an underscore is no emphasis.
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     return re.sub(r"([@#])(?=\w)", "\\1\N{ZERO WIDTH SPACE}", text)
+
+
+def plain(markdown: str) -> str:
+    """The same for a terminal: what `markdown_text` escaped, as it was."""
+    marks = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "\N{ZERO WIDTH SPACE}": ""}
+    pattern = r"\\([\\`*\[\]|~_])|&amp;|&lt;|&gt;|\N{ZERO WIDTH SPACE}"
+    return re.sub(pattern, lambda found: found[1] or marks[found[0]], markdown)
 
 
 def link(text: str, address: str | None) -> str:

@@ -9,6 +9,8 @@ such deployment; 130 and 143 cancelled, and so are the flow runs.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import traceback
@@ -16,13 +18,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
-from infra.ci.report import Outcome, exit_code, for_comment, not_started, overall, report, say
-from infra.ci.runs import Retrain, cancel, checked, follow, start
-from infra.ci.server import Server, Stop
+from components.run.config import load_config, read_config, shipped_configs
+from components.settings import UserError
+from infra.ci.report import Outcome, Stop, exit_code, for_comment, not_started, overall, plain, report, say
+
+if TYPE_CHECKING:
+    from infra.ci.flow_runs import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -53,22 +59,31 @@ def main(
     ] = 90.0,
     poll_seconds: Annotated[
         float, typer.Option(envvar="SAE_POLL_SECONDS", min=0.1, help="Pause between two looks at the flow runs.")
-    ] = 5.0,
+    ] = 2.0,
     comment_file: Annotated[
         Path | None, typer.Option(envvar="SAE_COMMENT_FILE", help="Write the report there, too, for a comment.")
     ] = None,
 ) -> None:
     """Start the retrain of each configuration, wait for all, report in Markdown."""
-    retrains: list[Retrain] = []
+    jobs: list[Job] = []
     commit, code, sentence = os.environ.get("GITHUB_SHA") or None, 1, ""
     with interruptible():
         try:
-            retrains += checked(configs or [], force, commit, identity())
+            wanted = checked(configs or [], force, commit, identity())
             if deployment.count("/") != 1:
                 raise Stop(2, f"SAE_DEPLOYMENT: '{deployment}' is not of the form FLOW/NAME, such as retrain/ci")
-            with Server(deployment) as server:
-                _carry_out(server, retrains, commit, timeout_minutes, crash_grace_seconds, poll_seconds)
-            code = exit_code([retrain.outcome for retrain in retrains if retrain.outcome])
+            # Imported here: a wrong configuration is refused without the seconds that Prefect takes.
+            from infra.ci import flow_runs
+
+            jobs += [flow_runs.Job(*job) for job in wanted]
+            with flow_runs.connect(deployment) as server:
+                try:
+                    flow_runs.start(server, jobs, ["ci"] + ([f"commit:{commit[:12]}"] if commit else []))
+                    flow_runs.follow(server, jobs, timeout_minutes, crash_grace_seconds, poll_seconds)
+                except Interrupted:
+                    flow_runs.cancel(server, jobs, "the job was cancelled")
+                    raise
+            code = exit_code([job.outcome for job in jobs if job.outcome])
         except Stop as stop:
             code, sentence = stop.exit_code, str(stop)
             say(f"error {sentence}", error=True)
@@ -80,8 +95,28 @@ def main(
                 say(line, error=True)
             sentence = f"the script failed: {type(error).__name__}: {error}"
         _ignore_signals()  # the report is soon written, and should be whole
-        _publish(retrains, sentence, code, commit, comment_file)
+        _publish(jobs, sentence, code, commit, comment_file)
     raise typer.Exit(code)
+
+
+def checked(configs: Sequence[str], force: bool, commit: str | None, attempt: str) -> list[tuple[str, dict[str, Any], str]]:
+    """Configuration, parameters and idempotency key of each, once; Stop 2 and one sentence where one is not valid."""
+    if not configs:
+        raise Stop(2, "SAE_CONFIGS: no configuration is given; name YAML files or some of " + ", ".join(shipped_configs()))
+    jobs = []
+    for config in dict.fromkeys(configs):
+        try:
+            name = load_config(config).name
+            # The tree as it is written and not the validated one: what it leaves out is for the worker's version to decide.
+            tree = yaml.safe_load(read_config(config)) or {}
+            text = json.dumps(tree, sort_keys=True, allow_nan=False)
+        except UserError as error:
+            raise Stop(2, str(error) if config in str(error) else f"{config}: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise Stop(2, f"{config}: it holds a value that JSON has not: {error}") from error
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        jobs.append((config, {"config": tree, "force": force, "commit": commit}, f"{attempt}-{name}-{digest}"))
+    return jobs
 
 
 def identity() -> str:
@@ -111,28 +146,17 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _carry_out(
-    server: Server, retrains: Sequence[Retrain], commit: str | None, minutes: float, grace: float, pause: float
-) -> None:
-    try:
-        start(server, retrains, commit)
-        follow(server, retrains, minutes, grace, pause)
-    except Interrupted:
-        cancel(server, retrains, "the job was cancelled")
-        raise
-
-
-def _publish(retrains: Sequence[Retrain], sentence: str, code: int, commit: str | None, comment_file: Path | None) -> None:
+def _publish(jobs: Sequence[Job], sentence: str, code: int, commit: str | None, comment_file: Path | None) -> None:
     """The report to standard output, the job's summary and the comment's file; the verdict to the job's outputs."""
     outcomes = [
-        retrain.outcome or Outcome(retrain.config, "Unknown", f"{sentence}; the flow run may go on", retrain.page)
-        for retrain in retrains
-        if retrain.outcome or retrain.asked
+        job.outcome or Outcome(job.config, "Unknown", f"{sentence}; the flow run may go on", job.page)
+        for job in jobs
+        if job.outcome or job.asked
     ]
     repository, github = os.environ.get("GITHUB_REPOSITORY", ""), os.environ.get("GITHUB_SERVER_URL", "https://github.com")
     text = report(outcomes, commit, repository, github) if outcomes else not_started(sentence)
     for line in text.splitlines():
-        say(line)
+        say(plain(line))
     for variable, what in (("GITHUB_STEP_SUMMARY", text), ("GITHUB_OUTPUT", f"verdict={_verdict(outcomes, code)}\n")):
         if os.environ.get(variable):
             with open(os.environ[variable], "a", encoding="utf-8") as file:

@@ -41,6 +41,7 @@ resource "aws_db_instance" "this" {
   engine         = "postgres"
   engine_version = var.database_version
   instance_class = var.database_instance_class
+  multi_az       = var.database_multi_az
 
   allocated_storage     = var.database_storage_gb.initial
   max_allocated_storage = var.database_storage_gb.maximum

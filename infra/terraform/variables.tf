@@ -68,6 +68,12 @@ variable "database_instance_class" {
   default     = "db.t4g.medium"
 }
 
+variable "database_multi_az" {
+  description = "A standby in a second availability zone, which takes over by itself; it doubles the price of the database."
+  type        = bool
+  default     = false
+}
+
 variable "database_storage_gb" {
   description = "Storage at the start and the limit to which it grows by itself, in GB."
   type = object({
