@@ -1,13 +1,15 @@
-"""Which sparse autoencoder. (Its own pydantic base: this component imports nothing of the project's.)"""
+"""Which sparse autoencoder. (Its own pydantic base: this component imports nothing else of the project's.)"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from components.bounds import Bounded
 
 
-class SAESettings(BaseModel):
+class SAESettings(Bounded):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     architecture: Literal["relu"] = "relu"
