@@ -66,7 +66,7 @@ class ExecutionSettings(Settings):
 
 
 class RunConfig(Settings):
-    name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128)
     """Name of the run, part of folder names: lower case letters, digits, dots and dashes."""
 
     seed: int = Field(default=0, ge=0)
@@ -75,7 +75,7 @@ class RunConfig(Settings):
     device: str = "auto"
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:0`."""
 
-    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*(\+[a-z0-9._-]+)?$")
+    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*(\+[a-z0-9._-]+)?$", max_length=128)
     """Trains again what was trained before, on the same activations: another word, another training. It gives the same
     weights unless code, libraries or machine have changed. `retrain` adds `+` and a word of its own where the code changed,
     the last SAE is too old, or a run is forced."""

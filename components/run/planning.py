@@ -26,6 +26,7 @@ from components.language_model import loading
 from components.language_model.hook_points import HookPoint, depth, expand_hook_points, reads_images
 from components.language_model.loading import ModelSource, find_model, load_encoder, require_runnable
 from components.run.config import RunConfig
+from components.run.late_checks import check_later_steps
 from components.settings import UserError, digest
 from components.storage.cache import CachePlace
 from components.training.loop import Training, read_training_record, training_identity
@@ -248,6 +249,7 @@ def check(plan: Plan, only_data: bool = False, evaluated: bool = True) -> None:
     plan.widths  # noqa: B018
     plan.token_identity  # noqa: B018
     storage.require_writable(config.storage.root, "storage.root")
+    check_later_steps(plan, evaluated and not only_data)
 
 
 def without_evaluation(plan: Plan) -> str | None:

@@ -18,7 +18,7 @@ class TrackingSettings(Settings):
     uri: str | None = None
     """MLflow server or database; the environment's MLFLOW_TRACKING_URI, or else `mlflow.db` under the storage root."""
 
-    experiment: str = Field(default="sae-foundry", min_length=1)
+    experiment: str = Field(default="sae-foundry", min_length=1, max_length=250)
     """MLflow experiment of the runs."""
 
     registered_model: str | None = Field(default=None, pattern=r"^[^/:]+$")
