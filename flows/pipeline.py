@@ -19,7 +19,7 @@ from flows.extraction import extract_on_its_runner, prepare_tokens
 from flows.mapping import RETRIED
 from flows.promotion import announce
 from flows.runs import begin, lineage_tags
-from flows.training import train
+from flows.training import require_training_limit, train
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
 
@@ -37,6 +37,7 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
     config = pinned(config)
     plan = Plan(config)
     check(plan)
+    require_training_limit(config.execution.training_limit)
     seconds: dict[str, float] = {}
     with steps.tracked(plan, lineage_tags()) as run:
         artifacts.mlflow_run(plan, run.run_id, run.address)

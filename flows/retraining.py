@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from components import steps
+from components.bounds import Days
 from components.run import staleness
 from components.run.config import RunConfig, load_config
 from components.run.planning import Plan, check, pinned
@@ -24,7 +25,7 @@ NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refuse
 
 @flow(name="retrain", flow_run_name="{config.name}")
 def retrain(
-    config: RunConfig, force: bool = False, max_age_days: float | None = None, commit: str | None = None
+    config: RunConfig, force: bool = False, max_age_days: Days | None = None, commit: str | None = None
 ) -> State[dict[str, Any]]:
     """Train again if corpus, language model, code, configuration or age say so, or by `force`; activations are reused.
 
@@ -59,7 +60,7 @@ def retrain(
 
 
 @flow(name="nightly")
-def nightly(configs: list[str], max_age_days: float | None = None, force: bool = False) -> State[None]:
+def nightly(configs: list[str], max_age_days: Days | None = None, force: bool = False) -> State[None]:
     """`retrain` for each of the configurations: YAML files where the worker is, `s3://` addresses, or names that ship.
 
     One that fails does not keep the others; at the end the run fails if any did.

@@ -1,4 +1,4 @@
-"""What a later step reads or writes, looked at before the first one begins: a mistake costs seconds then, and not a training."""
+"""What a later step reads or writes, looked at before the first begins: a mistake costs seconds then, and not a training."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def require_something_to_predict(config: RunConfig) -> None:
     shortest = 3 if corpus.bos == "sequence" else 2
     if corpus.source != "images" and corpus.context_length < shortest:
         raise UserError(
-            f"corpus.context_length: {corpus.context_length} leaves no token whose next one could be predicted after the BOS of "
-            f"each sequence; accepted are at least {shortest} with corpus.bos '{corpus.bos}'"
+            f"corpus.context_length: {corpus.context_length} leaves no token, after the BOS of each sequence, whose next "
+            f"one could be predicted; accepted are at least {shortest} with corpus.bos '{corpus.bos}'"
         )
 
 
