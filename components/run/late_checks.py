@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from components import storage
 from components.registry.gates import load_gates
 from components.run.config import ExecutionSettings, RunConfig
 from components.settings import UserError
-
-if TYPE_CHECKING:
-    from components.run.planning import Plan
 
 LONGEST_REGISTERED_NAME = 250
 """Characters; MLflow's databases keep 256 of a registered model's name, and webhooks and aliases add to it."""
@@ -19,18 +15,17 @@ LONGEST_WIDTH = 2**31 - 1
 """Features are counted in 32 bits."""
 
 
-def check_later_steps(plan: Plan, evaluated: bool) -> None:
+def check_later_steps(config: RunConfig, d_sae: int, registered_model: str, evaluated: bool) -> None:
     """Raise a UserError for what training, evaluation or registration would stop at. evaluated: there will be the last two."""
-    config = plan.config
-    if plan.d_sae > LONGEST_WIDTH:
+    if d_sae > LONGEST_WIDTH:
         field = "d_sae" if config.sae.d_sae is not None else "expansion_factor"
-        raise UserError(f"sae.{field}: it gives {plan.d_sae} features; accepted are at most {LONGEST_WIDTH}")
+        raise UserError(f"sae.{field}: it gives {d_sae} features; accepted are at most {LONGEST_WIDTH}")
     require_runner(config.execution)
     require_cache(config)
     if evaluated:
         require_something_to_predict(config)
         load_gates(config.tracking.gates)
-        require_registered_name(config, plan.registered_model)
+        require_registered_name(config, registered_model)
 
 
 def require_something_to_predict(config: RunConfig) -> None:

@@ -249,7 +249,7 @@ def check(plan: Plan, only_data: bool = False, evaluated: bool = True) -> None:
     plan.widths  # noqa: B018
     plan.token_identity  # noqa: B018
     storage.require_writable(config.storage.root, "storage.root")
-    check_later_steps(plan, evaluated and not only_data)
+    check_later_steps(config, plan.d_sae, plan.registered_model, evaluated and not only_data)
 
 
 def without_evaluation(plan: Plan) -> str | None:
