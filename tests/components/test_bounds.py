@@ -42,7 +42,7 @@ def accepted(kind: type[Bounded], name: str, value: float | tuple[float, ...]) -
     try:
         kind.model_validate({name: value})
     except ValidationError as error:
-        return not any(part["loc"][0] == name for part in error.errors())
+        return not any(part["loc"][:1] == (name,) for part in error.errors())
     return True
 
 
