@@ -9,17 +9,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from components.bounds import Bounded
+
 
 class UserError(ValueError):
     """A mistake that only the user can mend: one sentence with the field, the value and what is accepted."""
 
 
-class Settings(BaseModel):
+class Record(BaseModel):
     """Frozen, unknown keys refused; the string under each field is its documentation."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class Settings(Bounded, Record):
+    """What a user sets: a record whose numbers all have bounds, see `components.bounds`."""
 
 
 def is_commit(revision: str) -> bool:

@@ -20,7 +20,7 @@ from flows.extraction import extracted, prepare_tokens
 from flows.mapping import RETRIED
 from flows.promotion import announce
 from flows.runs import begin, lineage_tags
-from flows.training import train
+from flows.training import require_training_limit, train
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
 
@@ -49,6 +49,7 @@ def pipeline_of(name: str, specification: str) -> dict[str, Any]:
 
 def line(run: Specification) -> dict[str, Any]:
     """All steps, within a flow run."""
+    require_training_limit(run.config.execution.training_limit)
     seconds: dict[str, float] = {}
     sent = run.to_json()
     with steps.tracked(run, lineage_tags()) as open_run:

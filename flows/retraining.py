@@ -9,6 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from components.bounds import Days
 from components.run import staleness
 from components.run.checks import check
 from components.run.config import RunConfig, load_config
@@ -24,7 +25,7 @@ NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refuse
 
 @flow(name="retrain", flow_run_name="{config.name}")
 def retrain(
-    config: RunConfig, force: bool = False, max_age_days: float | None = None, commit: str | None = None
+    config: RunConfig, force: bool = False, max_age_days: Days | None = None, commit: str | None = None
 ) -> State[dict[str, Any]]:
     """Train again if corpus, language model, configuration, recipe or age say so, or by `force`; activations are reused.
 
@@ -54,7 +55,7 @@ def retrain(
 
 
 @flow(name="nightly")
-def nightly(configs: list[str], max_age_days: float | None = None, force: bool = False) -> State[None]:
+def nightly(configs: list[str], max_age_days: Days | None = None, force: bool = False) -> State[None]:
     """`retrain` for each of the configurations: YAML files where the worker is, `s3://` addresses, or names that ship.
 
     One that fails does not keep the others; at the end the run fails if any did.

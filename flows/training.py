@@ -10,13 +10,16 @@ from typing import Any
 from httpx import TransportError
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from components import steps
 from components.run.checks import check
 from components.run.config import RunConfig
 from components.run.specification import Specification, resolve
+from components.settings import UserError
 from components.training.job import Point
 from flows.mapping import RETRIED
 from flows.progress import training_progress
@@ -60,6 +63,20 @@ def _turn(limit: str | None) -> Iterator[None]:
             logger.warning("train: the place under '%s' could not be given back (%s); it ends by itself", limit, error)
 
 
+def require_training_limit(limit: str | None) -> None:
+    """That the server has the limit that a training waits for: found missing now, and not after an extraction of hours."""
+    if limit is None:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(limit)
+        except ObjectNotFound as error:
+            raise UserError(
+                f"execution.training_limit: Prefect's server has no global concurrency limit '{limit}'; make it with "
+                f"`prefect gcl create {limit} --limit 1`"
+            ) from error
+
+
 @retry(
     retry=retry_if_exception(lambda error: isinstance(error.__cause__, TransportError)),
     wait=wait_random_exponential(multiplier=1, max=20),
@@ -81,6 +98,7 @@ def train_sae(config: RunConfig) -> dict[str, Any]:
     begin()
     run = resolve(config)
     check(run)
+    require_training_limit(run.config.execution.training_limit)
     with steps.tracked(run, lineage_tags()) as open_run:
         weights = train(run.to_json(), open_run.add_points)
     return {"mlflow_run": open_run.run_id, "sae": run.sae_url, "weights_sha256": weights}

@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from components.corpus.documents import Document, Render, document_from_row
 from components.corpus.settings import SourceSettings
-from components.settings import Settings, UserError, digest
+from components.settings import Record, UserError, digest
 from components.storage import file_sha256, resolve
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".parquet")
@@ -34,7 +34,7 @@ _ROWS_PER_BATCH = 256
 _BUFFER_BYTES = 8 << 20
 
 
-class ListedFile(Settings):
+class ListedFile(Record):
     """A file of a corpus as it was when a run was resolved."""
 
     name: str

@@ -11,10 +11,10 @@ from components.corpus.files import ListedFile, files_identity, find_files, find
 from components.corpus.huggingface import huggingface_commit, is_local_dataset, read_huggingface
 from components.corpus.settings import CorpusSettings, MixtureSourceSettings, SourceSettings
 from components.corpus.standard_library import read_standard_library, standard_library_files
-from components.settings import Settings, UserError
+from components.settings import Record, UserError
 
 
-class ListedSource(Settings):
+class ListedSource(Record):
     """A source as it was when a run was resolved."""
 
     content: dict[str, Any]

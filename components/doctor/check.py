@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import re
-import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import Literal
+from typing import Any, Literal
+
+import httpx
 
 Status = Literal["ok", "warning", "failure", "skipped"]
 SECTIONS = ("versions", "storage", "MLflow", "Prefect", "device", "machine", "clock")
@@ -23,6 +21,8 @@ REQUEST_SECONDS = 4.0
 """How long one request may wait for a connection, and again for an answer."""
 ALL_SECONDS = 18.0
 """How long all checks together may take."""
+
+NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL)
 
 CLOCK_WARNING_SECONDS = 5.0
 CLOCK_FAILURE_SECONDS = 900.0
@@ -91,14 +91,15 @@ def redacted(text: str) -> str:
 
 
 def explained(error: BaseException) -> str:
-    """An error as one short line."""
-    reason = getattr(error, "reason", None)
-    if isinstance(error, urllib.error.URLError) and reason is not None:
-        return explained(reason) if isinstance(reason, BaseException) else str(reason)
-    if isinstance(error, TimeoutError):
-        return f"no answer within {REQUEST_SECONDS:.0f} s"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    """An error as one short line: what the network said, without the pages that httpx, requests and MLflow put around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TimeoutError | httpx.TimeoutException):
+            return f"no answer within {REQUEST_SECONDS:.0f} s"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    error = getattr(error, "orig", None) or error  # SQLAlchemy's holds the database's own
     line = " ".join(str(error).split())
     return f"{type(error).__name__}: {line[:200]}{'...' if len(line) > 200 else ''}" if line else type(error).__name__
 
@@ -112,27 +113,18 @@ class Answer:
     """By how many seconds the server's clock is ahead of this machine's; None where it sends no date."""
 
 
-def ask(
-    url: str,
-    method: str = "GET",
-    headers: Mapping[str, str] | None = None,
-    body: bytes | None = None,
-    context: ssl.SSLContext | None = None,
-    seconds: float = REQUEST_SECONDS,
-) -> Answer:
-    """One request; every status is an answer, and only no answer is an error (an OSError)."""
-    request = urllib.request.Request(url, data=body, headers=dict(headers or {}), method=method)
+def timed(send: Callable[[], Any]) -> Answer:
+    """The response that `send` gets (httpx's or requests'), with how long it took and the server's clock."""
     before, started = time.time(), time.monotonic()
-    try:
-        with urllib.request.urlopen(request, timeout=seconds, context=context) as response:
-            status, sent, content = response.status, response.headers, response.read(1 << 20)
-    except urllib.error.HTTPError as error:
-        with error:
-            status, sent, content = error.code, error.headers, error.read(1 << 20)
-    except (http.client.HTTPException, ValueError) as error:
-        raise ConnectionError(f"no HTTP answer ({explained(error)})") from error
+    response = send()
     taken = time.monotonic() - started
-    return Answer(status, content, taken, clock_offset(sent.get("Date"), before, taken))
+    return Answer(response.status_code, response.content, taken, clock_offset(response.headers.get("Date"), before, taken))
+
+
+def ask(url: str, client: httpx.Client | None = None, body: Any = None) -> Answer:
+    """A GET, or a POST of `body` as JSON; every status is an answer, and no answer one of the errors in `NO_ANSWER`."""
+    client, method = client or httpx.Client(), "GET" if body is None else "POST"
+    return timed(lambda: client.request(method, url, json=body, timeout=REQUEST_SECONDS, follow_redirects=True))
 
 
 def clock_offset(date: str | None, before: float, taken: float) -> float | None:

@@ -21,7 +21,7 @@ from mlflow.utils.rest_utils import http_request
 from packaging.version import InvalidVersion, Version
 
 from components import storage
-from components.doctor.check import REQUEST_SECONDS, Answer, Check, clock_check, clock_offset, explained
+from components.doctor.check import REQUEST_SECONDS, Answer, Check, clock_check, explained, timed
 from components.settings import UserError
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import database_exists, is_server, public_uri, quiet_mlflow, tracking_uri
@@ -72,18 +72,9 @@ def _impatient() -> Iterator[None]:
 
 def _ask(uri: str, path: str, **parameters: str) -> Answer:
     """A GET with the credentials and certificates that MLflow's own client uses; an MlflowException where no answer comes."""
-    before, started = time.time(), time.monotonic()
-    response = http_request(
-        get_default_host_creds(uri),
-        path,
-        "GET",
-        max_retries=0,
-        timeout=REQUEST_SECONDS,
-        raise_on_status=False,
-        params=parameters,
-    )
-    taken = time.monotonic() - started
-    return Answer(response.status_code, response.content, taken, clock_offset(response.headers.get("Date"), before, taken))
+    host = get_default_host_creds(uri)
+    options: dict[str, Any] = {"max_retries": 0, "timeout": REQUEST_SECONDS, "raise_on_status": False, "params": parameters}
+    return timed(lambda: http_request(host, path, "GET", **options))
 
 
 def _server(uri: str, experiment: str) -> Generator[Check, None, bool]:
@@ -93,7 +84,7 @@ def _server(uri: str, experiment: str) -> Generator[Check, None, bool]:
         health = _ask(uri, "/health")
     except Exception as error:
         advice = "Start the MLflow server, or correct its address (tracking.uri, MLFLOW_TRACKING_URI)."
-        yield Check(_SECTION, "server", "failure", f"{shown} does not answer: {_short(error)}", advice)
+        yield Check(_SECTION, "server", "failure", f"{shown} does not answer: {explained(error)}", advice)
         return False
     yield from clock_check("MLflow", health)
     if health.status != 200:
@@ -158,7 +149,7 @@ def _database(uri: str, settings: TrackingSettings, root: str, shared: bool) -> 
         _connect(uri, kind)
     except Exception as error:
         advice = "Start the database, or correct address, user and password (PGPASSWORD or ~/.pgpass) of the MLflow store."
-        yield Check(_SECTION, "database", "failure", _short(error), advice)
+        yield Check(_SECTION, "database", "failure", explained(error), advice)
         return False
     return True
 
@@ -183,7 +174,7 @@ def _writes(uri: str, name: str) -> Iterator[Check]:
     try:
         experiment = client.get_experiment_by_name(name) or client.get_experiment("0")
     except Exception as error:
-        yield Check(_SECTION, "write", "failure", _short(error), advice)
+        yield Check(_SECTION, "write", "failure", explained(error), advice)
         return
     key = f"{_TAG}.{uuid.uuid4().hex[:8]}"
     try:
@@ -195,7 +186,7 @@ def _writes(uri: str, name: str) -> Iterator[Check]:
             found = f"cannot be tried: there is no experiment '{name}' yet, and '{experiment.name}' is not this user's"
             yield Check(_SECTION, "write", "skipped", found)
         else:
-            found = f"this user may not edit the experiment '{experiment.name}'" if refused else _short(error)
+            found = f"this user may not edit the experiment '{experiment.name}'" if refused else explained(error)
             yield Check(_SECTION, "write", "failure", found, advice)
         yield Check(_SECTION, "artifacts", "skipped", "without the right to write")
         return
@@ -224,7 +215,7 @@ def _artifacts(uri: str, location: str) -> Check:
             taken = time.monotonic() - started
             there = any(entry.path == probe for entry in repository.list_artifacts())
     except Exception as error:
-        return Check(_SECTION, "artifacts", "failure", f"{public_uri(location)}: {_short(error)}", advice)
+        return Check(_SECTION, "artifacts", "failure", f"{public_uri(location)}: {explained(error)}", advice)
     finally:
         removed = _removed(repository, probe)
     if not there:
@@ -241,13 +232,3 @@ def _removed(repository: Any, probe: str) -> bool:
     except Exception:
         return False
     return True
-
-
-def _short(error: BaseException) -> str:
-    """What the network or the database said, without the pages that requests, SQLAlchemy and MLflow put around it."""
-    innermost: BaseException | None = error
-    while innermost is not None:
-        if isinstance(innermost, ConnectionError | TimeoutError) or (isinstance(innermost, OSError) and innermost.strerror):
-            return explained(innermost)
-        innermost = innermost.__cause__ or innermost.__context__
-    return explained(getattr(error, "orig", None) or error)

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import json
 import ssl
-from base64 import b64encode
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
-from components.doctor.check import Answer, Check, ask, clock_check, explained, redacted
+import httpx
+
+from components.doctor.check import NO_ANSWER, Answer, Check, ask, clock_check, explained, redacted
 
 WORK_POOLS = ("cpu", "gpu")
 _SECTION = "Prefect"
-
-
-@dataclass(frozen=True)
-class _Server:
-    """Plain requests with the credentials of Prefect's settings; Prefect's own client repeats what fails for minutes."""
-
-    url: str
-    headers: dict[str, str]
-    context: ssl.SSLContext
-
-    def ask(self, path: str, body: Any = None) -> Answer:
-        content = None if body is None else json.dumps(body).encode()
-        return ask(f"{self.url}{path}", "GET" if body is None else "POST", self.headers, content, self.context)
 
 
 def api_url() -> str | None:
@@ -52,10 +38,10 @@ def prefect_checks(limit: str | None = None) -> Iterator[Check]:
             advice = "Set PREFECT_API_URL to the server that has the limit, or unset SAE_TRAINING_LIMIT."
             yield Check(_SECTION, "training limit", "failure", f"a temporary server has no limit '{limit}'", advice)
         return
-    server, shown = _server(url), redacted(url)
+    server, shown = _client(url), redacted(url)
     try:
-        health = server.ask("/health")
-    except OSError as error:
+        health = ask("/health", server)
+    except NO_ANSWER as error:
         advice = "Start the server (`prefect server start`), correct PREFECT_API_URL, or unset it for a temporary server."
         yield Check(_SECTION, "server", "failure", f"{shown} does not answer: {explained(error)}", advice)
         return
@@ -65,7 +51,7 @@ def prefect_checks(limit: str | None = None) -> Iterator[Check]:
         yield Check(_SECTION, "server", "failure", f"{shown}/health answers {health.status}, not as Prefect does", advice)
         return
     yield Check(_SECTION, "server", "ok", f"{shown} answers in {health.seconds * 1e3:.0f} ms")
-    version = server.ask("/admin/version")
+    version = ask("/admin/version", server)
     if version.status != 200:
         yield Check(_SECTION, "API", "failure", *_refusal(version))
         return
@@ -76,19 +62,20 @@ def prefect_checks(limit: str | None = None) -> Iterator[Check]:
     yield _limit(server, limit)
 
 
-def _server(url: str) -> _Server:
+def _client(url: str) -> httpx.Client:
+    """With the credentials of Prefect's settings; Prefect's own client repeats what fails for minutes."""
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
-    headers = {"Content-Type": "application/json", **settings.client.custom_headers}
+    headers, auth = dict(settings.client.custom_headers), None
     if settings.api.auth_string is not None:
-        headers["Authorization"] = "Basic " + b64encode(settings.api.auth_string.get_secret_value().encode()).decode()
+        user, _, password = settings.api.auth_string.get_secret_value().partition(":")
+        auth = httpx.BasicAuth(user, password)
     elif settings.api.key is not None:
         headers["Authorization"] = f"Bearer {settings.api.key.get_secret_value()}"
-    context = ssl.create_default_context(cafile=settings.api.ssl_cert_file or None)
-    if settings.api.tls_insecure_skip_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return _Server(url.rstrip("/"), headers, context)
+    trusted = ssl.create_default_context(cafile=settings.api.ssl_cert_file or None)
+    verify = False if settings.api.tls_insecure_skip_verify else trusted
+    return httpx.Client(base_url=url.rstrip("/"), headers=headers, auth=auth, verify=verify)
 
 
 def _refusal(answer: Answer) -> tuple[str, str]:
@@ -110,8 +97,8 @@ def _version(theirs: str) -> Check:
     return Check(_SECTION, "version", "failure" if different else "warning", found, advice)
 
 
-def _database(server: _Server) -> Iterator[Check]:
-    answer = server.ask("/admin/settings")
+def _database(server: httpx.Client) -> Iterator[Check]:
+    answer = ask("/admin/settings", server)
     if answer.status != 200:
         return
     database = json.loads(answer.body).get("server", {}).get("database", {})
@@ -126,9 +113,9 @@ def _database(server: _Server) -> Iterator[Check]:
         yield Check(_SECTION, "database", "skipped", found)
 
 
-def _work_pool(server: _Server, name: str) -> Check:
+def _work_pool(server: httpx.Client, name: str) -> Check:
     check = f"pool {name}"
-    answer = server.ask(f"/work_pools/{name}")
+    answer = ask(f"/work_pools/{name}", server)
     if answer.status == 404:
         advice = f"Make it where deployments are to use it: `prefect work-pool create --type process {name}`."
         return Check(_SECTION, check, "warning", "there is no such work pool", advice)
@@ -137,7 +124,7 @@ def _work_pool(server: _Server, name: str) -> Check:
     pool = json.loads(answer.body)
     if pool.get("is_paused"):
         return Check(_SECTION, check, "warning", "paused", f"Let it go on: `prefect work-pool resume {name}`.")
-    answer = server.ask(f"/work_pools/{name}/workers/filter", {})
+    answer = ask(f"/work_pools/{name}/workers/filter", server, {})
     workers = json.loads(answer.body) if answer.status == 200 else []
     online = [worker for worker in workers if worker.get("status") == "ONLINE"]
     if online or pool.get("status") == "READY":
@@ -149,11 +136,11 @@ def _work_pool(server: _Server, name: str) -> Check:
     )
 
 
-def _limit(server: _Server, name: str | None) -> Check:
+def _limit(server: httpx.Client, name: str | None) -> Check:
     if not name:
         found = "SAE_TRAINING_LIMIT and execution.training_limit are not set: trainings do not wait for each other"
         return Check(_SECTION, "training limit", "ok", found)
-    answer = server.ask(f"/v2/concurrency_limits/{quote(name, safe='')}")
+    answer = ask(f"/v2/concurrency_limits/{quote(name, safe='')}", server)
     if answer.status == 404:
         advice = f"Make it: `prefect gcl create {name} --limit 1`; training does not start without it."
         return Check(_SECTION, "training limit", "failure", f"there is no limit '{name}', for which a training waits", advice)

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import httpx
+
 from components import storage
-from components.doctor.check import REQUEST_SECONDS, Check, ask, clock_check, explained
+from components.doctor.check import NO_ANSWER, REQUEST_SECONDS, Check, ask, clock_check, explained
 
 _STEPS_SECONDS = 8.0  # after which no further step is begun, so that the probe's removal fits into the limit of all checks
 _CONTENT = b"sae doctor: this file may be deleted\n"
@@ -46,8 +48,9 @@ def s3_checks(root: str) -> Iterator[Check]:
     client = _client(root)
     endpoint = client.meta.endpoint_url
     try:
-        answer = ask(endpoint, context=ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE")))
-    except OSError as error:
+        trusted = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+        answer = ask(endpoint, httpx.Client(verify=trusted))
+    except (*NO_ANSWER, OSError) as error:
         advice = "Start the S3 server or correct its address: AWS_ENDPOINT_URL, or `endpoint_url` in ~/.aws/config."
         yield Check("storage", "endpoint", "failure", f"{endpoint}: {explained(error)}", advice)
         yield Check("storage", "rights", "skipped", "the endpoint does not answer")

@@ -10,10 +10,10 @@ from components.corpus.images import ImageLayout
 from components.language_model.hook_points import depth, expand_hook_points, reads_images
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.source import ModelSource
-from components.settings import Settings, UserError
+from components.settings import Record, UserError
 
 
-class StoredColumn(Settings):
+class StoredColumn(Record):
     """A hook point of the model."""
 
     name: str
@@ -23,7 +23,7 @@ class StoredColumn(Settings):
     """Share of the model that runs before it is reached."""
 
 
-class ModelRecord(Settings):
+class ModelRecord(Record):
     """A language model that exists."""
 
     settings: LanguageModelSettings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from components import storage
 from components.corpus.sources import require_chat_templates
 from components.language_model.loading import load_encoder, require_runnable
+from components.run.late_checks import check_later_steps
 from components.run.specification import Specification
 from components.settings import UserError
 
@@ -24,6 +25,7 @@ def check(run: Specification, only_data: bool = False, evaluated: bool = True) -
     if config.activations.split != "train" and not only_data:
         raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
     storage.require_writable(config.storage.root, "storage.root")
+    check_later_steps(config, run.d_sae, run.registered_model, evaluated and not only_data)
 
 
 def without_evaluation(run: Specification) -> str | None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from components import storage
 from components.activations.settings import ActivationSettings
+from components.bounds import LONGEST_SECONDS
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
 from components.language_model.settings import LanguageModelSettings
@@ -51,7 +52,7 @@ class ExecutionSettings(Settings):
     """Prefect's global concurrency limit that a training waits for, such as `gpu`; SAE_TRAINING_LIMIT of the machine, or
     else none."""
 
-    training_timeout_minutes: float | None = Field(default=None, gt=0)
+    training_timeout_minutes: float | None = Field(default=None, gt=0, le=LONGEST_SECONDS / 60)
     """A training that takes longer is stopped, leaves a checkpoint, and fails."""
 
     address: str | None = None
@@ -65,16 +66,16 @@ class ExecutionSettings(Settings):
 
 
 class RunConfig(Settings):
-    name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128)
     """Name of the run, part of folder names: lower case letters, digits, dots and dashes."""
 
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0)
     """Decides the order of documents, the shuffle and the SAE's first weights."""
 
     device: str = "auto"
     """`auto` (CUDA where there is one, else the CPU), `cpu`, `cuda` or `cuda:0`."""
 
-    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*(\+[a-z0-9._-]+)?$")
+    rerun: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9._-]*(\+[a-z0-9._-]+)?$", max_length=128)
     """Trains again what was trained before, on the same activations: another word, another training. It gives the same
     weights unless code, libraries or machine have changed. `retrain` adds `+` and a word of its own where the code changed,
     the last SAE is too old, or a run is forced."""

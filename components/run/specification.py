@@ -23,14 +23,14 @@ from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
 from components.run import identity
 from components.run.config import RunConfig
-from components.settings import Settings
+from components.settings import Record
 from components.settings import digest as content_digest
 from components.storage.cache import CachePlace
 from components.tracking.code import git_tags
 from components.training.job import Training, TrainingRecord, read_training_record
 
 
-class Specification(Settings):
+class Specification(Record):
     """What a run is. Properties are computed from it alone; methods look at what is there already."""
 
     config: RunConfig

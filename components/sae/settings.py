@@ -1,4 +1,4 @@
-"""Which coder, and how it learns. (Its own pydantic base: this component imports nothing of the project's.)
+"""Which coder, and how it learns. (Its own pydantic base: this component imports nothing else of the project's.)
 
 Every architecture has settings of its own beside it; see `choice.py` for how one is chosen.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from components.bounds import Bounded
 
 
-class CoderSettings(BaseModel):
+class CoderSettings(Bounded):
     """What every architecture has. A subclass narrows `architecture` to its own name and adds its own fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
+from components.bounds import LONGEST_SECONDS
 from components.settings import Settings
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
@@ -17,7 +18,7 @@ class TrackingSettings(Settings):
     uri: str | None = None
     """MLflow server or database; the environment's MLFLOW_TRACKING_URI, or else `mlflow.db` under the storage root."""
 
-    experiment: str = Field(default="sae-foundry", min_length=1)
+    experiment: str = Field(default="sae-foundry", min_length=1, max_length=250)
     """MLflow experiment of the runs."""
 
     registered_model: str | None = Field(default=None, pattern=r"^[^/:]+$")
@@ -29,10 +30,10 @@ class TrackingSettings(Settings):
     gates: str | None = None
     """YAML file with the gates that a version must pass to become champion; `mlflow/gates.yaml` where it is not given."""
 
-    patience_seconds: float = Field(default=600.0, gt=0)
+    patience_seconds: float = Field(default=600.0, gt=0, le=LONGEST_SECONDS)
     """How long a finished step waits for an MLflow server that does not answer, before the run fails."""
 
-    system_metrics_seconds: float = Field(default=5.0, gt=0)
+    system_metrics_seconds: float = Field(default=5.0, gt=0, le=LONGEST_SECONDS)
     """Seconds between two samples of CPU, memory, disk and GPU use."""
 
     @field_validator("uri")

@@ -7,7 +7,7 @@ from typing import Any
 
 from components import storage
 from components.sae.choice import SAESettings
-from components.settings import Settings
+from components.settings import Record
 from components.storage.cache import CachePlace
 from components.training.settings import TrainingSettings
 
@@ -40,7 +40,7 @@ class Training:
         return self.settings.steps
 
 
-class TrainingRecord(Settings):
+class TrainingRecord(Record):
     """`training.json`, put last: its presence says that the artifact is whole."""
 
     digest: str

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from components.doctor import checks as doctor
 from components.doctor.check import Check
 from components.doctor.prefect_server import prefect_checks
 from components.run.config import parse_config
@@ -166,17 +167,17 @@ def test_what_a_run_needs_is_compared_and_a_plan_that_fails_or_takes_long_hides_
     tiny_tree: dict, monkeypatch: pytest.MonkeyPatch
 ):
     config = parse_config(tiny_tree)
-    checks = by_name(doctor_cli._room(config, sized=True))
+    checks = by_name(doctor.room_checks(config, sized=True))
     assert "needed" in checks["disk"].found
     assert "needed" in checks["memory"].found
     assert "plan" not in checks
     wrong = parse_config(tiny_tree | {"activations": {"hook_points": ["resid_post.9"]}})
-    checks = by_name(doctor_cli._room(wrong, sized=True))
+    checks = by_name(doctor.room_checks(wrong, sized=True))
     assert "resid_post.9" in checks["plan"].found
     assert "needed" not in checks["disk"].found
-    monkeypatch.setattr(doctor_cli, "_PLAN_SECONDS", 0.0)
-    monkeypatch.setattr("components.run.planning.pinned", lambda config: time.sleep(1))
-    checks = by_name(doctor_cli._room(config, sized=True))
+    monkeypatch.setattr(doctor, "_PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(doctor, "estimated", lambda config: time.sleep(1))
+    checks = by_name(doctor.room_checks(config, sized=True))
     assert (checks["plan"].status, checks["disk"].status) == ("skipped", "ok")
 
 

@@ -1,0 +1,59 @@
+"""Bounds of every number in a configuration. (It imports nothing of the project's, so that the SAE may use it too.)
+
+A run's parameters go through JSON, JavaScript and PostgreSQL. PostgreSQL gives 1e30 back as a whole number of more than 64
+bits, and Prefect's server then answers 500 to every listing of runs that holds it, for everybody.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
+
+LARGEST_INT = 2**53 - 1
+"""Beyond it JavaScript, and so Prefect's form, rounds a whole number."""
+LARGEST_FLOAT = 1e15
+"""Below `LARGEST_INT`: a float without a fraction comes back from PostgreSQL as a whole number."""
+LONGEST_SECONDS = 315_360_000.0
+"""Ten years. A thread that is to wait for more than 292 fails instead."""
+_LARGEST = {"int": LARGEST_INT, "float": LARGEST_FLOAT}
+_NO_SCHEMAS = {"default", "metadata", "serialization", "expected", "cls", "config"}
+
+Days = Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False)]
+"""An age in days, as a parameter of a flow."""
+
+
+def _bound(schema: Any) -> None:
+    """Bounds for the numbers in a schema, in place; models inside are references and see to themselves."""
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _bound(part)
+        return
+    if not isinstance(schema, dict):
+        return
+    largest = _LARGEST.get(schema.get("type", ""))
+    if largest is None:
+        for key, part in schema.items():
+            if key not in _NO_SCHEMAS:
+                _bound(part)
+        return
+    for closed, opened, limit, beyond in (("ge", "gt", -largest, float.__lt__), ("le", "lt", largest, float.__gt__)):
+        for key in (closed, opened):
+            if key in schema and beyond(float(schema[key]), float(limit)):
+                del schema[key]
+        if closed not in schema and opened not in schema:
+            schema[closed] = limit
+
+
+class Bounded(BaseModel):
+    """A pydantic model whose numeric fields all have bounds, those inside tuples and Optionals too.
+
+    A field's own bounds hold where they are tighter. They show in the JSON schema as `minimum` and `maximum`.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _bound(handler.resolve_ref_schema(schema))
+        return schema
