@@ -3,8 +3,8 @@
     python -m infra.ci.run pipeline/quickstart    # from the repository's root
 
 `prefect deployment run --watch` does the same until the server's stream of events closes, and then ends with code 1 while the
-run goes on; this asks for the state again and again, and waits for a server that is away. Exit codes: 0 Completed; 1 another end;
-3 the server cannot be reached or has no such deployment; 130 after Ctrl-C, and the run goes on.
+run goes on; this asks for the state again and again, and waits for a server that is away. Exit codes: 0 Completed; 1 any other
+end; 3 the server cannot be reached or has no such deployment; 130 after Ctrl-C, and the run goes on.
 """
 
 from __future__ import annotations
