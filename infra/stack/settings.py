@@ -137,7 +137,7 @@ class Stack:
             "PREFECT_SERVER_DATABASE_NAME": "prefect",
             "PREFECT_SERVER_DATABASE_USER": "sae",
             "PREFECT_SERVER_DATABASE_PASSWORD": self.secrets.postgres,
-            # Seconds, of a statement and a connection: with 10 and 5, the defaults, a busy machine makes it answer 500.
+            # Seconds for a statement and for a connection: with 10 and 5, the defaults, a busy machine makes it answer 500.
             "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
             "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
             # In memory, which is the default, a restart would forget who holds a place under the limit, for ever.

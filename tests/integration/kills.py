@@ -25,7 +25,9 @@ def process_of(run: str) -> psutil.Process | None:
     return min(found, key=lambda process: process.create_time(), default=None)
 
 
-def killed_beside_siblings(live: Live, tree: dict, mlflow: MlflowClient, victims: int, kills: int) -> dict[str, Any]:
+def killed_beside_siblings(
+    live: Live, tree: dict, mlflow: MlflowClient, victims: int, kills: int, name: str = ""
+) -> dict[str, Any]:
     """Each of the victims is killed so often, at a random moment of each attempt, while a sibling runs.
 
     Returns what was seen; fails where a sibling or a worker was disturbed, a run did not end Completed, or weights differ.
@@ -38,13 +40,14 @@ def killed_beside_siblings(live: Live, tree: dict, mlflow: MlflowClient, victims
     def submit(name: str) -> str:
         return live.submit("pipeline/quickstart", {"config": named(tree, name, **CONFIGURATION)})
 
-    runs = {submit(f"victim-{number}"): f"victim-{number}" for number in range(victims)}
+    runs = {submit(f"victim-{name}{number}"): f"victim-{name}{number}" for number in range(victims)}
     done, due = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0)
-    siblings = {submit("sibling-0"): "sibling-0"}
+    siblings = {submit(f"sibling-{name}0"): f"sibling-{name}0"}
     while True:
         beside = live.flow_run(list(siblings)[-1])
         if beside["state_type"] in FINAL:
-            siblings[submit(f"sibling-{len(siblings)}")] = f"sibling-{len(siblings)}"
+            another = f"sibling-{name}{len(siblings)}"
+            siblings[submit(another)] = another
             continue
         states = {run: live.flow_run(run) for run in runs}
         if all(found["state_type"] in FINAL for found in states.values()):

@@ -76,6 +76,9 @@ class Live:
                     content = answer.read()
                     return json.loads(content) if content else None
             except urllib.error.HTTPError as error:
+                if error.code >= 500 and attempt < 10:  # a machine that is too busy
+                    time.sleep(1)
+                    continue
                 raise AssertionError(f"{path}: {error.code} {error.read()[:500]!r}") from error
             except OSError:
                 if attempt == 119:
