@@ -2,11 +2,10 @@
 
 from components.storage.files import (
     PROBE_SECONDS,
-    claimed,
     delete,
-    exclusive,
     exists,
     file_sha256,
+    fill,
     free_bytes,
     is_local,
     join,
@@ -32,14 +31,18 @@ from components.storage.files import (
     sweep,
     whole_file,
 )
+from components.storage.locks import Claim, ClaimLost, claimed, exclusive
 
 __all__ = [
     "PROBE_SECONDS",
+    "Claim",
+    "ClaimLost",
     "claimed",
     "delete",
     "exclusive",
     "exists",
     "file_sha256",
+    "fill",
     "free_bytes",
     "is_local",
     "join",

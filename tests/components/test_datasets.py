@@ -222,8 +222,17 @@ def test_the_cache_keeps_to_its_size_and_gives_what_was_fetched(tmp_path: Path):
         assert get(key) == bytes([key]) * 1_000
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 10_000
     assert fetched == list(range(30))  # 0 and 29 were asked for twice
-    (tmp_path / "cache" / "k29").write_bytes(b"cut short")
+    [newest] = [path for path in (tmp_path / "cache").iterdir() if path.read_bytes() == bytes([29]) * 1_000]
+    newest.write_bytes(b"cut short")
     assert get(29) == bytes([29]) * 1_000
+
+
+def test_no_key_leads_out_of_the_cache(tmp_path: Path):
+    cache = DiskCache(str(tmp_path / "cache"), limit=10_000)
+    for key in ("../../outside", str(tmp_path / "outside"), "x/../../outside"):
+        assert cache.get(key, 2, lambda: b"ab") == b"ab"
+        cache.drop(key)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_language_model_runs(tree: dict, monkeypatch: pytest.MonkeyPatch):
