@@ -284,6 +284,15 @@ def size(url: str) -> int:
     return int(_call(url, "info")["size"])
 
 
+def fingerprint(url: str) -> str:
+    """Another text whenever a file has been written to; FileNotFoundError where there is none."""
+    if is_local(url):
+        status = os.stat(local_path(url))
+        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    info = _call(url, "info")
+    return " ".join(str(info.get(name)) for name in ("size", "ETag", "LastModified", "created"))
+
+
 def delete(url: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens where there is none."""
     try:

@@ -171,7 +171,7 @@ def test_every_kind_of_damage_is_named_by_check_and_met_by_the_reader(dataset: t
     shard.write_bytes(whole)
     assert list(check.problems(url, manifest)) == []
     (Path(url) / "notes.txt").write_text("mine")
-    assert check.strangers(url, manifest) == [f"{url}/notes.txt"]
+    assert catalog.strangers(url, manifest) == [f"{url}/notes.txt"]
 
 
 def test_a_token_stored_twice_is_noticed(dataset: tuple[str, Manifest]):
@@ -284,7 +284,7 @@ def test_datasets_are_listed_and_found_by_name_or_digest(dataset: tuple[str, Man
         assert catalog.find_dataset(root, reference) == url
     with pytest.raises(UserError, match=r"'nothing'.*tiny-"):
         catalog.find_dataset(root, "nothing")
-    catalog.delete_dataset(url)
+    catalog.delete_dataset(url, root)
     assert not Path(url).exists()
     assert read_manifest(url) is None
 

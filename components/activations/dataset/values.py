@@ -10,15 +10,12 @@ import numpy as np
 import xxhash
 
 from components import storage
-from components.activations.dataset.manifest import Manifest, RowGroup, Shard
+from components.activations.dataset.manifest import DamagedDatasetError, Manifest, RowGroup, Shard
 from components.activations.dataset.schema import memory
 from components.activations.dataset.shard import decoded
-from components.settings import UserError
 from components.storage.cache import DiskCache
 
-
-class DamagedDatasetError(UserError):
-    """A dataset whose files are not what its manifest says."""
+__all__ = ["DamagedDatasetError", "Values"]
 
 
 @dataclass(frozen=True, eq=False)
