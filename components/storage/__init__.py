@@ -2,11 +2,11 @@
 
 from components.storage.files import (
     PROBE_SECONDS,
-    claimed,
     delete,
-    exclusive,
     exists,
     file_sha256,
+    fill,
+    fingerprint,
     free_bytes,
     is_local,
     join,
@@ -32,14 +32,19 @@ from components.storage.files import (
     sweep,
     whole_file,
 )
+from components.storage.locks import Claim, ClaimLost, claimed, exclusive
 
 __all__ = [
     "PROBE_SECONDS",
+    "Claim",
+    "ClaimLost",
     "claimed",
     "delete",
     "exclusive",
     "exists",
     "file_sha256",
+    "fill",
+    "fingerprint",
     "free_bytes",
     "is_local",
     "join",

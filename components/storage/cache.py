@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from components.storage import local_path, put_bytes
@@ -39,7 +40,7 @@ class DiskCache:
 
     def get(self, key: str, size: int, fetch: Callable[[], bytes]) -> bytes:
         """The `size` bytes that `key` names: from the folder, or fetched and kept."""
-        path = self.folder / key
+        path = self._path(key)
         with suppress(FileNotFoundError):
             content = path.read_bytes()
             if len(content) == size:
@@ -53,7 +54,11 @@ class DiskCache:
         return content
 
     def drop(self, key: str) -> None:
-        (self.folder / key).unlink(missing_ok=True)
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        """Of a hash: what a key says comes from a manifest, and must not lead out of the folder."""
+        return self.folder / sha256(key.encode("utf-8")).hexdigest()
 
     def _make_room(self, size: int) -> None:
         """Look at the folder now and then, not at every file: what was added since the last look is known."""

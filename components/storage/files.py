@@ -10,32 +10,28 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
-import platform
 import shutil
 import tempfile
-import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import psutil
-from filelock import BaseFileLock, FileLock, Timeout
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from components.settings import UserError
 from components.storage.retries import patience, patiently
+from components.storage.staging import STAGED_PREFIX, staged_beside, sweep_folder
 
-logger = logging.getLogger(__name__)
-
-_STAGED_PREFIX = ".staged-"  # a leftover of a killed process under this prefix is never read
 _PARALLEL_READS = 16
+_IOV_MAX = 1024  # buffers in one preadv; POSIX guarantees 16, Linux has 1024
 PROBE_SECONDS = 5.0
 """How long a store may be away before a run that is about to start says so."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -90,28 +86,44 @@ def read_range(url: str, start: int, length: int) -> bytes:
     return content
 
 
+def fill(path: str, targets: Sequence[memoryview], start: int) -> None:
+    """Fill the targets, one after the other, with a local file's bytes from `start` on; an EOFError where it is shorter.
+
+    One `preadv` may give less than it was asked for; Linux never gives more than 2,147,479,552 bytes.
+    """
+    left = deque(target for target in targets if len(target))
+    with open(path, "rb", buffering=0) as stream:
+        while left:
+            got = os.preadv(stream.fileno(), list(islice(left, _IOV_MAX)), start)
+            if got == 0:
+                raise EOFError(f"{path} ends before byte {start + sum(map(len, left))}")
+            start += got
+            while left and got >= len(left[0]):
+                got -= len(left.popleft())
+            if got:
+                left[0] = left[0][got:]
+
+
 def read_ranges(ranges: Sequence[tuple[str, int, memoryview]]) -> None:
     """Fill each memoryview with the bytes of its file from the given one on; in parallel where that helps.
 
     An EOFError that names the file where one is shorter.
     """
 
-    def fill(item: tuple[str, int, memoryview]) -> None:
+    def read(item: tuple[str, int, memoryview]) -> None:
         url, start, target = item
         filesystem, path = resolve(url)
         if isinstance(filesystem, LocalFileSystem):
-            with open(path, "rb", buffering=0) as stream:
-                if os.preadv(stream.fileno(), [target], start) != len(target):
-                    raise EOFError(f"{url} ends before byte {start + len(target)}")
+            fill(path, [target], start)
         else:
             target[:] = read_range(url, start, len(target))
 
     if all(is_local(url) for url, _, _ in ranges):
         for item in ranges:
-            fill(item)
+            read(item)
         return
     with ThreadPoolExecutor(_PARALLEL_READS) as threads:
-        list(threads.map(fill, ranges))
+        list(threads.map(read, ranges))
 
 
 def read_json(url: str) -> Any:
@@ -161,7 +173,7 @@ def scratch(url: str) -> Iterator[Path]:
     """A path to write what will be put at `url`: beside it on a local disk, in a temporary folder otherwise."""
     with _naming_a_full_disk(url):
         if is_local(url):
-            with _staged_beside(local_path(url)) as staged:
+            with staged_beside(local_path(url)) as staged:
                 yield staged
         else:
             with tempfile.TemporaryDirectory(prefix="sae-staged-") as folder:
@@ -264,12 +276,21 @@ def _entries(url: str) -> list[tuple[str, str]]:
     # SeaweedFS lists an emptied prefix as an entry of itself.
     kept = (entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/"))
     found = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in kept)
-    return sorted((name, kind) for name, kind in found if not name.startswith(_STAGED_PREFIX))
+    return sorted((name, kind) for name, kind in found if not name.startswith(STAGED_PREFIX))
 
 
 def size(url: str) -> int:
     """Bytes of a file; FileNotFoundError where there is none."""
     return int(_call(url, "info")["size"])
+
+
+def fingerprint(url: str) -> str:
+    """Another text whenever a file has been written to; FileNotFoundError where there is none."""
+    if is_local(url):
+        status = os.stat(local_path(url))
+        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    info = _call(url, "info")
+    return " ".join(str(info.get(name)) for name in ("size", "ETag", "LastModified", "created"))
 
 
 def delete(url: str) -> None:
@@ -292,43 +313,12 @@ def free_bytes(url: str) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-@contextmanager
-def exclusive(url: str) -> Iterator[None]:
-    """Hold the only right on this machine to work on `url`; waits while another process holds it.
-
-    The operating system releases it when its holder dies. Under `s3:` there is no such lock, and nothing is held.
-    """
-    filesystem, path = resolve(url)
-    if not isinstance(filesystem, LocalFileSystem):
-        yield
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    if not _acquired_at_once(lock):
-        logger.info("waiting for another process that works on %s", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _acquired_at_once(lock: BaseFileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True
-
-
 def sweep(url: str) -> None:
     """Remove what killed processes of this machine left half-written directly under a local folder."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
         return  # an upload that was not finished never became an object
-    for staged in Path(path).glob(f"{_STAGED_PREFIX}{platform.node()}-*"):
-        if not psutil.pid_exists(int(staged.name.split("-")[-2])):
-            staged.unlink(missing_ok=True)
+    sweep_folder(Path(path))
 
 
 def file_sha256(path: Path) -> str:
@@ -351,17 +341,6 @@ def require_writable(url: str, field: str) -> None:
         raise UserError(f"{field}: cannot write to '{url}' ({reason}); name a folder or s3:// prefix that you own") from error
 
 
-@contextmanager
-def _staged_beside(path: Path) -> Iterator[Path]:
-    """A scratch file on the same file system as `path`, removed on the way out."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.parent / f"{_STAGED_PREFIX}{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        yield staged
-    finally:
-        staged.unlink(missing_ok=True)
-
-
 def _synchronise(path: Path) -> None:
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
@@ -369,13 +348,3 @@ def _synchronise(path: Path) -> None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")
-
-
-class Claim:
-    def check(self) -> None: ...
-
-
-@contextmanager
-def claimed(url: str) -> Iterator[Claim]:
-    with exclusive(url):
-        yield Claim()

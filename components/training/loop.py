@@ -145,7 +145,7 @@ def _train(
         columns=tuple(columns),
         batch_size=size,
         seed=job.seed,
-        pin_memory=device.type == "cuda",
+        device=device,
         cache=None if job.cache is None else job.cache.open(),
     )
     outcomes: dict[int, TrainingRecord | FloatingPointError] = {}

@@ -85,7 +85,7 @@ def check(
     with command(as_json) as show_:
         log_to_stderr()
         from components.activations.dataset import inventory as catalog
-        from components.activations.dataset.check import mixing, problems, strangers
+        from components.activations.dataset.check import mixing, problems
         from components.activations.dataset.manifest import require_manifest
 
         url = catalog.find_dataset(root, dataset)
@@ -93,7 +93,7 @@ def check(
         found = list(problems(url, manifest))
         result: dict[str, Any] = {
             "url": url, "tokens": manifest.tokens, "shards": len(manifest.shards), "bytes": manifest.bytes,
-            "problems": found, "strangers": strangers(url, manifest), "mixing": None,
+            "problems": found, "strangers": catalog.strangers(url, manifest), "mixing": None,
         }  # fmt: skip
         if not found:
             measured = mixing(url, manifest, batch_size)
@@ -134,7 +134,7 @@ def delete(
                 )
         if not yes and not typer.confirm(f"Delete {url}?", err=True):
             raise typer.Exit(1)
-        catalog.delete_dataset(url)
+        catalog.delete_dataset(url, root)
         Console(stderr=True).print(f"deleted {url}")
 
 

@@ -171,7 +171,7 @@ def test_every_kind_of_damage_is_named_by_check_and_met_by_the_reader(dataset: t
     shard.write_bytes(whole)
     assert list(check.problems(url, manifest)) == []
     (Path(url) / "notes.txt").write_text("mine")
-    assert check.strangers(url, manifest) == [f"{url}/notes.txt"]
+    assert catalog.strangers(url, manifest) == [f"{url}/notes.txt"]
 
 
 def test_a_token_stored_twice_is_noticed(dataset: tuple[str, Manifest]):
@@ -222,8 +222,17 @@ def test_the_cache_keeps_to_its_size_and_gives_what_was_fetched(tmp_path: Path):
         assert get(key) == bytes([key]) * 1_000
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 10_000
     assert fetched == list(range(30))  # 0 and 29 were asked for twice
-    (tmp_path / "cache" / "k29").write_bytes(b"cut short")
+    [newest] = [path for path in (tmp_path / "cache").iterdir() if path.read_bytes() == bytes([29]) * 1_000]
+    newest.write_bytes(b"cut short")
     assert get(29) == bytes([29]) * 1_000
+
+
+def test_no_key_leads_out_of_the_cache(tmp_path: Path):
+    cache = DiskCache(str(tmp_path / "cache"), limit=10_000)
+    for key in ("../../outside", str(tmp_path / "outside"), "x/../../outside"):
+        assert cache.get(key, 2, lambda: b"ab") == b"ab"
+        cache.drop(key)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_language_model_runs(tree: dict, monkeypatch: pytest.MonkeyPatch):
@@ -275,7 +284,7 @@ def test_datasets_are_listed_and_found_by_name_or_digest(dataset: tuple[str, Man
         assert catalog.find_dataset(root, reference) == url
     with pytest.raises(UserError, match=r"'nothing'.*tiny-"):
         catalog.find_dataset(root, "nothing")
-    catalog.delete_dataset(url)
+    catalog.delete_dataset(url, root)
     assert not Path(url).exists()
     assert read_manifest(url) is None
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import pytest
 
 from components import storage
 from components.settings import UserError
+from components.storage import locks, staging
 
 
 def test_an_exception_while_writing_leaves_the_old_content(tmp_path: Path):
@@ -54,3 +60,141 @@ with storage.whole_file({str(tmp_path / "a")!r}) as path:
 def test_a_root_that_cannot_be_written_is_named():
     with pytest.raises(UserError, match=r"storage\.root.*/proc/none"):
         storage.require_writable("/proc/none", "storage.root")
+
+
+def test_a_read_that_gives_less_than_asked_for_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = os.urandom(10_000)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    whole = os.preadv
+
+    def short(descriptor: int, targets: list, offset: int) -> int:
+        first = [target[:700] for target in targets if len(target)][:1]
+        return whole(descriptor, first, offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    got = bytearray(9_000)
+    targets = [memoryview(got)[:1], memoryview(got)[1:1], memoryview(got)[1:4_000], memoryview(got)[4_000:]]
+    storage.fill(str(path), targets, 500)
+    assert got == content[500:9_500]
+    again = bytearray(9_000)
+    storage.read_ranges([(str(path), 500, memoryview(again))])
+    assert again == got
+    with pytest.raises(EOFError, match="file ends before byte 10001"):
+        storage.fill(str(path), [memoryview(bytearray(10_001))], 0)
+
+
+def test_a_file_of_another_machines_process_or_of_a_pid_used_again_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def left(**changed: Callable[..., str]) -> Path:
+        with monkeypatch.context() as other:
+            for name, value in changed.items():
+                other.setattr(staging, name, value)
+            with staging.staged_beside(tmp_path / "a") as path:
+                path.write_bytes(b"half")
+                kept = path.rename(tmp_path / f"{path.name}")
+                content = kept.read_bytes()
+        kept.write_bytes(content)
+        return kept
+
+    elsewhere = left(_processes=lambda: "0123456789ab")
+    storage.sweep(str(tmp_path))
+    assert elsewhere.exists(), "a process in another PID namespace may have our PID, and be alive"
+    os.utime(elsewhere, (time.time() - 90_000,) * 2)
+    reused = left(_started=lambda pid: "1")
+    mine = left()
+    storage.sweep(str(tmp_path))
+    assert not elsewhere.exists()
+    assert not reused.exists()
+    assert mine.exists()
+
+
+def shared() -> str:
+    """On an object store in memory, without a lock of the operating system."""
+    return f"memory://claims-{uuid.uuid4().hex}/sae"
+
+
+def test_a_claim_is_held_by_one_and_waited_for_by_the_others():
+    url, holders, most = shared(), 0, []
+
+    def work(_: int) -> None:
+        nonlocal holders
+        with storage.claimed(url, beat_seconds=0.05, dead_seconds=5) as claim:
+            holders += 1
+            most.append(holders)
+            time.sleep(0.1)
+            claim.check(now=True)
+            holders -= 1
+
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(work, range(5)))
+    assert most == [1] * 5
+    assert storage.list_names(f"{url}/claims") == []
+
+
+def test_a_holder_whose_beat_stops_loses_the_claim_and_is_told(monkeypatch: pytest.MonkeyPatch):
+    url, rival_holds, slow_is_done = shared(), threading.Event(), threading.Event()
+
+    def rival() -> None:
+        with storage.claimed(url, beat_seconds=0.1, dead_seconds=0.8) as claim:
+            rival_holds.set()
+            assert slow_is_done.wait(20)
+            claim.check(now=True)
+
+    with ThreadPoolExecutor(1) as threads:
+        with storage.claimed(url, beat_seconds=0.1, dead_seconds=0.8) as slow:
+            done = threads.submit(rival)
+            assert not rival_holds.wait(2), "a beat that goes on is not overtaken"
+            slow.check(now=True)
+            slow._ended.set()  # as a process that is stopped
+            assert rival_holds.wait(20)
+            with pytest.raises(storage.ClaimLost, match="another process has taken over"):
+                slow.check(now=True)
+        assert storage.list_names(f"{url}/claims") != [], "what the rival holds is not taken from it"
+        slow_is_done.set()
+        done.result()
+    with pytest.raises(storage.ClaimLost):
+        slow.check(now=True)
+    assert storage.list_names(f"{url}/claims") == []
+
+
+def test_time_in_which_the_store_was_away_does_not_count_against_a_holder(monkeypatch: pytest.MonkeyPatch):
+    """Its clock and its pauses are ours here: the store answers once in an hour."""
+    url, now = shared(), [0.0]
+    storage.put_json_once({}, f"{url}/claims/00001.json")
+    looks = []
+
+    def pause(seconds: float) -> None:
+        looks.append(now[0])
+        now[0] += 3_600
+
+    monkeypatch.setattr(locks.time, "sleep", pause)
+    monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+    assert locks._free_number(f"{url}/claims", 20, 90) == 2
+    assert len(looks) >= 9  # each look stands for ten seconds at most
+
+
+def test_a_claim_on_a_local_disk_is_the_systems_lock(tmp_path: Path):
+    url = str(tmp_path / "sae")
+    code = f"""
+import time
+from components import storage
+with storage.claimed({url!r}) as claim:
+    claim.check(now=True)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"held\n"
+
+    def work() -> None:
+        with storage.claimed(url) as claim:
+            claim.check(now=True)
+
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(work)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.5)
+        os.kill(process.pid, signal.SIGKILL)
+        waiting.result()
+    process.communicate()

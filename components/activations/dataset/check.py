@@ -6,13 +6,16 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing
-from hashlib import sha256
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from components import storage
 from components.activations.dataset.manifest import Manifest, Shard, manifest_url
 from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.shard import describe_columns, describe_shard_file
 from components.activations.dataset.shuffle import bucket_of
 from components.activations.dataset.values import DamagedDatasetError, Values
 from components.progress import progress
@@ -20,7 +23,6 @@ from components.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 1 << 24
 _MOST_BATCHES = 500
 
 
@@ -45,33 +47,41 @@ class Mixing(Settings):
 
 
 def problems(url: str, manifest: Manifest) -> Iterator[str]:
-    """One sentence for each thing that is wrong with a dataset, naming the object. Memory: one shard's documents.
+    """One sentence for each thing that is wrong with a dataset, naming the object. Memory: one shard, and a number per
+    document.
 
-    Every file is read once and compared with its checksum. Which shard a token is in is a hash of it: a dataset whose
-    shards each hold no token twice, and no token of another shard, holds no token twice.
+    Every file is read once, compared with its checksum, and described anew as extraction described it: places of values,
+    Arrow schema, rows, sums. What the manifest says of them must be what comes out. (The reader compares values only: a
+    flipped byte in a Parquet header is found here and not there.) Which shard a token is in is a hash of it: a dataset
+    whose shards each hold no token twice, and no token of another shard, holds no token twice.
     """
     values = Values(url, manifest)
-    counted = 0
+    sums: list[dict[str, Any]] = []
+    counted, documents_seen = 0, np.empty(0, dtype=np.int64)
     with progress(logger, "check", len(manifest.shards), "shards") as advance:
         for number, shard in enumerate(manifest.shards):
-            damage = _damage(url, shard, values)
+            damage = _damage(url, shard, values, sums)
             yield from damage
             if not damage:
                 documents, positions = values.tokens(shard)
                 counted += len(documents)
+                documents_seen = np.union1d(documents_seen, documents)
                 if (bucket_of(documents, positions, len(manifest.shards), manifest.seed) != number).any():
                     yield f"{storage.join(url, shard.name)} holds tokens of another shard"
                 if len(np.unique(documents << 32 | positions)) != len(documents):
                     yield f"{storage.join(url, shard.name)} holds a token twice"
             advance(1, "")
+    place = manifest_url(url)
     if counted != manifest.tokens:
-        yield f"{manifest_url(url)} says {manifest.tokens} tokens; {counted} were found in whole shards"
-
-
-def strangers(url: str, manifest: Manifest) -> list[str]:
-    """Files in the dataset's folder that are no part of it."""
-    known = {shard.name for shard in manifest.shards} | {"manifest.json"}
-    return [storage.join(url, name) for name in storage.list_names(url) if name not in known]
+        yield f"{place} says {manifest.tokens} tokens; {counted} were found in whole shards"
+    if len(sums) != len(manifest.shards):
+        return
+    if len(documents_seen) != manifest.documents:
+        yield f"{place} says {manifest.documents} documents; there are {len(documents_seen)}"
+    for said, found in zip(manifest.columns, describe_columns(manifest.layout, sums, manifest.tokens), strict=True):
+        for name in ("mean", "mean_squared_norm", "median_norm"):
+            if not np.allclose(getattr(said, name), getattr(found, name), rtol=1e-9, atol=1e-12):
+                yield f"{place}: {name} of {said.hook_point} is not that of the stored values"
 
 
 def mixing(url: str, manifest: Manifest, batch_size: int = 4096, seed: int = 0) -> Mixing:
@@ -126,25 +136,34 @@ def _document_sizes(url: str, manifest: Manifest) -> np.ndarray:
     return sizes
 
 
-def _damage(url: str, shard: Shard, values: Values) -> list[str]:
-    """What is wrong with a shard's bytes."""
-    place = storage.join(url, shard.name)
+def _damage(url: str, shard: Shard, values: Values, sums: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with a shard's file; the sums of a whole one are added."""
+    place, layout = storage.join(url, shard.name), values.manifest.layout
     try:
         size = storage.size(place)
     except FileNotFoundError:
         return [f"{place} is missing"]
     if size != shard.bytes:
         return [f"{place} has {size} bytes and not {shard.bytes}"]
-    state = sha256()
-    for start in range(0, size, _PIECE_BYTES):
-        state.update(storage.read_range(place, start, min(_PIECE_BYTES, size - start)))
-    if state.hexdigest() == shard.sha256:
-        return []
-    found = []
+    with storage.local_copy(place) as path:
+        found = storage.file_sha256(path)
+        if found == shard.sha256:
+            try:
+                described = describe_shard_file(path, layout, shard.name)
+                schema = pq.read_schema(path)
+            except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+                return [f"{place} is not a shard with the columns that the manifest says: {error}"]
+            if not schema.equals(layout.arrow, check_metadata=True):
+                return [f"{place} has other columns than the manifest says: {', '.join(schema.names)}"]
+            if described.shard != shard:
+                return [f"{manifest_url(url)}: rows or places of values of {shard.name} are not those of the file"]
+            sums.append(described.sums)
+            return []
+    damaged = []
     for column, groups in shard.groups.items():
         for group in range(len(groups)):
             try:
                 values.read(shard, group, column)
             except DamagedDatasetError as error:
-                found.append(str(error).split("; `sae")[0])
-    return found or [f"{place} is damaged outside of its values: its sha256 is {state.hexdigest()} and not {shard.sha256}"]
+                damaged.append(str(error).split("; `sae")[0])
+    return damaged or [f"{place} is damaged outside of its values: its sha256 is {found} and not {shard.sha256}"]

@@ -13,16 +13,15 @@ import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from components import storage
 from components.activations.dataset.forward import Chunk, run_chunk
 from components.activations.dataset.job import Extraction, chunk_sequences
-from components.activations.dataset.manifest import SCHEMA_VERSION, Column, Manifest, Shard, manifest_url, read_manifest
-from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_shard_file, write_shard_file
-from components.activations.dataset.shuffle import read_bucket, write_scattered
+from components.activations.dataset.manifest import Manifest, Shard, manifest_url, read_manifest
+from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_columns, describe_shard_file, write_shard_file
+from components.activations.dataset.shuffle import Scattered, write_scattered
 from components.language_model.loading import load_model
 from components.progress import progress
 from components.settings import UserError
@@ -71,7 +70,7 @@ def prepare(work: Extraction) -> None:
         return
     # Scattered chunks and finished shards stand side by side until the commit.
     stored = sum(path.stat().st_size for path in storage.local_path(work.url).rglob("*") if path.is_file())
-    needed = 2 * work.split["tokens"] * work.layout.row_bytes - stored
+    needed = 2 * work.split["tokens"] * work.layout.row_bytes + work.shuffle.largest - stored
     if needed > free:
         raise UserError(
             f"storage.root: extraction needs {needed / 1e9:,.1f} GB more on the disk of '{work.url}', which has "
@@ -84,7 +83,9 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
     if _overtaken(work):
         return
     done = set(storage.list_names(work.scatter_url))
-    missing = [chunk for chunk in chunks if work.chunk_name(chunk) not in done]
+    plan = work.shuffle
+    merged = [(plan.width**level, level) for level in range(plan.levels + 1)]
+    missing = [chunk for chunk in chunks if not any(work.merged_name(level, chunk // size) in done for size, level in merged)]
     if not missing:
         return
     if len(missing) < len(chunks):
@@ -97,7 +98,7 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
         ThreadPoolExecutor(max_workers=_CHUNKS_AT_ONCE) as writers,
     ):
         pending: list[Future[None]] = []
-        for chunk in _apart(work, missing):
+        for chunk in _apart(work, missing, _chunks_per_token_shard(work)):
             if _overtaken(work):
                 break
             if _shared(work) and storage.exists(work.chunk_url(chunk)):
@@ -123,12 +124,26 @@ def _overtaken(work: Extraction) -> bool:
     return _shared(work) and storage.exists(manifest_url(work.url))
 
 
-def _apart(work: Extraction, items: Iterable[int]) -> list[int]:
-    """The items in the order to do them: each worker its own where several may share them, so that they do not meet."""
+def _apart(work: Extraction, items: Iterable[int], together: int = 1) -> list[int]:
+    """The items in the order to do them: each worker its own where several may share them, so that they do not meet.
+
+    together: so many neighbours stay so, forwards or backwards.
+    """
     items = list(items)
-    if _shared(work):
-        random.shuffle(items)
-    return items
+    if not _shared(work):
+        return items
+    blocks: dict[int, list[int]] = {}
+    for item in items:
+        blocks.setdefault(item // together, []).append(item)
+    order = list(blocks.values())
+    random.shuffle(order)
+    return [item for block in order for item in block[:: random.choice((1, -1))]]
+
+
+def _chunks_per_token_shard(work: Extraction) -> int:
+    """Chunks that are done one after the other, so that their shard of tokens is read once. Two shards are kept anyway."""
+    shards = work.split["shards"]
+    return max(1, shards[0]["sequences"] // work.settings.sequences_per_chunk) if len(shards) > 2 else 1
 
 
 def write_chunk(work: Extraction, chunk: int, scattered: Chunk) -> None:
@@ -151,11 +166,21 @@ def _gather(work: Extraction, buckets: Sequence[int]) -> None:
         return
     done = set(storage.list_names(work.scatter_url))
     missing = [bucket for bucket in buckets if work.record_name(bucket) not in done]
+    if not missing:
+        return
+    levels = work.shuffle.levels
+    files = range(work.shuffle.files(levels))
+    if levels:
+        with progress(logger, "merge", len(files), "files") as advance:
+            for index in random.sample(files, len(files)):  # other workers begin elsewhere
+                merge(work, levels, index)
+                advance(1, "")
+    scattered = Scattered([work.merged_url(levels, index) for index in files], work.buckets, work.layout)
     with (
         progress(logger, "shuffle", len(missing), "shards") as advance,
         ThreadPoolExecutor(max_workers=work.settings.shuffle_workers) as workers,
     ):
-        futures = [workers.submit(write_shard, work, bucket) for bucket in _apart(work, missing)]
+        futures = [workers.submit(write_shard, work, bucket, scattered) for bucket in _apart(work, missing)]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -165,7 +190,30 @@ def _gather(work: Extraction, buckets: Sequence[int]) -> None:
             raise
 
 
-def write_shard(work: Extraction, bucket: int) -> None:
+def merge(work: Extraction, level: int, index: int) -> None:
+    """Merge the files of the level below into this one, unless it is there; they are merged first where they have to be."""
+    url, plan = work.merged_url(level, index), work.shuffle
+    if level == 0 or storage.exists(url):
+        return
+    with storage.exclusive(url):
+        if storage.exists(url):
+            return
+        parts = range(index * plan.width, min((index + 1) * plan.width, plan.files(level - 1)))
+        try:
+            for part in parts:
+                merge(work, level - 1, part)
+            scattered = Scattered([work.merged_url(level - 1, part) for part in parts], work.buckets, work.layout)
+            with storage.scratch(url) as path:
+                scattered.merge(path, plan.memory)
+                storage.put_file_once(path, url)  # never replaced: another worker may be reading it
+        except FileNotFoundError:
+            if not storage.exists(url):  # else another worker has merged them meanwhile, and removed them
+                raise
+        for part in parts:
+            storage.delete(work.merged_url(level - 1, part))
+
+
+def write_shard(work: Extraction, bucket: int, scattered: Scattered) -> None:
     """Shuffle one bucket into its shard, and record its manifest entry and its sums beside the scattered chunks.
 
     A shard that is there is taken as it is, and never replaced: another worker's may differ in the last bit of a rounding
@@ -176,7 +224,7 @@ def write_shard(work: Extraction, bucket: int) -> None:
     name = work.shard_name(bucket)
     url = storage.join(work.url, name)
     if not storage.exists(url):
-        records = read_bucket([work.chunk_url(chunk) for chunk in range(work.chunks)], bucket, work.buckets, work.layout)
+        records = scattered.read(bucket)
         with storage.scratch(url) as path:
             written = write_shard_file(
                 records,
@@ -211,33 +259,16 @@ def commit(work: Extraction) -> Manifest:
     tokens = sum(shard.rows for shard in shards)
     if tokens != work.split["tokens"]:
         raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split['tokens']} tokens")
-    columns = []
-    for name, width in work.layout.widths.items():
-        sums = [record["sums"][name] for record in records]
-        columns.append(
-            Column(
-                hook_point=name,
-                d_in=width,
-                dtype=work.settings.dtype,
-                mean=tuple((np.sum([entry["sum"] for entry in sums], axis=0) / tokens).tolist()),
-                mean_squared_norm=sum(entry["squares"] for entry in sums) / tokens,
-                median_norm=sums[0]["median_norm"],
-            )
-        )
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        digest=work.digest,
+    manifest = Manifest.sealed(
         identity=work.identity,
         configuration=work.configuration,
         versions=_versions(),
-        arrow_schema=tuple(f"{field.name}: {field.type}" for field in work.layout.arrow),
-        tokens=tokens,
         documents=work.split["documents"],
         rows_per_group=work.settings.rows_per_group,
         compression=work.settings.compression,
         seed=work.seed,
         shards=shards,
-        columns=tuple(columns),
+        columns=describe_columns(work.layout, [record["sums"] for record in records], tokens),
     )
     storage.put_json_once(manifest.model_dump(mode="json"), manifest_url(work.url))
     committed = finish(work)

@@ -9,7 +9,7 @@ import numpy as np
 
 from components import storage
 from components.activations.dataset.lookup import ActivationLookup
-from components.activations.dataset.manifest import Manifest, manifest_url, read_manifest
+from components.activations.dataset.manifest import DamagedDatasetError, Manifest, manifest_url, read_manifest, require_manifest
 from components.activations.dataset.schema import as_float32
 from components.activations.dataset.values import Values
 from components.settings import Settings, UserError
@@ -53,6 +53,8 @@ def _entry(folder: str, name: str) -> Entry:
     try:
         manifest = read_manifest(url)
         state = "unfinished" if manifest is None else "finished"
+    except DamagedDatasetError:
+        manifest, state = None, "damaged"
     except UserError:
         manifest, state = None, "another schema version"
     return Entry(name=name, url=url, manifest=manifest, state=state, bytes=0 if manifest is None else manifest.bytes)
@@ -72,12 +74,28 @@ def find_dataset(root: str, reference: str) -> str:
     raise UserError(f"DATASET: there is no '{reference}' under '{folder}', which has {', '.join(names) or 'none'}")
 
 
-def delete_dataset(url: str) -> None:
-    """Remove a dataset, its manifest first: whatever happens meanwhile, half of it is never taken for whole."""
+def delete_dataset(url: str, root: str) -> None:
+    """Remove a dataset, its manifest first: whatever happens meanwhile, half of it is never taken for whole.
+
+    Raises a UserError for a folder that may be something else: elsewhere than under the root, it must be whole and hold
+    nothing but its files.
+    """
+    folder = storage.resolve(storage.join(root, "activations"))[1]
+    if storage.resolve(url)[1].rstrip("/").rsplit("/", 1)[0] != folder.rstrip("/"):
+        manifest = require_manifest(url)
+        others = strangers(url, manifest) + [name for name in storage.list_folders(url) if name != "scatter"]
+        if others:
+            raise UserError(f"DATASET: '{url}' is not deleted: it holds '{others[0]}', which is no part of a dataset")
     storage.delete(manifest_url(url))
     storage.delete(url)
     if storage.is_local(url):
         storage.delete(f"{url.rstrip('/')}.lock")
+
+
+def strangers(url: str, manifest: Manifest) -> list[str]:
+    """Files in the dataset's folder that are no part of it."""
+    known = {shard.name for shard in manifest.shards} | {"manifest.json"}
+    return [storage.join(url, name) for name in storage.list_names(url) if name not in known]
 
 
 def norms(url: str, manifest: Manifest, hook_point: str) -> np.ndarray:

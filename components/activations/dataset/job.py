@@ -8,6 +8,7 @@ from typing import Any
 
 from components import storage
 from components.activations.dataset.schema import Layout
+from components.activations.dataset.shuffle import ShufflePlan, plan_shuffle
 from components.activations.settings import ActivationSettings
 from components.corpus.tokens import Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, parse_hook_point
@@ -60,6 +61,18 @@ class Extraction:
 
     def chunk_url(self, chunk: int) -> str:
         return storage.join(self.scatter_url, self.chunk_name(chunk))
+
+    @cached_property
+    def shuffle(self) -> ShufflePlan:
+        rows = self.settings.sequences_per_chunk * self.token_manifest["context_length"]
+        return plan_shuffle(self.chunks, self.buckets, rows * self.layout.row_bytes)
+
+    def merged_name(self, level: int, index: int) -> str:
+        """Of a file that holds `width ** level` chunks; level 0 is the chunks themselves."""
+        return f"merged-{self.shuffle.width}-{level}-{index:06d}.bin" if level else self.chunk_name(index)
+
+    def merged_url(self, level: int, index: int) -> str:
+        return storage.join(self.scatter_url, self.merged_name(level, index))
 
     def shard_name(self, bucket: int) -> str:
         return f"shard-{bucket:05d}.parquet"

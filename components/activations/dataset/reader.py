@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.activations.dataset.manifest import Manifest, Shard
+from components.activations.dataset.manifest import Column, Manifest, Shard
 from components.activations.dataset.schema import memory
 from components.activations.dataset.values import Values
 from components.storage.cache import DiskCache
@@ -36,8 +36,7 @@ _WINDOWS_AHEAD = 2
 class ActivationReader:
     """Batches of some columns, aligned row by row, in the number format on disk.
 
-    With `ranks` readers, each with another `rank`, every row of an epoch is read by exactly one. Memory: four windows.
-    Neither `threads`, `pin_memory` nor `cache` changes what is read.
+    Memory: four windows. Neither `threads`, `device` nor `cache` changes what is read.
     """
 
     url: str
@@ -46,13 +45,11 @@ class ActivationReader:
     """Hook points, and `document`, `position` or `token` where they are wanted."""
     batch_size: int
     seed: int
-    rank: int = 0
-    ranks: int = 1
     window_groups: int = WINDOW_GROUPS
     threads: int | None = None
     """That read; by default 2 from a local disk, where more only get in each other's way, and 8 from an object store."""
-    pin_memory: bool = False
-    """Read into page-locked memory, for copies to a GPU that do not wait; needs CUDA."""
+    device: torch.device | None = None
+    """Where batches go; for a GPU they are read into page-locked memory, so that copies to it do not wait."""
     cache: DiskCache | None = None
     """Where row groups of a dataset on an object store are kept."""
 
@@ -60,15 +57,30 @@ class ActivationReader:
     def tokens(self) -> int:
         return self.manifest.tokens
 
-    def batches(self, start: int = 0) -> Generator[dict[str, Tensor]]:
-        """Batches from row `start` of this rank's stream on, without end; `[batch_size, d_in]` for a hook point.
+    @property
+    def statistics(self) -> dict[str, Column]:
+        """Of each hook point that is read: width, number format, mean, scale, norms."""
+        return {column.hook_point: column for column in self.manifest.columns if column.hook_point in self.columns}
 
-        The next windows are read while this one is used. Raises a DamagedDatasetError that names the shard where one is
-        not what the manifest says.
+    def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Generator[dict[str, Tensor]]:
+        """Batches from row `start` of the stream on, without end; `[batch_size, d_in]` for a hook point.
+
+        With `ranks`, each `rank` gets its slice of every batch, `[batch_size / ranks, d_in]`: the batches of all side by
+        side are those of one, and `start` counts the rows of all. Each rank reads every row group, of which a part has no
+        checksum. The next windows are read while this one is used. Raises a DamagedDatasetError that names the shard
+        where one is not what the manifest says.
         """
         for column in self.columns:
             if column not in self.manifest.layout.column_bytes:
                 self.manifest.column(column)  # says which there are
+        size, rest = divmod(self.batch_size, ranks)
+        if rest or not 0 <= rank < ranks:
+            raise ValueError(f"a batch of {self.batch_size} rows has no equal slice for rank {rank} of {ranks}")
+        with closing(self._batches(start)) as batches:
+            for batch in batches:
+                yield batch if ranks == 1 else {name: rows[rank * size : (rank + 1) * size] for name, rows in batch.items()}
+
+    def _batches(self, start: int) -> Generator[dict[str, Tensor]]:
         held: dict[str, Tensor] = {}
         rows_held = 0
         with closing(self._loaded(start)) as windows:
@@ -89,7 +101,7 @@ class ActivationReader:
 
     def _loaded(self, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
         """Windows of mixed rows from row `start` on, read ahead of use."""
-        buffers = _Buffers(min(self.window_groups * self.manifest.rows_per_group, self.tokens), self.pin_memory)
+        buffers = _Buffers(min(self.window_groups * self.manifest.rows_per_group, self.tokens), self.device)
         values = Values(self.url, self.manifest, self.cache)
         plans = self._plans(start)
         readers = ThreadPoolExecutor(self.threads or (2 if storage.is_local(self.url) else 8), thread_name_prefix="activations")
@@ -146,7 +158,7 @@ class ActivationReader:
                     some = groups[number : number + self.window_groups]
                     rows = sum(rows for _, _, rows in some)
                     if start < rows:
-                        mixing = np.random.default_rng((self.seed, epoch, self.rank, number))
+                        mixing = np.random.default_rng((self.seed, epoch, 0, number))
                         yield _window(some, mixing), start
                         start = 0
                     else:
@@ -161,12 +173,9 @@ class ActivationReader:
         ]
 
     def _epoch(self, epoch: int) -> list[tuple[Shard, int, int]]:
-        """This rank's row groups of an epoch, in its order."""
+        """The row groups of an epoch, in its order."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self._groups))
-        mine = [self._groups[group] for group in order[self.rank :: self.ranks].tolist()]
-        if not mine:
-            raise ValueError(f"{self.url} has {len(self._groups)} row groups, too few for {self.ranks} ranks")
-        return mine
+        return [self._groups[group] for group in order.tolist()]
 
 
 @dataclass(frozen=True)
@@ -199,9 +208,10 @@ def _window(groups: list[tuple[Shard, int, int]], mixing: np.random.Generator) -
 class _Buffers:
     """Memory for windows, used again when nobody holds a tensor on it any more: fresh pages cost a fault each."""
 
-    def __init__(self, rows: int, pin_memory: bool) -> None:
+    def __init__(self, rows: int, device: torch.device | None) -> None:
         """rows: of the largest window. All are as large, so that any of them may hold any window."""
-        self.rows, self.pin_memory = rows, pin_memory
+        self.rows = rows
+        self.gpu = device if device is not None and device.type == "cuda" else None
         self._free: dict[int, list[tuple[np.ndarray, Any]]] = {}
 
     def take(self, rows: int, width: int) -> np.ndarray:
@@ -212,7 +222,7 @@ class _Buffers:
             if copied is not None:
                 copied.synchronize()  # a copy to the GPU may still be reading it
         else:
-            whole = torch.empty((self.rows, width), dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
+            whole = torch.empty((self.rows, width), dtype=torch.uint8, pin_memory=self.gpu is not None).numpy()
         view = whole[:rows]
         # Tensors made of it hold `view`; when the last one is gone, so is it.
         weakref.finalize(view, self._give_back, width, whole).atexit = False
@@ -220,7 +230,7 @@ class _Buffers:
 
     def _give_back(self, width: int, whole: np.ndarray) -> None:
         copied = None
-        if self.pin_memory:
+        if self.gpu is not None:
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(self.gpu))  # the copies are queued there, whichever GPU is the current one
         self._free[width].append((whole, copied))

@@ -6,7 +6,7 @@ they are in memory. The manifest holds where they start, so that a read is one r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from components.activations.dataset.manifest import RowGroup, Shard
+from components.activations.dataset.manifest import Column, RowGroup, Shard
 from components.activations.dataset.schema import Layout, as_float32, memory
 from components.activations.dataset.shuffle import order_of, split_columns, token_keys
 from components.storage import file_sha256
@@ -82,6 +82,24 @@ def describe_shard_file(path: Path, layout: Layout, name: str) -> Written:
     groups = {column: tuple(_groups(path, layout, column, checksums[column])) for column in layout.column_bytes}
     shard = Shard(name=name, rows=rows, bytes=path.stat().st_size, sha256=file_sha256(path), groups=groups)
     return Written(shard=shard, sums={hook_point: added.result() for hook_point, added in sums.items()})
+
+
+def describe_columns(layout: Layout, sums: Sequence[dict[str, dict[str, Any]]], tokens: int) -> tuple[Column, ...]:
+    """The columns of a dataset from the sums of its shards, in their order."""
+    columns = []
+    for name, width in layout.widths.items():
+        own = [entry[name] for entry in sums]
+        columns.append(
+            Column(
+                hook_point=name,
+                d_in=width,
+                dtype=layout.dtype,
+                mean=tuple((np.sum([entry["sum"] for entry in own], axis=0) / tokens).tolist()),
+                mean_squared_norm=sum(entry["squares"] for entry in own) / tokens,
+                median_norm=own[0]["median_norm"],
+            )
+        )
+    return tuple(columns)
 
 
 def decoded(raw: bytes | memoryview, size: int, compression: str) -> memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -11,17 +10,12 @@ import numpy as np
 import xxhash
 
 from components import storage
-from components.activations.dataset.manifest import Manifest, RowGroup, Shard
+from components.activations.dataset.manifest import DamagedDatasetError, Manifest, RowGroup, Shard
 from components.activations.dataset.schema import memory
 from components.activations.dataset.shard import decoded
-from components.settings import UserError
 from components.storage.cache import DiskCache
 
-_IOV_MAX = 1024  # buffers in one preadv; POSIX guarantees 16, Linux has 1024
-
-
-class DamagedDatasetError(UserError):
-    """A dataset whose files are not what its manifest says."""
+__all__ = ["DamagedDatasetError", "Values"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +97,7 @@ class Values:
         size = sum(map(len, targets))
         state = xxhash.xxh3_64()
         if self.manifest.compression == "none" and self._folder is not None:
-            with open(f"{self._folder}/{url.rsplit('/', 1)[-1]}", "rb", buffering=0) as stream:
-                offset = place.offset
-                for first in range(0, len(targets), _IOV_MAX):
-                    some = targets[first : first + _IOV_MAX]
-                    wanted = sum(map(len, some))
-                    if os.preadv(stream.fileno(), some, offset) != wanted:
-                        raise EOFError(url)
-                    offset += wanted
+            storage.fill(f"{self._folder}/{url.rsplit('/', 1)[-1]}", targets, place.offset)
             for target in targets:
                 state.update(target)
             return state.hexdigest()
