@@ -204,7 +204,8 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _padded(low: float, high: float, least: float) -> tuple[float, float]:
-    margin = max(0.12 * (high - low), least)
+    # Never nothing, beside the values or beside zero: an SAE without a live feature has an L0 of 0.
+    margin = max(0.12 * (high - low), least, 1e-3 * max(abs(low), abs(high)), 1e-3)
     return low - margin, high + margin
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _LINE = "#4c72b0"
+_COLOURS = {"clean": "#55a868", "sae": _LINE, "mean": "#c9c9c9", "zero": "#c9c9c9"}
 
 
 def training_figure(curves: list[dict[str, float]]) -> Figure:
@@ -31,11 +32,11 @@ def training_figure(curves: list[dict[str, float]]) -> Figure:
 
 def loss_figure(metrics: dict[str, Any]) -> Figure:
     """The four cross-entropies as bars."""
-    names = ("clean", "sae", "mean", "zero")
+    names = [name for name in ("clean", "sae", "mean", "zero") if metrics[f"ce_loss_{name}"] is not None]
     values = [metrics[f"ce_loss_{name}"] for name in names]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    bars = axes.bar(names, values, color=["#55a868", _LINE, "#c9c9c9", "#c9c9c9"])
+    bars = axes.bar(names, values, color=[_COLOURS[name] for name in names])
     axes.bar_label(bars, fmt="%.3f")
     recovered = metrics["loss_recovered"]
     title = "cross-entropy with the hook point replaced"
