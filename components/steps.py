@@ -28,6 +28,7 @@ from components.evaluation.span_totals import Measured, SpanSums
 from components.interop import saelens
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME
 from components.language_model.loading import LOADING, load_encoder, load_model, load_tokenizer
+from components.redaction import public, redacted
 from components.run import staleness
 from components.run.config import flattened
 from components.run.planning import Plan
@@ -244,10 +245,9 @@ def _given_folder(plan: Plan, sae: str) -> Iterator[Path]:
 def _track_given(plan: Plan, url: str, record: dict[str, Any], sae: str) -> None:
     """The evaluation of a given SAE into an MLflow run of its own."""
     from components.tracking.runs import tracked_run
-    from components.tracking.store import public_uri
 
     config = plan.config
-    parameters = {"sae": public_uri(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
+    parameters = {"sae": redacted(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
     tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record["digest"]}
     name = f"evaluate {record['about']['name']}"
     with tracked_run(config.tracking, config.storage.root, name, record["digest"], parameters, tags) as run:
@@ -304,6 +304,7 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
         "code": git_tags(),
         "configuration": plan.config.model_dump(mode="json"),
     }
+    lineage = public(lineage)
     storage.put_json(lineage, storage.join(plan.sae_url, "lineage.json"))
     with storage.local_copies(plan.sae_url, ["features.parquet"]) as folder:
         features = pq.read_table(folder / "features.parquet")
@@ -436,7 +437,7 @@ def finished_run(plan: Plan) -> dict[str, Any] | None:
 
 def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
     """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
-    from components.tracking.store import public_uri, tracking_uri
+    from components.tracking.store import tracking_uri
 
     measured = plan.evaluation_record()
     assert measured is not None
@@ -446,7 +447,7 @@ def summary(plan: Plan, outcome: dict[str, Any], seconds: dict[str, float], reus
         "digests": {"tokens": plan.token_digest, "activations": plan.dataset_digest, "sae": plan.sae_digest},
         "paths": {"tokens": plan.token_url, "activations": plan.dataset_url, "sae": plan.sae_url},
         "metrics": measured["metrics"],
-        "mlflow_uri": public_uri(tracking_uri(plan.config.tracking, plan.config.storage.root)),
+        "mlflow_uri": redacted(tracking_uri(plan.config.tracking, plan.config.storage.root)),
         **outcome,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }

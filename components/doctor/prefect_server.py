@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from components.doctor.check import Answer, Check, ask, clock_check, explained, redacted
+from components.doctor.check import Answer, Check, ask, clock_check, explained
+from components.redaction import redacted
 
 WORK_POOLS = ("cpu", "gpu")
 _SECTION = "Prefect"

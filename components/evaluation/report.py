@@ -50,7 +50,9 @@ def render(record: Mapping[str, Any], density: np.ndarray, earlier: Sequence[Map
         device=record["device"],
         digest=record["digest"],
         tiles=[_tile(metrics, *tile) for tile in _TILES],
-        losses=charts.bars([_loss_bar(metrics, *loss) for loss in _LOSSES if metrics[f"ce_loss_{loss[0]}"] is not None], "nats"),
+        losses=charts.bars(
+            [_loss_bar(metrics, *loss) for loss in _LOSSES if metrics[f"ce_loss_{loss[0]}"] is not None], "nats"
+        ),
         density=charts.histogram(np.log10(alive), "share of tokens on which a feature fires", "features") if len(alive) else "",
         dead=len(density) - len(alive),
         features=len(density),

@@ -22,11 +22,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 from mlflow.utils.rest_utils import http_request
 
 from components.activations.dataset.manifest import Manifest
+from components.redaction import public, redact_error, redacted, without_secrets
 from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer, Values
 from components.tracking.code import git_tags
 from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
-from components.tracking.store import connect, is_server, public_uri, refusal_explained, run_address, tracking_uri
+from components.tracking.store import connect, is_server, refusal_explained, run_address, tracking_uri
 from components.tracking.system import SystemMetrics
 from components.tracking.termination import Terminated, raised_on_sigterm
 
@@ -115,7 +116,7 @@ class TrackedRun:
     def log_parameters(self, parameters: dict[str, Any]) -> None:
         """Those that the run has not got yet; MLflow keeps the first value of a parameter for good."""
         known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(name, str(value)) for name, value in parameters.items() if name not in known]
+        fresh = [Param(name, str(public(value))) for name, value in parameters.items() if name not in known]
         for start in range(0, len(fresh), _PER_CALL):
             self.client.log_batch(self.run_id, params=fresh[start : start + _PER_CALL])
 
@@ -167,7 +168,9 @@ class TrackedRun:
         self.client.log_artifacts(self.run_id, str(folder), name)
 
     def set_tags(self, tags: dict[str, Any]) -> None:
-        self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:8000]) for key, value in tags.items()])
+        self.client.log_batch(
+            self.run_id, tags=[RunTag(key, without_secrets(str(value))[:8000]) for key, value in tags.items()]
+        )
 
 
 def finite_numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -246,9 +249,10 @@ def tracked_run(
                 client.delete_tag(run.run_id, liveness.FAILURE_TAG)
             client.set_terminated(run.run_id, status="FINISHED")
         except BaseException as error:
+            redact_error(error)  # before anybody writes it down
             system.stop()
             # In a thread, and not for long: a server that is away must not hide or delay what really happened.
-            _within(_CLOSING_SECONDS, partial(_close_as_failed, run, error), public_uri(uri))
+            _within(_CLOSING_SECONDS, partial(_close_as_failed, run, error), redacted(uri))
             raise
         finally:
             run.buffer.close()
@@ -300,7 +304,7 @@ def reason_of(error: BaseException) -> str:
         return "SIGTERM: the process was asked to end"
     if isinstance(error, KeyboardInterrupt):
         return "KeyboardInterrupt: stopped from the keyboard"
-    return f"{type(error).__name__}: {error}"[:4000]
+    return redacted(f"{type(error).__name__}: {error}")[:4000]
 
 
 def _within(seconds: float, action: Callable[[], None], server: str) -> None:
