@@ -285,7 +285,6 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
     run: the open run that `tracked` gave.
     """
     from components.tracking import figures
-    from components.tracking.code import git_tags
 
     trained, measured, manifest = require_evaluated(plan)
     metrics = measured["metrics"]
@@ -301,7 +300,7 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
         "dataset_url": plan.dataset_url,
         "token_digest": plan.token_digest,
         "token_url": plan.token_url,
-        "code": git_tags(),
+        "code": run.code,
         "configuration": plan.config.model_dump(mode="json"),
     }
     lineage = public(lineage)
@@ -327,7 +326,6 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
     from components.registry import registration
     from components.registry import versions as registry
     from components.registry.gates import load_gates
-    from components.tracking.code import git_tags
 
     gates = load_gates(plan.config.tracking.gates)
     trained, measured, _ = require_evaluated(plan)
@@ -336,7 +334,7 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
     flow_run = {FLOW_RUN_TAG: run.tags[FLOW_RUN_TAG]} if FLOW_RUN_TAG in run.tags else {}
     names = sorted({*registry.ARTIFACT_FILES, *storage.list_names(plan.sae_url)})
     with storage.local_copies(plan.sae_url, names) as folder:
-        run.log_artifact_folder(folder, "sae")
+        run.log_artifact_folder(folder, "sae", leave_out=registry.LARGE_FILES)
         candidate = registration.Candidate(
             name=plan.registered_model,
             folder=folder,
@@ -350,7 +348,7 @@ def register(plan: Plan, run: Any) -> dict[str, Any]:
                 registry.DATASET_TAG: plan.dataset_digest,
                 **staleness.version_tags(plan, {}),
                 **flow_run,
-                **git_tags(),
+                **run.code,
             },
             model_tags={
                 "sae.language_model": plan.config.language_model.name,
