@@ -284,7 +284,7 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
 
     run: the open run that `tracked` gave.
     """
-    from components.tracking import figures
+    from components.evaluation import charts
 
     trained, measured, manifest = require_evaluated(plan)
     metrics = measured["metrics"]
@@ -310,9 +310,9 @@ def log_results(plan: Plan, run: Any) -> dict[str, Any]:
     evaluation.write_report(plan.sae_url, measured, features, _earlier_versions(plan, run.client, metrics))
     run.log_figures(
         {
-            "training": figures.training_figure(trained.curves),
-            "cross_entropy": figures.loss_figure(metrics),
-            "feature_density": figures.density_figure(features["density"].to_numpy(), metrics["evaluation_tokens"]),
+            "training": charts.training(trained.curves),
+            "cross_entropy": charts.losses(metrics),
+            "feature_density": charts.density(features["density"].to_numpy()),
         }
     )
     return lineage
