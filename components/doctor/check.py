@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +10,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 
 import httpx
+
+from components.redaction import redacted
 
 Status = Literal["ok", "warning", "failure", "skipped"]
 SECTIONS = ("versions", "storage", "MLflow", "Prefect", "device", "machine", "clock")
@@ -27,10 +27,6 @@ NO_ANSWER = (httpx.HTTPError, httpx.InvalidURL)
 CLOCK_WARNING_SECONDS = 5.0
 CLOCK_FAILURE_SECONDS = 900.0
 """S3 refuses signatures that are older or younger than this."""
-
-_SECRET_NAMES = re.compile("(SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|TOKEN|AUTH_STRING|API_KEY)$", re.IGNORECASE)
-_USER_IN_ADDRESS = re.compile(r"(://)[^\s/'\"]*@")
-_SECRET_IN_QUERY = re.compile(r"\b(\w*(?:password|pwd|secret|token))=[^&\s'\"]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,6 @@ def run(jobs: Sequence[Job], seconds: float = ALL_SECONDS) -> list[Check]:
         checks.append(Check("clock", "clock", "skipped", "no server answered whose clock could be compared"))
     clean = [replace(check, found=redacted(check.found), advice=check.advice and redacted(check.advice)) for check in checks]
     return sorted(clean, key=lambda check: SECTIONS.index(check.section))
-
-
-def redacted(text: str) -> str:
-    """`text` without users and passwords in addresses, and without the values of secret environment variables."""
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name) and len(value) >= 4:
-            text = text.replace(value, "***")
-    return _SECRET_IN_QUERY.sub(r"\1=***", _USER_IN_ADDRESS.sub(r"\1", text))
 
 
 def explained(error: BaseException) -> str:

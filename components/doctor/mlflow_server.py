@@ -22,9 +22,10 @@ from packaging.version import InvalidVersion, Version
 
 from components import storage
 from components.doctor.check import REQUEST_SECONDS, Answer, Check, clock_check, explained, timed
+from components.redaction import redacted
 from components.settings import UserError
 from components.tracking.settings import TrackingSettings
-from components.tracking.store import database_exists, is_server, public_uri, quiet_mlflow, tracking_uri
+from components.tracking.store import database_exists, is_server, quiet_mlflow, tracking_uri
 
 _SECTION = "MLflow"
 _TAG = "sae.doctor"
@@ -46,7 +47,7 @@ def mlflow_checks(settings: TrackingSettings, root: str, shared: bool = False) -
     origin = (
         "tracking.uri" if settings.uri else "MLFLOW_TRACKING_URI" if os.environ.get("MLFLOW_TRACKING_URI") else "storage.root"
     )
-    yield Check(_SECTION, "store", "ok", f"{public_uri(uri)}, from {origin}")
+    yield Check(_SECTION, "store", "ok", f"{redacted(uri)}, from {origin}")
     with _impatient():
         server = is_server(uri)
         reached = yield from (_server(uri, settings.experiment) if server else _database(uri, settings, root, shared))
@@ -79,7 +80,7 @@ def _ask(uri: str, path: str, **parameters: str) -> Answer:
 
 def _server(uri: str, experiment: str) -> Generator[Check, None, bool]:
     """True at the end where the API works."""
-    shown, host = public_uri(uri), urlsplit(uri).hostname
+    shown, host = redacted(uri), urlsplit(uri).hostname
     try:
         health = _ask(uri, "/health")
     except Exception as error:
@@ -204,7 +205,7 @@ def _artifacts(uri: str, location: str) -> Check:
     probe = f"sae-doctor-{uuid.uuid4().hex[:8]}.txt"
     advice = "Look at the log of the MLflow server: it has to reach its artifact store and to have the right to write there."
     if not is_server(uri) or not location.startswith("mlflow-artifacts:"):
-        advice = f"Give this machine the right to write to {public_uri(location)}: artifacts do not go through a server here."
+        advice = f"Give this machine the right to write to {redacted(location)}: artifacts do not go through a server here."
     repository = get_artifact_repository(location, tracking_uri=uri, registry_uri=uri)
     try:
         with tempfile.TemporaryDirectory(prefix="sae-doctor-") as folder:
@@ -215,12 +216,12 @@ def _artifacts(uri: str, location: str) -> Check:
             taken = time.monotonic() - started
             there = any(entry.path == probe for entry in repository.list_artifacts())
     except Exception as error:
-        return Check(_SECTION, "artifacts", "failure", f"{public_uri(location)}: {explained(error)}", advice)
+        return Check(_SECTION, "artifacts", "failure", f"{redacted(location)}: {explained(error)}", advice)
     finally:
         removed = _removed(repository, probe)
     if not there:
-        return Check(_SECTION, "artifacts", "failure", f"{public_uri(location)}: a file was taken and is not listed", advice)
-    found = f"{public_uri(location)}: a file was written in {taken * 1e3:.0f} ms"
+        return Check(_SECTION, "artifacts", "failure", f"{redacted(location)}: a file was taken and is not listed", advice)
+    found = f"{redacted(location)}: a file was written in {taken * 1e3:.0f} ms"
     if not removed:
         return Check(_SECTION, "artifacts", "warning", f"{found}, and could not be removed", f"Delete {probe} there by hand.")
     return Check(_SECTION, "artifacts", "ok", f"{found} and removed")

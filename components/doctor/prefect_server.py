@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 import httpx
 
-from components.doctor.check import NO_ANSWER, Answer, Check, ask, clock_check, explained, redacted
+from components.doctor.check import NO_ANSWER, Answer, Check, ask, clock_check, explained
+from components.redaction import redacted
 
 WORK_POOLS = ("cpu", "gpu")
 _SECTION = "Prefect"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from components.registry.gates import markdown_table
+from components.registry.model_files import FILES_TAG
+from components.registry.versions import PATH_TAG, WEIGHTS_TAG
 
 _METRICS = {
     "loss_recovered": "share of the language model's loss that survives splicing the SAE in; 1 is perfect",
@@ -32,9 +34,9 @@ class _Decided(Protocol):
 
 
 def model_card(
-    name: str, version: str, metrics: dict[str, Any], lineage: dict[str, Any], weights_sha256: str, decision: _Decided
+    name: str, version: str, metrics: dict[str, Any], lineage: dict[str, Any], tags: dict[str, str], decision: _Decided
 ) -> str:
-    """metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
+    """tags: of the version. metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
     configuration = lineage["configuration"]
     corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
     hook_point = training.get("hook_point") or configuration["activations"]["hook_points"][0]
@@ -56,7 +58,8 @@ def model_card(
         "git commit": commit + changed,
         "activation dataset": f"{lineage['dataset_digest']} at {lineage['dataset_url']}",
         "token dataset": f"{lineage['token_digest']} at {lineage['token_url']}",
-        "weights (SHA-256)": weights_sha256,
+        "weights (SHA-256)": tags[WEIGHTS_TAG],
+        "`MODEL_FILES.json` (SHA-256)": tags.get(FILES_TAG, "none"),
     }
     measured = f"{metrics['evaluation_tokens']:,} held-out tokens" if "evaluation_tokens" in metrics else "held-out tokens"
     return f"""# {name}, version {version}
@@ -89,8 +92,15 @@ model = mlflow.pyfunc.load_model("models:/{name}/{version}")
 model.predict(activations)  # {{"features": ..., "reconstruction": ...}}
 ```
 
-The files `cfg.json` and `sae_weights.safetensors` in the run's artifact folder `sae/` load in SAELens 6 with
-`SAE.load_from_disk`.
+`load_model` runs the Python file that the registry holds. Whoever does not trust its store checks the files first: the
+version's tag `{FILES_TAG}` is the SHA-256 of `MODEL_FILES.json`, and that lists the SHA-256 of every other file.
+
+The SAE alone, without code, is the folder `{tags[PATH_TAG]}` of the model; it loads in SAELens 6:
+
+```python
+folder = mlflow.artifacts.download_artifacts("models:/{name}/{version}/{tags[PATH_TAG]}")
+SAE.load_from_disk(folder)
+```
 
 ## Lineage
 

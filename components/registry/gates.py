@@ -14,6 +14,9 @@ from pydantic import Field, ValidationError, model_validator
 from components.settings import Settings, UserError, digest
 
 COMPARED = ("loss_recovered", "l0")
+ALWAYS_DEFINED = ("mse", "l0", "ce_loss_clean", "ce_loss_sae", "kl_divergence")
+"""Metrics that are null only where the coder's values are not finite. (A ratio may be null for want of something to divide
+by.)"""
 
 
 class Bound(Settings):
@@ -168,9 +171,10 @@ def check_gates(
 
 
 def _finite(candidate: dict[str, Any]) -> GateResult:
-    bad = sorted(name for name, value in candidate.items() if isinstance(value, float) and not math.isfinite(value))
+    bad = {name for name, value in candidate.items() if isinstance(value, float) and not math.isfinite(value)}
+    bad |= {name for name in ALWAYS_DEFINED if name in candidate and candidate[name] is None}
     return GateResult(
-        gate="finite", passed=not bad, measured="not finite: " + ", ".join(bad) if bad else "all metrics are finite",
+        gate="finite", passed=not bad, measured="not finite: " + ", ".join(sorted(bad)) if bad else "all metrics are finite",
         required="no NaN, no infinity",
     )  # fmt: skip
 
@@ -189,7 +193,7 @@ def _bound(name: str, bound: Bound, value: Any) -> GateResult:
         f"{sign} {limit:g}" for sign, limit in ((">=", bound.at_least), ("<=", bound.at_most)) if limit is not None
     )
     if not _is_number(value):
-        return GateResult(gate=name, passed=False, measured=str(value), required=required)
+        return GateResult(gate=name, passed=False, measured="not defined" if value is None else str(value), required=required)
     under = bound.at_least - value if bound.at_least is not None else -math.inf
     over = value - bound.at_most if bound.at_most is not None else -math.inf
     short = max(under, over)

@@ -7,7 +7,6 @@ import logging
 import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from components.redaction import redacted
 from components.registry.gates import GateResult, Gates, check_gates, markdown_table
 from components.registry.history import CHAMPION, Entry, Ledger
+from components.registry.model_files import FILES_TAG, stored_difference
 from components.registry.versions import (
     CHALLENGER,
     DECISION_TAG,
@@ -30,6 +31,7 @@ from components.registry.versions import (
     version_or_none,
 )
 from components.settings import UserError
+from components.storage import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +49,17 @@ class Decision:
     """Its place in the ledger, where it was promoted."""
 
 
-def promote(client: MlflowClient, name: str, version: str, gates: Gates, force: str | None = None) -> Decision:
+def promote(
+    client: MlflowClient, name: str, version: str, gates: Gates, force: str | None = None, verified: GateResult | None = None
+) -> Decision:
     """Make the version champion if it passes the gates, or, with the reason `force`, although it does not.
 
+    verified: of files that have been compared already (see `check_files`); compared here where not given.
     Safe against others that do the same: whoever loses the race for the next entry is measured against the new champion.
     """
     ledger = Ledger(client, name)
     candidate = client.get_model_version(name, version)
-    whole = check_files(client, candidate)
+    whole = verified or check_files(client, candidate)
     while True:
         entries = ledger.adopt_changes_by_hand()
         head = entries[-1] if entries else None
@@ -124,18 +129,24 @@ def rollback(client: MlflowClient, name: str, reason: str) -> tuple[Entry, str]:
 
 
 def check_files(client: MlflowClient, version: ModelVersion) -> GateResult:
-    """Whether the weights behind the version are there and are those that were measured."""
-    wanted = version.tags.get(WEIGHTS_TAG, "")
+    """Whether the files behind the version are there and are those that were sent, code included; of a version from before
+    their checksums were kept, the weights."""
+    wanted = version.tags.get(FILES_TAG)
     try:
+        if wanted is not None:
+            return files_gate(wanted, stored_difference(client, f"models:/{version.name}/{version.version}", wanted))
+        weights = version.tags.get(WEIGHTS_TAG, "")
         with tempfile.TemporaryDirectory(prefix="sae-check-") as scratch:
-            weights = stored_file(client, version, "sae_weights.safetensors", Path(scratch))
-            found = sha256(weights.read_bytes()).hexdigest()
+            found = file_sha256(stored_file(client, version, "sae_weights.safetensors", Path(scratch)))
+        return files_gate(weights, None if found == weights else f"the weights are {found[:16]}")
     except (MlflowException, OSError, UserError) as error:
-        found = f"{type(error).__name__}: {error}"[:200]
-    return GateResult(
-        gate="files", passed=bool(wanted) and found == wanted, measured=f"weights {found[:16]}" if wanted == found else found,
-        required=f"weights {wanted[:16] or 'with a recorded checksum'}",
-    )  # fmt: skip
+        return files_gate(wanted or "", redacted(f"{type(error).__name__}: {error}")[:200])
+
+
+def files_gate(wanted: str, wrong: str | None) -> GateResult:
+    """wanted: SHA-256 of what was sent. wrong: how the files differ from that."""
+    required = f"the files that were sent, {wanted[:16] or 'with a recorded checksum'}"
+    return GateResult(gate="files", passed=bool(wanted) and wrong is None, measured=wrong or wanted[:16], required=required)
 
 
 def _earlier_decision(client: MlflowClient, name: str, version: str, head: Entry) -> Decision:

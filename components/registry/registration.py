@@ -12,16 +12,16 @@ from typing import Any
 
 import mlflow
 import numpy as np
-from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from components.registry.card import model_card
-from components.registry.gates import Gates
+from components.registry.gates import GateResult, Gates
 from components.registry.history import CHAMPION, ensure_model
-from components.registry.promotion import Decision, promote
+from components.registry.model_files import FILES_TAG, list_files, stored_difference
+from components.registry.promotion import Decision, files_gate, promote
 from components.registry.versions import (
     CHALLENGER,
     DECISION_TAG,
@@ -34,7 +34,6 @@ from components.registry.versions import (
     WEIGHTS_TAG,
     find_version,
 )
-from components.storage import file_sha256
 from components.tracking.runs import RUN_DIGEST_TAG, TrackedRun
 
 CARD_NAME = "MODEL_CARD.md"
@@ -71,8 +70,9 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
     """
     client, name = run.client, candidate.name
     version = find_version(client, name, candidate.run_digest, candidate.weights_sha256)
+    verified = None
     if version is None:
-        model = _logged_model(run, candidate)
+        model, verified = _logged_model(run, candidate)
         run.log_model_metrics(model.model_id, candidate.metrics, candidate.evaluation_set, candidate.lineage["token_url"])
         ensure_model(client, name, run.experiment, candidate.model_tags)
         numbers = {f"{METRIC_PREFIX}{key}": repr(value) for key, value in candidate.metrics.items() if _is_number(value)}
@@ -83,6 +83,7 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
             WEIGHTS_TAG: candidate.weights_sha256,
             SET_TAG: candidate.evaluation_set,
             PATH_TAG: f"artifacts/{candidate.folder.name}",
+            FILES_TAG: model.tags[FILES_TAG],
         }
         source = f"models:/{model.model_id}"
         version = client.create_model_version(name, source, run.run_id, tags=everything, model_id=model.model_id)
@@ -91,10 +92,10 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
     if DONE_TAG in tagged:
         decision = Decision(alias=tagged[DECISION_TAG], reason=tagged[REASON_TAG], report=json.loads(tagged[GATES_TAG]))
     else:
-        decision = promote(client, name, number, gates)
+        decision = promote(client, name, number, gates, verified=verified)
         if decision.alias != CHAMPION:
             client.set_registered_model_alias(name, CHALLENGER, number)
-        card = model_card(candidate.name, number, candidate.metrics, candidate.lineage, candidate.weights_sha256, decision)
+        card = model_card(candidate.name, number, candidate.metrics, candidate.lineage, tagged, decision)
         client.update_model_version(name, number, card)
         run.log_text(card, f"sae/{CARD_NAME}")
         client.set_model_version_tag(name, number, DONE_TAG, "true")
@@ -106,14 +107,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _logged_model(run: TrackedRun, candidate: Candidate) -> LoggedModel:
-    """The run's model in MLflow, logged now unless a killed call has done it."""
+def _logged_model(run: TrackedRun, candidate: Candidate) -> tuple[LoggedModel, GateResult | None]:
+    """The run's model in MLflow, logged now unless a killed call has done it; and, where its files have been compared with
+    what was sent, the result.
+
+    The weights go up once and come back once. What comes back is compared and never run.
+    """
     client = run.client
     for model in client.search_logged_models([run.experiment_id], f"source_run_id = '{run.run_id}'"):
         if model.status != LoggedModelStatus.READY:
             client.delete_logged_model(model.model_id)  # a killed call's; a finished one may stand behind a version
         elif model.tags.get(WEIGHTS_TAG) == candidate.weights_sha256:
-            return model
+            return model, None
     tags = {RUN_DIGEST_TAG: candidate.run_digest, WEIGHTS_TAG: candidate.weights_sha256}
     model = client.create_logged_model(
         run.experiment_id, name="sae", source_run_id=run.run_id, tags=tags, model_type="sparse autoencoder"
@@ -121,22 +126,28 @@ def _logged_model(run: TrackedRun, candidate: Candidate) -> LoggedModel:
     with tempfile.TemporaryDirectory(prefix="sae-model-") as scratch:
         folder = Path(scratch) / "model"
         _save_model(folder, candidate, model, run.run_id)
+        _try(folder)
+        files_sha256 = list_files(folder)
         client.log_model_artifacts(model.model_id, str(folder))
-    _verify(client, model, candidate)
+    wrong = stored_difference(client, f"models:/{model.model_id}", files_sha256)
+    if wrong is not None:
+        raise OSError(f"the store gave back another model than was sent: {wrong}")
+    client.set_logged_model_tags(model.model_id, {FILES_TAG: files_sha256})
     # Only a model whose files have arrived whole is READY, and only a READY one becomes a version.
     run.log_model_output(model.model_id)
-    return client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    finished = client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    return finished, files_gate(files_sha256, None)
 
 
 def _save_model(folder: Path, candidate: Candidate, model: LoggedModel, run_id: str) -> None:
     config = json.loads((candidate.folder / "cfg.json").read_text())
-    d_in, d_sae = config["d_in"], config["d_sae"]
+    d_in, d_sae, d_out = config["d_in"], config["d_sae"], config.get("d_out", config["d_in"])
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, d_in))]),
         outputs=Schema(
             [
                 TensorSpec(np.dtype(np.float32), (-1, d_sae), "features"),
-                TensorSpec(np.dtype(np.float32), (-1, d_in), "reconstruction"),
+                TensorSpec(np.dtype(np.float32), (-1, d_out), "reconstruction"),
             ]
         ),
     )
@@ -152,15 +163,11 @@ def _save_model(folder: Path, candidate: Candidate, model: LoggedModel, run_id: 
     )
 
 
-def _verify(client: MlflowClient, model: LoggedModel, candidate: Candidate) -> None:
-    """Read back what the store holds: the same weights, in a model that loads and answers."""
-    with tempfile.TemporaryDirectory(prefix="sae-verify-") as scratch:
-        uri = f"models:/{model.model_id}"
-        folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch, tracking_uri=client.tracking_uri))
-        stored = file_sha256(folder / "artifacts" / candidate.folder.name / "sae_weights.safetensors")
-        if stored != candidate.weights_sha256:
-            raise OSError(f"the store gave back other weights ({stored[:16]}) than were sent ({candidate.weights_sha256[:16]})")
-        loaded = mlflow.pyfunc.load_model(str(folder))
+def _try(folder: Path) -> None:
+    """Our own copy of the model loads and answers, with numbers, before anybody gets it."""
+    loaded = mlflow.pyfunc.load_model(str(folder))
+    with np.errstate(over="ignore", invalid="ignore"):
         answer = loaded.predict(loaded.input_example)
-        if not all(np.isfinite(value).all() for value in answer.values()):
-            raise FloatingPointError("the SAE gives values that are not finite for its input example")
+    shapes = {spec.name: spec.shape[1] for spec in loaded.metadata.signature.outputs.inputs}
+    found = {name: value.shape[1] for name, value in answer.items()}
+    assert found == shapes, (found, shapes)

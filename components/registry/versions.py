@@ -21,6 +21,8 @@ ARTIFACT_FILES = (
     "lineage.json",
 )  # fmt: skip
 """The files that a whole SAE artifact has; all that stands beside them goes into run and model as well."""
+LARGE_FILES = ("sae_weights.safetensors", "features.parquet")
+"""Those that are in the model alone."""
 CHALLENGER = "challenger"
 WEIGHTS_TAG, SET_TAG, DATASET_TAG = "sae.weights_sha256", "sae.evaluation_set", "sae.dataset_digest"
 DECISION_TAG, REASON_TAG, DONE_TAG = "sae.alias", "sae.alias_reason", "sae.registered"

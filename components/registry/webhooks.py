@@ -8,8 +8,9 @@ from mlflow import MlflowClient
 from mlflow.entities.webhook import Webhook
 from mlflow.exceptions import MlflowException
 
+from components.redaction import redacted
 from components.settings import UserError
-from components.tracking.store import is_server, public_uri
+from components.tracking.store import is_server
 
 EVENTS = ("model_version_alias.created", "model_version.created")
 
@@ -67,7 +68,7 @@ def all_webhooks(client: MlflowClient) -> list[Webhook]:
 def _require_server(client: MlflowClient) -> None:
     # A database takes the webhook too, and nobody would ever call it.
     if not is_server(client.tracking_uri):
-        uri = public_uri(client.tracking_uri)
+        uri = redacted(client.tracking_uri)
         raise UserError(f"--uri: {uri} is a database, and webhooks are called by an MLflow server; give its http address")
 
 

@@ -22,6 +22,7 @@ from components.bounds import LONGEST_SECONDS
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
 from components.language_model.settings import LanguageModelSettings
+from components.redaction import redacted
 from components.sae.choice import SAESettings, default_settings
 from components.settings import Settings, UserError
 from components.tracking.settings import TrackingSettings
@@ -187,7 +188,7 @@ def _sentence(error: Any) -> str:
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{field}: {error['input']!r} is not accepted: {message}"
+    return f"{field}: {redacted(repr(error['input']))} is not accepted: {message}"
 
 
 def _fields_at(location: list[str]) -> list[str]:

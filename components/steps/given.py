@@ -13,6 +13,7 @@ from components.evaluation import evaluate as evaluation
 from components.evaluation.given import require_same_place
 from components.interop import saelens
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME
+from components.redaction import redacted
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
@@ -71,10 +72,9 @@ def _given_folder(run: Specification, sae: str) -> Iterator[Path]:
 def _track_given(run: Specification, url: str, record: dict[str, Any], sae: str) -> None:
     """The evaluation of a given SAE into an MLflow run of its own."""
     from components.tracking.runs import tracked_run
-    from components.tracking.store import public_uri
 
     config = run.config
-    parameters = {"sae": public_uri(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
+    parameters = {"sae": redacted(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
     tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record["digest"]}
     name = f"evaluate {record['about']['name']}"
     with tracked_run(config.tracking, config.storage.root, name, record["digest"], parameters, tags) as open_run:

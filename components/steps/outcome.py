@@ -61,7 +61,8 @@ def finished_run(run: Specification) -> dict[str, Any] | None:
 
 def summary(run: Specification, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
     """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
-    from components.tracking.store import public_uri, tracking_uri
+    from components.redaction import redacted
+    from components.tracking.store import tracking_uri
 
     measured = run.evaluation_record()
     assert measured is not None
@@ -71,7 +72,7 @@ def summary(run: Specification, outcome: dict[str, Any], seconds: dict[str, floa
         "digests": {"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
         "paths": {"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url},
         "metrics": measured["metrics"],
-        "mlflow_uri": public_uri(tracking_uri(run.config.tracking, run.config.storage.root)),
+        "mlflow_uri": redacted(tracking_uri(run.config.tracking, run.config.storage.root)),
         **outcome,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }

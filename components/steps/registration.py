@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from components import storage
 from components.activations.dataset.manifest import Manifest
 from components.evaluation import evaluate as evaluation
+from components.redaction import public
 from components.run import staleness
 from components.run.config import flattened
 from components.run.specification import Specification
@@ -30,6 +31,7 @@ def tracked(run: Specification, tags: dict[str, str]) -> AbstractContextManager[
         run.run_digest,
         flattened(config.model_dump(mode="json")),
         {**tags, "sae.dataset_digest": run.dataset_digest, "sae.digest": run.sae_digest},
+        run.code,
     )
 
 
@@ -46,7 +48,7 @@ def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
 
     open_run: the one that `tracked` gave.
     """
-    from components.tracking import figures
+    from components.evaluation import charts
 
     trained, measured, manifest = require_evaluated(run)
     metrics = measured["metrics"]
@@ -65,15 +67,16 @@ def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
         "code": run.code,
         "configuration": run.config.model_dump(mode="json"),
     }
+    lineage = public(lineage)
     storage.put_json(lineage, storage.join(run.sae_url, "lineage.json"))
     with storage.local_copies(run.sae_url, ["features.parquet"]) as folder:
         features = pq.read_table(folder / "features.parquet")
     evaluation.write_report(run.sae_url, measured, features, _earlier_versions(run, open_run.client, metrics))
     open_run.log_figures(
         {
-            "training": figures.training_figure(trained.curves),
-            "cross_entropy": figures.loss_figure(metrics),
-            "feature_density": figures.density_figure(features["density"].to_numpy(), metrics["evaluation_tokens"]),
+            "training": charts.training(trained.curves),
+            "cross_entropy": charts.losses(metrics),
+            "feature_density": charts.density(features["density"].to_numpy()),
         }
     )
     return lineage
@@ -95,7 +98,7 @@ def register(run: Specification, open_run: Any) -> dict[str, Any]:
     flow_run = {FLOW_RUN_TAG: open_run.tags[FLOW_RUN_TAG]} if FLOW_RUN_TAG in open_run.tags else {}
     names = sorted({*registry.ARTIFACT_FILES, *storage.list_names(run.sae_url)})
     with storage.local_copies(run.sae_url, names) as folder:
-        open_run.log_artifact_folder(folder, "sae")
+        open_run.log_artifact_folder(folder, "sae", leave_out=registry.LARGE_FILES)
         candidate = registration.Candidate(
             name=run.registered_model,
             folder=folder,

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_I
 from mlflow.utils.rest_utils import http_request
 
 from components.activations.dataset.manifest import Manifest
+from components.redaction import public, redact_error, redacted, without_secrets
 from components.tracking import liveness
 from components.tracking.buffer import MetricBuffer, Values
 from components.tracking.code import git_tags
 from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
-from components.tracking.store import connect, is_server, public_uri, refusal_explained, run_address, tracking_uri
+from components.tracking.store import connect, is_server, refusal_explained, run_address, tracking_uri
 from components.tracking.system import SystemMetrics
 from components.tracking.termination import Terminated, raised_on_sigterm
 
@@ -44,15 +45,17 @@ logger = logging.getLogger(__name__)
 class TrackedRun:
     """An open MLflow run. Metrics are buffered and sent by a thread of their own; none is logged twice."""
 
-    def __init__(self, client: MlflowClient, run: Run, experiment: str, uri: str, patience_seconds: float) -> None:
+    def __init__(self, client: MlflowClient, run: Run, settings: TrackingSettings, uri: str, code: Mapping[str, str]) -> None:
         self.client = client
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
-        self.experiment = experiment
+        self.experiment = settings.experiment
         """Its name."""
         self.tags: dict[str, str] = dict(run.data.tags)
         """As they were when the run was opened."""
-        self._patience = patience_seconds
+        self.code = dict(code)
+        """The commit that the run is made with, as tags."""
+        self._patience = settings.patience_seconds
         self._lock = threading.Lock()
         self._logged: set[int] = set()
         self.buffer = MetricBuffer(
@@ -115,7 +118,7 @@ class TrackedRun:
     def log_parameters(self, parameters: dict[str, Any]) -> None:
         """Those that the run has not got yet; MLflow keeps the first value of a parameter for good."""
         known = self.client.get_run(self.run_id).data.params
-        fresh = [Param(name, str(value)) for name, value in parameters.items() if name not in known]
+        fresh = [Param(name, str(public(value))) for name, value in parameters.items() if name not in known]
         for start in range(0, len(fresh), _PER_CALL):
             self.client.log_batch(self.run_id, params=fresh[start : start + _PER_CALL])
 
@@ -163,11 +166,18 @@ class TrackedRun:
     def log_text(self, text: str, path: str) -> None:
         self.client.log_text(self.run_id, text, path)
 
-    def log_artifact_folder(self, folder: Path, name: str) -> None:
-        self.client.log_artifacts(self.run_id, str(folder), name)
+    def log_artifact_folder(self, folder: Path, name: str, leave_out: Collection[str] = ()) -> None:
+        """The files directly in it, and those of its folders."""
+        for path in sorted(folder.iterdir()):
+            if path.is_dir():
+                self.log_artifact_folder(path, f"{name}/{path.name}")
+            elif path.name not in leave_out:
+                self.client.log_artifact(self.run_id, str(path), name)
 
     def set_tags(self, tags: dict[str, Any]) -> None:
-        self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:8000]) for key, value in tags.items()])
+        self.client.log_batch(
+            self.run_id, tags=[RunTag(key, without_secrets(str(value))[:8000]) for key, value in tags.items()]
+        )
 
 
 def finite_numbers(metrics: dict[str, Any]) -> dict[str, float]:
@@ -220,18 +230,21 @@ def tracked_run(
     run_digest: str,
     parameters: dict[str, Any],
     tags: dict[str, str],
+    code: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
     """The run of that digest: continued where a killed or failed process left it, or a new one.
 
     It ends as FINISHED, or as FAILED with the reason in the tag `sae.failure`: after an exception, after SIGTERM, and
     after a `kill -9` when the next run of the experiment starts. With the tag `mlflow.parentRunId` it is a child run.
+    code: `git_tags` as they were when the run was resolved; those of now where not given.
     """
     client = connect(settings, root)
     uri = tracking_uri(settings, root)
+    code = git_tags() if code is None else dict(code)
     with raised_on_sigterm():
         with refusal_explained():
-            active, earlier = _open(client, settings, name, run_digest, tags)
-        run = TrackedRun(client, active, settings.experiment, uri, settings.patience_seconds)
+            active, earlier = _open(client, settings, name, run_digest, {**tags, **code})
+        run = TrackedRun(client, active, settings, uri, code)
         system = SystemMetrics(active, uri, run.buffer, settings.system_metrics_seconds)
         try:
             if earlier:
@@ -246,9 +259,10 @@ def tracked_run(
                 client.delete_tag(run.run_id, liveness.FAILURE_TAG)
             client.set_terminated(run.run_id, status="FINISHED")
         except BaseException as error:
+            redact_error(error)  # before anybody writes it down
             system.stop()
             # In a thread, and not for long: a server that is away must not hide or delay what really happened.
-            _within(_CLOSING_SECONDS, partial(_close_as_failed, run, error), public_uri(uri))
+            _within(_CLOSING_SECONDS, partial(_close_as_failed, run, error), redacted(uri))
             raise
         finally:
             run.buffer.close()
@@ -262,7 +276,7 @@ def _open(
     experiment = client.get_experiment_by_name(settings.experiment)
     liveness.close_dead_runs(client, experiment.experiment_id)
     everything = {
-        **tags, **git_tags(), **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
+        **tags, **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
     }  # fmt: skip
     earlier = _first_of(client, experiment.experiment_id, run_digest)
     while earlier is None:
@@ -300,7 +314,7 @@ def reason_of(error: BaseException) -> str:
         return "SIGTERM: the process was asked to end"
     if isinstance(error, KeyboardInterrupt):
         return "KeyboardInterrupt: stopped from the keyboard"
-    return f"{type(error).__name__}: {error}"[:4000]
+    return redacted(f"{type(error).__name__}: {error}")[:4000]
 
 
 def _within(seconds: float, action: Callable[[], None], server: str) -> None:

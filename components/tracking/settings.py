@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 
 from components.bounds import LONGEST_SECONDS
+from components.redaction import holds_password
 from components.settings import Settings
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
@@ -40,7 +41,7 @@ class TrackingSettings(Settings):
     @classmethod
     def _is_an_address_without_a_password(cls, uri: str | None) -> str | None:
         # The configuration is stored with every run and artifact.
-        if uri is not None and urlsplit(uri).password:
+        if uri is not None and holds_password(uri):
             raise ValueError("tracking.uri holds a password; leave it out and set MLFLOW_TRACKING_URI or _PASSWORD instead")
         scheme = "" if uri is None else urlsplit(uri).scheme.partition("+")[0]
         if uri is not None and scheme not in _SCHEMES:

@@ -4,43 +4,49 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import sha256
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from components import storage
+from components.redaction import errors_redacted, redacted
 from components.settings import UserError
 from components.tracking.settings import TrackingSettings
 
-_URI_VARIABLE = "MLFLOW_TRACKING_URI"
+_URI_VARIABLE, _USER_VARIABLE, _PASSWORD_VARIABLE = (f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
 
 
 def tracking_uri(settings: TrackingSettings, root: str) -> str:
     """Settings, then environment, then a SQLite file under a local root; a UserError where none is possible."""
     uri = settings.uri or os.environ.get(_URI_VARIABLE)
     if uri:
-        return uri
+        return _without_login(uri)
     if not storage.is_local(root):
         raise UserError(f"tracking.uri: not given, and storage.root '{root}' cannot hold a database; name an MLflow server")
     return f"sqlite:///{storage.local_path(root).resolve() / 'mlflow.db'}"
 
 
-def public_uri(uri: str) -> str:
-    """The URI without user and password, fit to be printed."""
+def _without_login(uri: str) -> str:
+    """A server's user and password go where MLflow reads them: its errors, links and records show the address."""
     parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+    if not is_server(uri) or "@" not in parts.netloc:
+        return uri
+    os.environ[_USER_VARIABLE], os.environ[_PASSWORD_VARIABLE] = unquote(parts.username or ""), unquote(parts.password or "")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def run_address(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
     """Where the UI of the client's server shows a run; None where it is a database without a server."""
     uri = client.tracking_uri
-    return f"{public_uri(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if is_server(uri) else None
+    return f"{redacted(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if is_server(uri) else None
 
 
 def is_server(uri: str) -> bool:
@@ -60,9 +66,19 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     else:
         os.environ[_URI_VARIABLE] = environment
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    with refusal_explained():
+    with errors_redacted(), refusal_explained(), _alone_with(uri):
         ensure_experiment(client, settings.experiment)
     return client
+
+
+def _alone_with(uri: str) -> AbstractContextManager[None]:
+    """Two processes must not make the tables of one database at the same time. A server makes its own."""
+    if is_server(uri):
+        return nullcontext()
+    if _is_file(uri):
+        return storage.exclusive(str(_file(uri).resolve()))
+    name = sha256(uri.encode()).hexdigest()[:16]
+    return storage.exclusive(str(Path(tempfile.gettempdir()) / f"sae-mlflow-{name}"))  # against those on this machine
 
 
 @contextmanager
@@ -71,7 +87,7 @@ def refusal_explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        server = public_uri(mlflow.get_tracking_uri())
+        server = redacted(mlflow.get_tracking_uri())
         if error.error_code == "UNAUTHENTICATED":
             raise UserError(
                 f"tracking.uri: {server} wants a user and a password, or refuses those given; "
@@ -79,7 +95,7 @@ def refusal_explained() -> Iterator[None]:
             ) from error
         if error.error_code == "PERMISSION_DENIED":
             raise UserError(
-                f"tracking.uri: {server} does not allow this to '{os.environ.get('MLFLOW_TRACKING_USERNAME', 'you')}'; its "
+                f"tracking.uri: {server} does not allow this to '{os.environ.get(_USER_VARIABLE, 'you')}'; its "
                 "administrator can (mlflow/README.md, 'Users'), or take an experiment and a registered model of your own"
             ) from error
         raise

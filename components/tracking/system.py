@@ -19,7 +19,9 @@ class SystemMetrics:
     """Metrics `system/*`; MLflow's step is seconds since the run began."""
 
     def __init__(self, run: Run, uri: str, buffer: MetricBuffer, interval_seconds: float) -> None:
+        """run: as it was found; samples follow those that it has."""
         self._monitor = SystemMetricsMonitor(run.info.run_id, sampling_interval=interval_seconds, tracking_uri=uri)
+        self._last = max((metric.step for metric in run.data._metric_objs if metric.key.startswith("system/")), default=-1)
         self._began = run.info.start_time / 1000
         self._buffer, self._interval = buffer, interval_seconds
         self._stopped = threading.Event()
@@ -44,6 +46,8 @@ class SystemMetrics:
             now = time.time()
             step = int(now - self._began)
             sample = [Metric(f"system/{name}", float(value), int(now * 1000), step) for name, value in values.items()]
-            self._buffer.add([[metric for metric in sample if math.isfinite(metric.value)]])
+            if step > self._last:  # the last sample may come within a second of the one before
+                self._buffer.add([[metric for metric in sample if math.isfinite(metric.value)]])
+                self._last = step
             if ended:
                 return

@@ -193,10 +193,11 @@ def _client(root: str, uri: str | None) -> MlflowClient:
 
     tree = {"storage": {"root": root}, "tracking": {"uri": uri} if uri else {}}
     settings = parse_config(tree).tracking
+    from components.redaction import redacted
     from components.tracking import store
 
     if not store.database_exists(settings, root):
-        meant = store.public_uri(store.tracking_uri(settings, root))
+        meant = redacted(store.tracking_uri(settings, root))
         raise UserError(f"--root: there is no registry yet at {meant}; give --root, --uri or MLFLOW_TRACKING_URI")
     return store.connect(settings, root)
 

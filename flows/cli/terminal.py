@@ -27,6 +27,7 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
 
     A UserError ends in one sentence and exit code 2.
     """
+    from components.redaction import errors_redacted
     from components.settings import UserError
 
     sys.stdout.flush()
@@ -42,7 +43,8 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
             for_people(result)
 
     try:
-        yield show
+        with errors_redacted():
+            yield show
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
         raise typer.Exit(2) from None

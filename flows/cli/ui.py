@@ -19,18 +19,19 @@ def ui(
 ) -> None:
     """Open the MLflow UI on what CONFIG's runs have made."""
     with command(False):
+        from components.redaction import redacted
         from components.run.config import load_config
-        from components.tracking.store import public_uri, quiet_mlflow, tracking_uri
+        from components.tracking.store import quiet_mlflow, tracking_uri
 
         settings = load_config(config, overrides or ())
         uri = tracking_uri(settings.tracking, settings.storage.root)
         if uri.startswith(("http://", "https://")):
-            Console().print(f"The MLflow server of these runs is {public_uri(uri)}")
+            Console().print(f"The MLflow server of these runs is {redacted(uri)}")
             return
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
         # Not an argument: the process list shows those to every user, and the URI may hold a password.
         os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
-        Console(stderr=True).print(f"MLflow UI of {public_uri(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        Console(stderr=True).print(f"MLflow UI of {redacted(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
         server = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
         os.execv(server[0], server)

@@ -184,3 +184,38 @@ def test_of_runs_that_were_made_at_the_same_moment_one_stays(root: str):
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(work, range(4)))
     assert len(found) == 1
+
+
+def test_the_commit_is_the_one_that_the_run_was_resolved_with(root: str):
+    begun = {"mlflow.source.git.commit": "a" * 40, "sae.git_dirty": "false"}
+    with tracked_run(TrackingSettings(), root, "work", "commit", {}, {}, code=begun) as run:
+        assert run.code == begun
+    tags = connect(TrackingSettings(), root).get_run(run.run_id).data.tags
+    assert tags["mlflow.source.git.commit"] == "a" * 40
+
+
+def test_a_secret_of_an_error_a_parameter_or_a_tag_is_not_stored(root: str):
+    address = "postgresql://u:pl4nted@host/db?password=pl4nted"
+    with pytest.raises(RuntimeError) as raised:
+        with tracked_run(TrackingSettings(), root, "secret", "secret", {"source": address}, {}) as run:
+            run.set_tags({"where": address})
+            raise RuntimeError(f"cannot reach {address}")
+    data = connect(TrackingSettings(), root).get_run(run.run_id).data
+    hidden = "postgresql://host/db?password=***"
+    assert data.params["source"] == data.tags["where"] == hidden
+    assert data.tags["sae.failure"] == f"RuntimeError: cannot reach {hidden}" == f"RuntimeError: {raised.value}"
+
+
+def test_no_two_system_samples_of_a_failed_and_continued_run_have_one_step(root: str):
+    settings = TrackingSettings(system_metrics_seconds=0.4)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError), tracked_run(settings, root, "diverged", "diverged", {}, {}) as run:
+            time.sleep(1.5)
+            raise FloatingPointError("the loss is nan")
+    client = connect(settings, root)
+    names = [name for name in client.get_run(run.run_id).data.metrics if name.startswith("system/")]
+    assert names
+    for name in names:
+        sampled = [metric.step for metric in client.get_metric_history(run.run_id, name)]
+        assert len(sampled) >= 2
+        assert len(set(sampled)) == len(sampled)

@@ -114,7 +114,7 @@ class Manifest(Settings):
             yield "arrow_schema is not that of the columns"
         if self.digest != digest(self.identity):
             yield "digest is not that of identity"
-        said = {"seed": self.seed, "compression": self.compression, "rows_per_group": self.rows_per_group}
+        said: dict[str, Any] = {"seed": self.seed, "compression": self.compression, "rows_per_group": self.rows_per_group}
         said |= {"dtype": self.columns[0].dtype, "hook_points": [column.hook_point for column in self.columns]}
         identity = {**self.identity, **self.identity.get("settings", {})}
         for name, value in said.items():

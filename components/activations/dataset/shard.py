@@ -93,7 +93,7 @@ def describe_columns(layout: Layout, sums: Sequence[dict[str, dict[str, Any]]], 
             Column(
                 hook_point=name,
                 d_in=width,
-                dtype=layout.dtype,
+                dtype=layout.dtype,  # type: ignore[arg-type]  # which is checked as it is validated
                 mean=tuple((np.sum([entry["sum"] for entry in own], axis=0) / tokens).tolist()),
                 mean_squared_norm=sum(entry["squares"] for entry in own) / tokens,
                 median_norm=own[0]["median_norm"],
