@@ -156,9 +156,8 @@ def made_up_dataset(url: str, tokens: int, width: int) -> Manifest:
     column = Column(
         hook_point="resid_post.0", d_in=width, dtype="float16", mean=(0.0,) * width, mean_squared_norm=1.0, median_norm=1.0
     )
-    return Manifest(
-        schema_version=2, digest="0", identity={}, configuration={}, versions={}, arrow_schema=("document: int64",),
-        tokens=sum(shard.rows for shard in shards), documents=1, rows_per_group=ROWS_PER_GROUP, compression="none", seed=0,
+    return Manifest.sealed(
+        identity={}, configuration={}, versions={}, documents=1, rows_per_group=ROWS_PER_GROUP, compression="none", seed=0,
         shards=tuple(shards), columns=(column,),
     )  # fmt: skip
 

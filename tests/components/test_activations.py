@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ import torch
 import yaml
 
 from components import steps, storage
-from components.activations.dataset import extraction
+from components.activations.dataset import extraction, shuffle
 from components.activations.dataset.forward import run_chunk
 from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import read_manifest
 from components.activations.dataset.reader import ActivationReader
-from components.activations.dataset.shuffle import bucket_of, order_of
+from components.activations.dataset.shuffle import Scattered, bucket_of, order_of, plan_shuffle
 from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import forward_inputs, load_model
@@ -124,8 +125,9 @@ def test_the_bytes_do_not_depend_on_chunks_order_or_repetition(plan: Specificati
     model = load_model(plan.source, CPU)
     for chunk in [*reversed(range(other.chunks)), 0]:
         put_chunk(other, model, chunk)
+    scattered = Scattered([other.chunk_url(chunk) for chunk in range(other.chunks)], other.buckets, other.layout)
     for bucket in [2, 0, 1, 2]:
-        extraction.write_shard(other, bucket)
+        extraction.write_shard(other, bucket, scattered)
     assert extraction.extract(other, CPU).shards == manifest.shards
 
 
@@ -184,6 +186,80 @@ def test_the_shuffle_is_a_uniform_permutation():
     assert (order_of(documents, positions, seed=2) != order).mean() > 0.99
 
 
+def test_a_shuffle_of_a_billion_tokens_is_planned_within_a_million_reads():
+    """GPT-2's width in float16: 256 sequences of 128 tokens in a chunk, 131,072 rows in a shard."""
+    row = 768 * 2 + 16
+    chunks, buckets = -(-(10**9) // (256 * 128)), round(10**9 / 131_072)
+    assert chunks * buckets > 2.3e8
+    plan = plan_shuffle(chunks, buckets, 256 * 128 * row)
+    assert plan.reads <= 1_000_000
+    assert plan.memory <= 1 << 30
+    assert plan.levels == 2
+    assert plan_shuffle(100, 100, 256 * 128 * row).levels == 0
+
+
+@pytest.mark.parametrize("merge_bytes", [20_000, 1 << 29])
+def test_merging_first_gives_the_same_bytes_in_as_many_reads_as_planned(
+    plan: Specification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge_bytes: int
+):
+    manifest = steps.extract(plan)
+    monkeypatch.setattr(shuffle, "MERGE_BYTES", merge_bytes)
+    monkeypatch.setattr(shuffle, "MOST_READS", 20)
+    monkeypatch.setattr(shuffle, "_WIDTHS", (2,))
+    whole, reads = storage.read_ranges, []
+
+    def counted(ranges: list) -> None:
+        reads.extend(url for url, _, _ in ranges if "/scatter/" in url)
+        whole(ranges)
+
+    work = plan.extraction(plan.token_manifest())
+    settings = work.settings.model_copy(update={"sequences_per_chunk": 16})
+    other = dataclasses.replace(work, url=str(tmp_path / "other"), settings=settings)
+    assert other.shuffle.levels >= 2
+    extraction.scatter(other, CPU, range(other.chunks))
+    monkeypatch.setattr(storage, "read_ranges", counted)
+    extraction.merge(other, 1, 0)  # and killed after it
+    assert "chunk-000000.bin" not in storage.list_names(other.scatter_url)
+    monkeypatch.setattr(extraction, "load_model", lambda *_: pytest.fail("the chunks are there, merged"))
+    assert extraction.extract(other, CPU).shards == manifest.shards
+    assert 0 < len(reads) <= other.shuffle.reads
+    assert not Path(other.scatter_url).exists()
+
+
+def test_a_merged_chunk_that_is_damaged_is_named(plan: Specification, tmp_path: Path):
+    steps.extract(plan)
+    work = dataclasses.replace(plan.extraction(plan.token_manifest()), url=str(tmp_path / "other"))
+    extraction.scatter(work, CPU, range(work.chunks))
+    urls = [work.chunk_url(chunk) for chunk in range(work.chunks)]
+    for place, match in ((8, "its table"), (-1, "bucket 2")):
+        content = bytearray(Path(urls[1]).read_bytes())
+        content[place] ^= 1
+        Path(urls[1]).write_bytes(content)
+        with pytest.raises(UserError, match=rf"chunk-000001\.bin does not hold what was written \({match}"):
+            Scattered(urls, work.buckets, work.layout).merge(tmp_path / "merged", 1 << 20)
+        content[place] ^= 1
+        Path(urls[1]).write_bytes(content)
+
+
+def test_workers_that_share_a_dataset_read_a_shard_of_tokens_once_and_not_once_per_chunk(
+    plan: Specification, monkeypatch: pytest.MonkeyPatch
+):
+    work = plan.extraction(steps.prepare_tokens(plan))
+    names = [f"train-{number:05d}.parquet" for number in range(8)]
+    split = work.split | {"sequences": 8 * 640, "shards": [{"name": name, "sequences": 640} for name in names]}
+    work = dataclasses.replace(work, token_manifest=work.token_manifest | {"splits": {"train": split}})
+    monkeypatch.setattr(extraction, "_shared", lambda work: True)
+    order = extraction._apart(work, range(work.chunks), extraction._chunks_per_token_shard(work))
+    assert sorted(order) == list(range(8 * 640 // 32))
+    assert order != sorted(order)
+    fetched, kept = 0, []
+    for chunk in order:
+        shard = chunk * 32 // 640
+        if shard not in kept:
+            fetched, kept = fetched + 1, [*kept, shard][-2:]
+    assert fetched == 8
+
+
 def reader(plan: Specification, **changes) -> ActivationReader:
     manifest = plan.dataset_manifest()
     values = {"url": plan.dataset_url, "manifest": manifest, "columns": ("resid_post.1",), "batch_size": 300, "seed": 0}
@@ -216,3 +292,55 @@ def test_reading_resumes_at_any_batch_with_any_number_of_threads(plan: Specifica
     rest = take(reader(plan, window_groups=3, threads=1 + batch % 5), 40 - batch, start=300 * batch)
     assert all(torch.equal(a, b) for a, b in zip(whole[batch:], rest, strict=True))
     assert not torch.equal(take(reader(plan, window_groups=3, seed=1), 1)[0], whole[0])
+
+
+@pytest.mark.parametrize("start", [0, 300, 4_500, 5_997])
+def test_the_ranks_batches_side_by_side_are_those_of_one(plan: Specification, start: int):
+    steps.extract(plan)
+    source = reader(plan, columns=("document", "position", "resid_post.1"))
+    for ranks in (1, 2, 4):
+        streams = [source.batches(start, rank, ranks) for rank in range(ranks)]
+        with closing(source.batches(start)) as whole:
+            for _ in range(22):
+                one, parts = next(whole), [next(stream) for stream in streams]
+                for name in source.columns:
+                    assert torch.equal(one[name], torch.cat([part[name] for part in parts]))
+                    assert len(parts[0][name]) == 300 // ranks
+        for stream in streams:
+            stream.close()
+    for rank, ranks in ((0, 7), (2, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no equal slice"):
+            next(source.batches(0, rank, ranks))
+
+
+def test_the_order_of_rows_is_the_one_that_datasets_have_been_read_in(plan: Specification):
+    """Written down when a rank was part of the reader: trainings that resume must go on with the same rows."""
+    steps.extract(plan)
+    batches = take(reader(plan, columns=("document", "position"), batch_size=6_000), 2, column="position")
+    keys = [sha256(batch.numpy().astype("<i4").tobytes()).hexdigest()[:12] for batch in batches]
+    assert keys == ["KEY0", "KEY1"]
+
+
+def test_a_copy_is_waited_for_on_the_gpu_that_it_goes_to(monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU: which stream is asked for, and what is recorded where."""
+    from components.activations.dataset import reader as module
+
+    recorded, waited = [], []
+
+    class Event:
+        def record(self, stream: str) -> None:
+            recorded.append(stream)
+
+        def synchronize(self) -> None:
+            waited.append(recorded[-1])
+
+    empty = torch.empty
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **named: empty(*shape, **named))
+    buffers = module._Buffers(10, torch.device("cuda:1"))
+    view = buffers.take(4, 8)
+    del view
+    assert recorded == ["stream of cuda:1"]
+    buffers.take(4, 8)
+    assert waited == ["stream of cuda:1"]

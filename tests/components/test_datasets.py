@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
+import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,12 +20,13 @@ from components import steps, storage
 from components.activations.dataset import check
 from components.activations.dataset import inventory as catalog
 from components.activations.dataset.lookup import ActivationLookup
-from components.activations.dataset.manifest import Manifest, read_manifest
+from components.activations.dataset.manifest import Manifest, RowGroup, Shard, checksum, read_manifest
 from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.schema import Layout
 from components.activations.dataset.values import DamagedDatasetError, Values
 from components.run.config import parse_config
-from components.run.specification import resolve
-from components.settings import UserError
+from components.run.specification import Specification, resolve
+from components.settings import UserError, digest
 from components.storage.cache import DiskCache
 
 
@@ -73,22 +79,6 @@ def test_the_reader_gives_what_pyarrow_reads_in_every_format(tree: dict, compres
         for name in ("resid_post.1", "mlp_out.0"):
             assert row[name] == got[name][index].view(torch.uint8).numpy().tobytes()
     assert not expected
-
-
-def test_ranks_share_an_epoch_without_overlap(dataset: tuple[str, Manifest]):
-    url, manifest = dataset
-    seen: list[tuple[int, int]] = []
-    groups = 0
-    for rank in range(3):
-        reader = ActivationReader(
-            url=url, manifest=manifest, columns=("document", "position"), batch_size=1, seed=0, rank=rank, ranks=3, threads=2
-        )
-        rows = sum(rows for _, _, rows in reader._epoch(0))
-        groups += len(reader._epoch(0))
-        with closing(reader.batches()) as batches:
-            seen += [(int(b["document"]), int(b["position"])) for b, _ in zip(batches, range(rows), strict=False)]
-    assert len(seen) == len(set(seen)) == manifest.tokens
-    assert groups > 6
 
 
 def test_a_batch_stays_as_it_is_while_somebody_holds_it(dataset: tuple[str, Manifest]):
@@ -189,6 +179,166 @@ def test_a_token_stored_twice_is_noticed(dataset: tuple[str, Manifest]):
     )
     changed = manifest.model_copy(update={"shards": (written.shard, *manifest.shards[1:])})
     assert any("holds a token twice" in problem for problem in check.problems(url, changed))
+
+
+def edits(value: Any, place: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Every place in a JSON tree that holds a plain value, with what may come to stand there instead."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from edits(inner, (*place, name))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from edits(inner, (*place, number))
+    else:
+        new: list[Any] = [None, "", [], {}]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            new += [-value - 1, value + 1, value * 2 + 1, 1e300, 0.5]
+        elif isinstance(value, str):
+            new += [value + "0", value[1:], value.swapcase() + "x", f"../{value}", 7]
+        yield from ((place, other) for other in new if other != value or type(other) is not type(value))
+
+
+def edited(tree: Any, place: tuple, value: Any) -> dict:
+    tree = json.loads(json.dumps(tree))
+    *path, last = place
+    inner = tree
+    for step in path:
+        inner = inner[step]
+    inner[last] = value
+    return tree
+
+
+def test_no_edit_of_a_manifest_is_believed(dataset: tuple[str, Manifest]):
+    """Each single value; then again by someone who renews the checksum: the model or the check find all that can be known."""
+    url, _ = dataset
+    path = Path(url) / "manifest.json"
+    tree = json.loads(path.read_bytes())
+    draw = random.Random(0)
+    campaign = list(edits(tree))
+    assert len(campaign) > 2_000
+    for place, value in draw.sample(campaign, 400):
+        path.write_text(json.dumps(edited(tree, place, value)))
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            read_manifest(url)
+    told = ("configuration", "versions", "checksum")  # what the files say nothing about
+    believed, parsed = [], 0
+    for place, value in draw.sample([edit for edit in campaign if edit[0][0] not in told], 300):
+        forged = edited(tree, place, value)
+        path.write_text(json.dumps(forged | {"checksum": checksum(forged)}))
+        try:
+            manifest = read_manifest(url)
+        except UserError as error:
+            assert "manifest.json" in str(error)
+            continue
+        parsed += 1
+        if not list(check.problems(url, manifest)):
+            believed.append((place, value))
+    assert not believed, believed
+    assert parsed > 20
+
+
+def test_swapped_hook_points_and_another_mean_are_found_by_the_check(dataset: tuple[str, Manifest]):
+    url, manifest = dataset
+    tree = manifest.model_dump(mode="json")
+    names = [column["hook_point"] for column in tree["columns"]]
+    swapped = json.loads(json.dumps(tree))
+    for column, name in zip(swapped["columns"], reversed(names), strict=True):
+        column["hook_point"] = name
+    swapped["arrow_schema"] = [*tree["arrow_schema"][:3], *reversed(tree["arrow_schema"][3:])]
+    for shard in swapped["shards"]:
+        shard["groups"] = {name: shard["groups"][name] for name in ("document", "position", "token", *reversed(names))}
+    swapped["identity"].pop("hook_points", None)
+    swapped["digest"] = digest(swapped["identity"])
+    forged = Manifest.model_validate(swapped | {"checksum": checksum(swapped)})
+    assert any(
+        "is not a shard with the columns" in problem or "other columns" in problem for problem in check.problems(url, forged)
+    )
+    column = manifest.columns[0]
+    for change in (
+        {"mean": (column.mean[0] * 1.001, *column.mean[1:])},
+        {"mean_squared_norm": column.mean_squared_norm * 1.001},
+    ):
+        forged = manifest.model_copy(update={"columns": (column.model_copy(update=change), *manifest.columns[1:])})
+        [problem] = check.problems(url, forged)
+        assert f"manifest.json: {next(iter(change))} of resid_post.1 is not that of the stored values" in problem
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"null", b"7", b'"text"', b"\xff\xfe\x00", b"[" * 100_000, b"{}", b'{"schema_version": NaN}']
+)
+def test_what_is_not_a_manifest_is_one_sentence_that_names_the_file(tmp_path: Path, content: bytes):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"manifest\.json") as raised:
+        read_manifest(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_manifest_cut_anywhere_is_damaged(dataset: tuple[str, Manifest]):
+    url, _ = dataset
+    path = Path(url) / "manifest.json"
+    whole = path.read_bytes()
+    for length in range(1, len(whole) - 1, len(whole) // 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DamagedDatasetError, match="is damaged"):
+            read_manifest(url)
+
+
+def test_a_manifest_of_100_million_tokens_is_parsed_once(
+    tmp_path: Path, dataset: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch
+):
+    _, small = dataset
+    rows, size, column = 131_072, 8_192, small.columns[0].model_copy(update={"d_in": 768, "mean": (0.25,) * 768})
+    layout = Layout({"resid_post.1": 768}, "float16")
+    groups = {
+        name: tuple(
+            RowGroup(offset=4 + number * size * width, bytes=size * width, xxh3="0" * 16) for number in range(rows // size)
+        )
+        for name, width in layout.column_bytes.items()
+    }
+    shards = [
+        Shard(name=f"shard-{number:05d}.parquet", rows=rows, bytes=rows * layout.row_bytes, sha256="0" * 64, groups=groups)
+        for number in range(-(-100_000_000 // rows))
+    ]
+    manifest = Manifest.sealed(
+        identity={}, configuration={}, versions={}, documents=1, rows_per_group=size, compression="none", seed=0,
+        shards=tuple(shards), columns=(column,),
+    )  # fmt: skip
+    assert manifest.tokens >= 100_000_000
+    storage.put_json(manifest.model_dump(mode="json"), str(tmp_path / "manifest.json"))
+    started = time.process_time()
+    first = read_manifest(str(tmp_path))
+    parsed = time.process_time() - started
+    monkeypatch.setattr(storage, "read_bytes", lambda url: pytest.fail("read again"))
+    started = time.process_time()
+    again = read_manifest(str(tmp_path))
+    assert time.process_time() - started < 0.2
+    assert again is first
+    assert first == manifest
+    assert parsed < 10
+    monkeypatch.undo()
+    storage.put_json({"schema_version": 1}, str(tmp_path / "manifest.json"))
+    with pytest.raises(UserError, match="schema version 1"):
+        read_manifest(str(tmp_path))
+
+
+def test_only_a_dataset_is_deleted(dataset: tuple[str, Manifest], tmp_path: Path):
+    url, _ = dataset
+    root, other = str(tmp_path / "root"), tmp_path / "site"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"name": "my web site"}')
+    (other / "index.html").write_text("mine")
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        catalog.delete_dataset(str(other), root)
+    assert len(list(other.iterdir())) == 2
+    moved = tmp_path / "moved"
+    shutil.move(url, moved)
+    (moved / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not deleted: it holds '.*thesis\.txt'"):
+        catalog.delete_dataset(str(moved), root)
+    assert (moved / "manifest.json").exists()
+    (moved / "thesis.txt").unlink()
+    catalog.delete_dataset(str(moved), root)
+    assert not moved.exists()
 
 
 def test_mixing_is_that_of_a_random_permutation(dataset: tuple[str, Manifest]):

@@ -109,13 +109,13 @@ def test_a_shard_that_another_worker_has_put_is_never_replaced(tree: dict):
     """Another kind of device rounds differently: the manifest must be true of the bytes that are there."""
     from components.activations.dataset import extraction as work_items
     from components.activations.dataset.shard import write_shard_file
-    from components.activations.dataset.shuffle import read_bucket
+    from components.activations.dataset.shuffle import Scattered
 
     plan = resolve(parse_config(tree))
     work = plan.extraction(steps.prepare_tokens(plan))
     work_items.scatter(work, torch.device("cpu"), range(work.chunks))
     chunks = [work.chunk_url(chunk) for chunk in range(work.chunks)]
-    records = read_bucket(chunks, 1, work.buckets, work.layout)
+    records = Scattered(chunks, work.buckets, work.layout).read(1)
     records[:, 16] ^= 1  # the last bit of the first activation of every row
     url = f"{work.url}/{work.shard_name(1)}"
     with storage.whole_file(url) as path:
