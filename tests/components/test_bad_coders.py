@@ -28,11 +28,8 @@ def _filled(tensors: dict, **values: float) -> dict:
 
 
 BAD = {
-    "dead": lambda tensors: _filled(tensors, W_enc=0.0, b_enc=-1.0),
     "dead and writing nothing": lambda tensors: _filled(tensors, W_enc=0.0, b_enc=-1.0, b_dec=0.0),
     "constant": lambda tensors: _filled(tensors, W_enc=0.0, b_enc=1.0),
-    "without a direction": lambda tensors: _filled(tensors, W_dec=0.0),
-    "huge": lambda tensors: {name: tensor * 1e12 for name, tensor in tensors.items()},
     "beyond float32": lambda tensors: {name: tensor * 1e25 for name, tensor in tensors.items()},
     "upside down": lambda tensors: {**tensors, "W_dec": -tensors["W_dec"]},
 }

@@ -56,7 +56,7 @@ def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(t
     assert run.data.params["corpus.context_length"] == "32"
     record, measured = plan.training_record(), plan.evaluation_record()
     history = client.get_metric_history(outcome["run"], "train/loss")
-    assert [(m.step, m.value) for m in history] == [(int(p["tokens"]), p["loss"]) for p in record["curves"]]
+    assert [(m.step, m.value) for m in history] == [(int(p["tokens"]), p["loss"]) for p in record.curves]
     for name, value in measured["metrics"].items():
         if value is not None:
             assert run.data.metrics[f"eval/{name}"] == pytest.approx(value)
@@ -69,7 +69,8 @@ def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(t
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     names = {entry.path for folder in (None, "sae") for entry in client.list_artifacts(outcome["run"], folder)}
     assert {"training.png", "cross_entropy.png", "feature_density.png"} <= names
-    assert {"sae/cfg.json", "sae/sae_weights.safetensors", "sae/evaluation.json", "sae/lineage.json"} <= names
+    assert {"sae/cfg.json", "sae/evaluation.json", "sae/lineage.json", "sae/MODEL_CARD.md"} <= names
+    assert not {"sae/sae_weights.safetensors", "sae/features.parquet"} & names  # those are in the model alone
     lineage = json.loads(Path(plan.sae_url, "lineage.json").read_text())
     assert lineage["mlflow_run"] == outcome["run"]
     assert lineage["dataset_digest"] == plan.dataset_digest
