@@ -45,12 +45,15 @@ def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60)
     try:
-        for _ in range(240):
+        deadline = time.monotonic() + 300  # it makes its tables first
+        while time.monotonic() < deadline:
             assert process.poll() is None, (home / "log").read_text()
             with suppress(httpx.HTTPError):
                 if client.get("/health").status_code == 200:
                     break
             time.sleep(0.5)
+        else:
+            raise TimeoutError("the Prefect server does not answer")
         yield client
     finally:
         process.terminate()
