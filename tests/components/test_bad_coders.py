@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from components import steps, storage
 from components.run.config import parse_config
-from components.run.planning import Plan
+from components.run.specification import resolve
 
 BOUNDS = """
 evaluation_tokens: 100
@@ -55,7 +55,7 @@ def plan(tiny_model: str, text_corpus: str, tmp_path_factory: pytest.TempPathFac
         "evaluation": {"tokens": 400},
         "tracking": {"gates": str(folder / "gates.yaml")},
     }  # fmt: skip
-    plan = Plan(parse_config(tree))
+    plan = resolve(parse_config(tree))
     steps.extract(plan)
     steps.train(plan)
     return plan

@@ -25,7 +25,7 @@ from components.activations.dataset.reader import ActivationReader
 from components.activations.dataset.schema import Layout
 from components.activations.dataset.values import DamagedDatasetError, Values
 from components.run.config import parse_config
-from components.run.specification import Specification, resolve
+from components.run.specification import resolve
 from components.settings import UserError, digest
 from components.storage.cache import DiskCache
 
