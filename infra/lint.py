@@ -57,7 +57,7 @@ def validated(manifests: dict[str, Any]) -> list[str]:
 
 def kubernetes(root: Path) -> list[str]:
     """The manifests, and the Jobs that the template makes."""
-    folder, manifests = root / "infra/kubernetes", {}
+    folder, manifests = root / "infra/kubernetes", dict[str, Any]()
     for file in sorted(folder.glob("*.yaml")):
         if file.name != "pools.yaml":
             manifests |= {f"{file.stem}-{number}": part for number, part in enumerate(yaml.safe_load_all(file.read_text()))}

@@ -105,7 +105,7 @@ class Stack:
         self.launch("server", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--no-ui")
 
     def wait_for_server(self) -> None:
-        for _ in range(240):
+        for _ in range(600):
             with suppress(OSError), urllib.request.urlopen(f"{self.api}/health", timeout=2):
                 return
             assert self.processes["server"].poll() is None, (self.folder / "server.log").read_text()
