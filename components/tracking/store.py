@@ -65,8 +65,8 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
         os.environ.pop(_URI_VARIABLE, None)
     else:
         os.environ[_URI_VARIABLE] = environment
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     with errors_redacted(), refusal_explained(), _alone_with(uri):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # which makes the tables of a fresh database
         ensure_experiment(client, settings.experiment)
     return client
 
