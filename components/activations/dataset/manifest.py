@@ -124,7 +124,7 @@ class Manifest(Settings):
             yield "tokens, documents and the rows of the shards do not agree"
         for number, shard in enumerate(self.shards):
             rows = self.group_rows(shard)
-            if shard.name != f"shard-{number:05d}.parquet" or list(shard.groups) != list(self.layout.column_bytes):
+            if shard.name != f"shard-{number:05d}.parquet" or set(shard.groups) != set(self.layout.column_bytes):
                 yield f"shard {number} has another name or other columns"
             for name, groups in shard.groups.items():
                 width = self.layout.column_bytes.get(name, 0)
