@@ -51,6 +51,7 @@ def svg(figure: Figure) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<svg) (?:height|width)="[^"]*"| (?:height|width)="[\d.]+pt"', "", text)
     text = re.sub(r" ?font-family:[^;\"]*;?", "", text.replace("xlink:href", "href"))
+    text = re.sub(r' clip-path="url\(#\w+\)"', "", text)  # nothing is drawn outside, and a page shares its names
     for name, colour in _COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(text.replace("<svg", '<svg role="img"', 1))  # matplotlib escapes what it is given
