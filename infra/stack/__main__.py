@@ -213,7 +213,7 @@ def _print(stack: Stack, supervisor: Supervisor, everything: list[Service], rows
     option = "" if stack.folder == HOME else f" --folder {folder}"
     console.print(f"logs: {folder}/log; user and password of MLflow, keys of S3:")
     console.print(f'    eval "$({os.path.relpath(sys.executable)} -m infra.stack environment{option})"')
-    console.print(f"then, for example:\n    {os.path.relpath(BIN / 'prefect')} deployment run pipeline/quickstart --watch")
+    console.print(f"then, for example:\n    {os.path.relpath(BIN / 'python')} -m infra.ci.run pipeline/quickstart")
 
 
 def _known(folder: Path) -> Stack:
