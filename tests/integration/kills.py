@@ -32,9 +32,17 @@ def killed_beside_siblings(
 
     Returns what was seen; fails where a sibling or a worker was disturbed, a run did not end Completed, or weights differ.
     """
-    chance, began = random.Random(0), time.monotonic()
     live.ask("/work_pools/gpu", {"concurrency_limit": victims + 1}, method="PATCH")
     live.ask("/v2/concurrency_limits/gpu", {"limit": 100}, method="PATCH")  # a killed run keeps its place for minutes
+    try:
+        return _killed(live, tree, mlflow, victims, kills, name)
+    finally:
+        live.ask("/work_pools/gpu", {"concurrency_limit": 2}, method="PATCH")
+        live.ask("/v2/concurrency_limits/gpu", {"limit": 1}, method="PATCH")
+
+
+def _killed(live: Live, tree: dict, mlflow: MlflowClient, victims: int, kills: int, name: str) -> dict[str, Any]:
+    chance, began = random.Random(0), time.monotonic()
     workers = {name: state["pid"] for name, state in live.supervisor.states().items() if name.startswith("worker-")}
 
     def submit(name: str) -> str:

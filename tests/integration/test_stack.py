@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -232,6 +234,13 @@ def test_doctor_finds_the_stack_healthy(live: Live):
     found = json.loads(done.stdout)
     assert found["failures"] == 0
     live.until(lambda: all(row["ready"] for row in json.loads(live.command("status", "--json").stdout)), 30)
+
+
+def test_a_browser_without_the_password_gets_nothing(live: Live):
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{live.stack.prefect_url}/admin/settings", timeout=5)
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{live.stack.mlflow_url}/api/2.0/mlflow/experiments/search?max_results=5", timeout=5)
 
 
 def test_no_secret_is_in_a_log_a_run_an_artifact_or_the_process_list(live: Live, bucket: s3fs.S3FileSystem):
