@@ -72,6 +72,7 @@ def test_a_file_that_appears_while_a_run_goes_on_changes_nothing_in_it(tree: dic
 
 @pytest.mark.parametrize("what", ["vanished", "changed"])
 def test_a_file_that_a_run_needs_and_that_is_another_one_is_named(tree: dict, corpus: Path, what: str):
+    tree["corpus"] |= {"train_tokens": 10**6, "held_out_tokens": 10**6}  # so that every file is read
     run = resolve(parse_config(tree))
     victim = corpus / "007.txt"
     if what == "vanished":
