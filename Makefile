@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONFIG ?= quickstart
 PORT ?= 5000
+# Of the tests; each imports torch, and takes 1.5 GB at most.
+WORKERS ?= 2
 
 .PHONY: help
 help:  ## Show this list
@@ -36,7 +38,7 @@ ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests
-	@$(BIN)/python -m pytest -m "not integration and not soak"
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not integration and not soak"
 
 $(VENV)/.integration: $(INSTALLED) requirements-integration.lock
 	@$(PIP) install -q -r requirements.lock -r requirements-integration.lock

@@ -140,6 +140,6 @@ def run_identity(
 ) -> dict[str, Any]:
     """All that a run's results depend on; where it is stored is left out. model: the registered one."""
     return identity(
-        "run", name=name, coder=coder, tokens=tokens, evaluation=EVALUATION.of(settings), registered_model=model,
-        experiment=experiment,
+        "run", name=name, coder=coder, tokens=tokens, metrics=VERSIONS["evaluation"], evaluation=EVALUATION.of(settings),
+        registered_model=model, experiment=experiment,
     )  # fmt: skip

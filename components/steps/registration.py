@@ -71,7 +71,8 @@ def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
     storage.put_json(lineage, storage.join(run.sae_url, "lineage.json"))
     with storage.local_copies(run.sae_url, ["features.parquet"]) as folder:
         features = pq.read_table(folder / "features.parquet")
-    evaluation.write_report(run.sae_url, measured, features, _earlier_versions(run, open_run.client, metrics))
+    if earlier := _earlier_versions(run, open_run.client, metrics):  # else the evaluation's own report says it all
+        evaluation.write_report(run.sae_url, measured, features, earlier)
     open_run.log_figures(
         {
             "training": charts.training(trained.curves),

@@ -315,7 +315,7 @@ def test_an_sae_trains_where_none_can_be_evaluated(kind: str, request: pytest.Fi
     check(plan, evaluated=False)
     assert estimate(plan)["activations"]["bytes_per_token"] == 16 + 2 * 16 * 4
     steps.extract(plan)
-    assert steps.train(plan)["d_in"] == 16
+    assert steps.train(plan).d_in == 16
     with pytest.raises(UserError, match=r"language_model\.name: .* without next-token logits.*`sae extract` and `sae train`"):
         check(plan)
 

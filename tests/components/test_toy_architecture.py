@@ -67,7 +67,7 @@ class ToySAE(Coder):
 
     def exported(self):
         tensors = dict(self.state_dict())
-        return Exported("jumprelu", {**tensors, "threshold": tensors.pop("floor")}, {})
+        return Exported("jumprelu", {"threshold": tensors.pop("floor"), **tensors}, {})
 '''
 
 
