@@ -10,6 +10,7 @@ from torch import Tensor
 
 from components import steps
 from components.evaluation.job import EvaluationJob, Span
+from components.evaluation.kept import parts
 from components.evaluation.measurements import baseline_spans, sae_spans
 from components.evaluation.reference import Reference
 from components.evaluation.results import active_features
@@ -80,13 +81,13 @@ def _evaluate(name: str, specification: str) -> dict[str, Any]:
 
 def _by_workers(run: Specification, job: EvaluationJob) -> dict[str, Any]:
     settings, name, workers = job.settings, run.config.device, run.config.execution.workers
-    sent = unmapped(job)
+    sent, number = unmapped(job), parts(settings.tokens, workers)
     reference = measure_reference.submit(job, name).result()
     limit = settings.norm_limit(reference.median_norm)
-    spans = sae_spans(settings, job.text, workers)
+    spans = sae_spans(settings, job.text, number)
     measured = merged(finished(measure.map(sent, unmapped(reference.mean), unmapped(limit), devices(name, len(spans)), spans)))
     l0 = active_features(settings, measured)
-    spans = baseline_spans(settings, job.text, workers)
+    spans = baseline_spans(settings, job.text, number)
     compared = finished(
         measure_baselines.map(sent, unmapped(reference), unmapped(l0), devices(name, len(spans)), spans) if spans else []
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,11 +14,13 @@ from torch import nn
 from components import storage
 from components.evaluation import report
 from components.evaluation.held_out import HeldOut
+from components.evaluation.job import Span
+from components.evaluation.kept import KeptSpans, parts
 from components.evaluation.measurements import Autoencoder, Subject, baseline_spans, measure_baselines, measure_sae, sae_spans
 from components.evaluation.reference import Reference, reference_statistics
 from components.evaluation.results import Evaluation, active_features, finish
 from components.evaluation.settings import EvaluationSettings
-from components.evaluation.span_totals import merged
+from components.evaluation.span_totals import SpanSums, merged
 from components.evaluation.token_classes import TokenClasses
 from components.language_model.hook_points import HookPoint
 
@@ -42,19 +45,25 @@ def evaluate(
     reference: Reference,
     device: torch.device,
     classes: TokenClasses | None = None,
+    kept: KeptSpans | None = None,
 ) -> Evaluation:
-    """Everything that is measured of one SAE, by one worker: each pass has a single span.
+    """Everything that is measured of one SAE, by one worker.
 
     reference: its mean is the one of `ce_loss_mean`, its median norm that of `settings.exclude_norms_above`. classes: of
-    the model's tokenizer; no breakdown by class without it. Memory: the logits of `settings.batch_sequences` sequences.
+    the model's tokenizer; no breakdown by class without it. kept: where spans outlive an interruption.
+    Memory: the logits of `settings.batch_sequences` sequences.
     """
     subject = Subject(sae=sae, d_sae=d_sae, model=model, point=point, text=held_out, device=device, classes=classes)
     limit = settings.norm_limit(reference.median_norm)
-    parts = [measure_sae(settings, subject, reference.mean, limit, span) for span in sae_spans(settings, held_out, 1)]
-    measured = merged(parts)
+
+    def passed(kind: str, cut: Callable[..., list[Span]], measure: Callable[[Span], SpanSums]) -> list[SpanSums]:
+        every = cut(settings, held_out, 1 if kept is None else parts(settings.tokens, 1))
+        return [measure(span) if kept is None else kept.sums(kind, span, partial(measure, span)) for span in every]
+
+    measured = merged(passed("sae", sae_spans, lambda span: measure_sae(settings, subject, reference.mean, limit, span)))
     l0 = active_features(settings, measured)
-    parts = [measure_baselines(settings, subject, reference, l0, span) for span in baseline_spans(settings, held_out, 1)]
-    return finish(settings, measured, merged(parts) if parts else None, getattr(sae, "W_dec", None))
+    compared = passed("baselines", baseline_spans, lambda span: measure_baselines(settings, subject, reference, l0, span))
+    return finish(settings, measured, merged(compared) if compared else None, getattr(sae, "W_dec", None))
 
 
 def write_evaluation(

@@ -25,6 +25,8 @@ class EvaluationJob:
     point: HookPoint
     text: HeldOut
     sae_url: str
+    kept_url: str
+    """Where the sums of spans that are done lie (see `KeptSpans`)."""
 
 
 @dataclass(frozen=True)

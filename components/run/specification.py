@@ -179,6 +179,10 @@ class Specification(Record):
         """Where the evaluation of an SAE made elsewhere is kept."""
         return self._url("evaluations", digest)
 
+    def kept_spans_url(self, digest: str) -> str:
+        """Where an evaluation that is going on keeps what it has measured."""
+        return f"{self.given_evaluation_url(digest)}.spans"
+
     def evaluation_set(self, tokens: int) -> str:
         """The digest of what two coders must share to be compared; tokens: that were measured."""
         settings = self.config.evaluation

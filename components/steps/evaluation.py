@@ -11,6 +11,7 @@ from components import storage
 from components.evaluation import evaluate as evaluation
 from components.evaluation import measurements, results
 from components.evaluation.job import EvaluationJob, Span
+from components.evaluation.kept import KeptSpans
 from components.evaluation.span_totals import Measured, SpanSums
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, NormalizedSAE, load_saelens
 from components.language_model.loading import LOADING, kept_model, load_tokenizer
@@ -36,13 +37,14 @@ def evaluate(run: Specification) -> dict[str, Any]:
 
 def evaluation_job(run: Specification) -> EvaluationJob:
     """What there is to measure of the trained SAE, for workers that may be elsewhere."""
-    _, token_manifest = require_trained(run)
+    record, token_manifest = require_trained(run)
     return EvaluationJob(
         settings=run.config.evaluation,
         source=run.model.source,  # without what is cached
         point=run.point,
         text=evaluation.HeldOut(url=run.token_url, manifest=token_manifest),
         sae_url=run.sae_url,
+        kept_url=run.kept_spans_url(identity.digest(run.evaluation_identity(record.weights_sha256))),
     )
 
 
@@ -57,15 +59,23 @@ def evaluation_reference(job: EvaluationJob, device: torch.device) -> evaluation
 
 def measure_span(job: EvaluationJob, mean: torch.Tensor, limit: float | None, device: torch.device, span: Span) -> SpanSums:
     """The SAE on a span of `measurements.sae_spans`. mean, limit: see `measurements.measure_sae`."""
-    subject = _subject(job, device, evaluation.TokenClasses(load_tokenizer(job.source)))
-    return measurements.measure_sae(job.settings, subject, mean, limit, span)
+
+    def measure() -> SpanSums:
+        subject = _subject(job, device, evaluation.TokenClasses(load_tokenizer(job.source)))
+        return measurements.measure_sae(job.settings, subject, mean, limit, span)
+
+    return KeptSpans(job.kept_url).sums("sae", span, measure)
 
 
 def measure_baselines(
     job: EvaluationJob, reference: evaluation.Reference, l0: float, device: torch.device, span: Span
 ) -> SpanSums:
     """What the SAE is compared with, on a span of `measurements.baseline_spans`. l0: the SAE's, on all of the text."""
-    return measurements.measure_baselines(job.settings, _subject(job, device), reference, l0, span)
+
+    def measure() -> SpanSums:
+        return measurements.measure_baselines(job.settings, _subject(job, device), reference, l0, span)
+
+    return KeptSpans(job.kept_url).sums("baselines", span, measure)
 
 
 def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> dict[str, Any]:
@@ -74,8 +84,10 @@ def finish_evaluation(run: Specification, measured: Measured, compared: Measured
     sae = _own_sae(run.sae_url, run.device)
     found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
-    device = torch.device(measured.device)
-    return evaluation.write_evaluation(run.sae_url, identity.digest(named), named, found, device, about)
+    digest, device = identity.digest(named), torch.device(measured.device)
+    written = evaluation.write_evaluation(run.sae_url, digest, named, found, device, about)
+    KeptSpans(run.kept_spans_url(digest)).forget()
+    return written
 
 
 def require_trained(run: Specification) -> tuple[TrainingRecord, dict[str, Any]]:
@@ -117,9 +129,13 @@ def measured_alone(
     )
     sae = load(reference)
     classes = evaluation.TokenClasses(load_tokenizer(run.source))
-    found = evaluation.evaluate(settings, sae, sae.d_sae, model, run.point, text, reference, device, classes)
+    digest = identity.digest(named)
+    kept = KeptSpans(run.kept_spans_url(digest))
+    found = evaluation.evaluate(settings, sae, sae.d_sae, model, run.point, text, reference, device, classes, kept)
     about = _about(run, sae, url, architecture) | ({} if name is None else {"name": name})
-    return evaluation.write_evaluation(url, identity.digest(named), named, found, device, about)
+    written = evaluation.write_evaluation(url, digest, named, found, device, about)
+    kept.forget()
+    return written
 
 
 def _about(run: Specification, sae: AnySAE, url: str, architecture: str) -> dict[str, Any]:

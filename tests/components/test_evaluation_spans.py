@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from components import steps
+from components.evaluation import kept, measurements, spliced_pass
 from components.evaluation.held_out import HeldOut
 from components.evaluation.intervals import DocumentGroups
 from components.evaluation.job import batch_size, spans
@@ -133,3 +134,51 @@ def test_spans_cover_the_text_once_in_the_batches_of_one_worker(tiny_tree: dict,
     assert len(found) <= parts
     lengths = [len(span.sequences) for span in found]
     assert max(lengths) - min(lengths) < 2 * batch
+
+
+@pytest.mark.parametrize("by_workers", [False, True])
+def test_an_interrupted_evaluation_keeps_the_spans_that_are_done(
+    by_workers: bool, tiny_tree: dict, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kept, "TOKENS", 200)
+    plan = trained(tiny_tree)
+    measured: list[str] = []
+    measure = spliced_pass.measure
+
+    def interrupted_at(number: int) -> None:
+        def counting(measurement, text, span, *others):
+            if len(measured) == number:
+                raise KeyboardInterrupt
+            measured.append(f"{others[-1]} {span.sequences}")
+            return measure(measurement, text, span, *others)
+
+        monkeypatch.setattr(measurements, "measure", counting)
+
+    def evaluated() -> dict:
+        return by_spans(plan, kept.parts(1_001, 1))[0] if by_workers else steps.evaluate(plan)
+
+    for number in (3, 8):  # in the middle of either pass
+        interrupted_at(number)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated()
+    interrupted_at(-1)
+    record = evaluated()
+    assert len(measured) == len(set(measured)) > 8  # nothing was measured twice
+    folder = Path(plan.config.storage.root) / "evaluations"
+    assert not list(folder.glob("*.spans"))
+    (Path(plan.sae_url) / "evaluation.json").unlink()
+    monkeypatch.setattr(kept, "TOKENS", 100_000)
+    assert_same(record, steps.evaluate(plan))
+
+
+def test_a_damaged_span_is_measured_again(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
+    plan = trained(tiny_tree, baselines=[])
+    job = steps.evaluation_job(plan)
+    (span,) = sae_spans(job.settings, job.text, 1)
+    mean = steps.evaluation_reference(job, CPU).mean
+    first = steps.measure_span(job, mean, None, CPU, span)
+    (path,) = Path(job.kept_url).iterdir()
+    path.write_bytes(path.read_bytes()[:-200])
+    again = steps.measure_span(job, mean, None, CPU, span)
+    assert np.array_equal(first.by_document.table, again.by_document.table)
+    assert np.array_equal(first.features.fired, again.features.fired)
