@@ -136,7 +136,7 @@ def test_a_server_that_does_not_help(call, prefect_api, status: int, body: str, 
 
 
 def test_a_server_that_answers_with_an_error_is_not_said_to_be_away(call, prefect_api, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flow_runs, "FIRST_CONTACT_SECONDS", 0.1)
+    monkeypatch.setattr(flow_runs, "FIRST_CONTACT_SECONDS", 5.0)
     with answering((500, '{"detail": "a number out of range"}')) as url:
         prefect_api(url)
         done = call("quickstart")

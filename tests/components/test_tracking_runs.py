@@ -27,7 +27,7 @@ root, digest = sys.argv[1:3]
 with tracked_run(TrackingSettings(), root, "work", digest, {"a": 1}, {}) as run:
     run.add_points([{"tokens": 10.0, "loss": 1.0}])
     print("open", flush=True)
-    time.sleep(60)
+    time.sleep(300)
 """
 
 
@@ -44,7 +44,7 @@ def stopped(root: str, digest: str, number: signal.Signals) -> tuple[int, Mlflow
     assert process.stdout is not None
     assert process.stdout.readline() == "open\n"
     process.send_signal(number)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     client = connect(TrackingSettings(), root)
     experiment = client.get_experiment_by_name("sae-foundry").experiment_id
     (run,) = client.search_runs([experiment], f"tags.`sae.run_digest` = '{digest}'")

@@ -59,9 +59,9 @@ def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_b
 ):
     slow = with_tokens(tiny_tree, 50_000_000, checkpoint_tokens=1_000_000_000)
     started = time.monotonic()
-    with pytest.raises(TrainingTimeout, match=r"more than 0\.15 minutes"):
-        launch(work_of(slow), CPU, timeout_seconds=9)
-    assert time.monotonic() - started < 9 + process.STOP_SECONDS
+    with pytest.raises(TrainingTimeout, match=r"more than 0\.75 minutes"):
+        launch(work_of(slow), CPU, timeout_seconds=45)
+    assert time.monotonic() - started < 45 + process.STOP_SECONDS
     assert children() == []
     (checkpoint,) = storage.list_names(checkpoint_folder(slow.sae_url))
     assert int(checkpoint.removeprefix("step-").removesuffix(".safetensors")) > 0
@@ -114,7 +114,7 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
 
 
 def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Specification):
-    wild = with_tokens(tiny_tree, 20_000, learning_rate=1e30)
+    wild = with_tokens(tiny_tree, 20_000, learning_rate=1e15)
     with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):
         launch(work_of(wild), CPU)
     work = work_of(plan)

@@ -45,7 +45,7 @@ def prefect_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[di
             server.wait()
 
 
-def _wait_for(url: str, server: subprocess.Popen, seconds: float = 120) -> None:
+def _wait_for(url: str, server: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         assert server.poll() is None, "the Prefect server ended"

@@ -147,7 +147,7 @@ def test_everything_away_is_said_in_time_without_a_secret_and_ends_with_1(
         "PREFECT_API_AUTH_STRING": "me:planted-secret-3", "COLUMNS": "80",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    done = subprocess.run([SAE, "doctor", str(config), "--json"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SAE, "doctor", str(config), "--json"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
     result = json.loads(done.stdout)
     failures = [check for check in result["checks"] if check["status"] == "failure"]

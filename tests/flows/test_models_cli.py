@@ -51,7 +51,7 @@ def test_from_the_champion_alone_back_to_its_weights_and_all_commands_between(
 
     shown = json.loads(models(capfd, "show", name, "--json", *at))
     record = plan.training_record()
-    assert shown["lineage"]["weights_sha256"] == record["weights_sha256"]
+    assert shown["lineage"]["weights_sha256"] == record.weights_sha256
     assert shown["lineage"]["dataset_digest"] == plan.dataset_digest
     assert len(shown["lineage"]["git_commit"]) == 40
     assert shown["metrics"]["l0"] == pytest.approx(plan.evaluation_record()["metrics"]["l0"])
@@ -76,7 +76,7 @@ def test_from_the_champion_alone_back_to_its_weights_and_all_commands_between(
     assert "storage" in tree
     again = resolve(load_config(str(tmp_path / "reproduction.yaml"), [f"storage.root={tmp_path}/fresh"]))
     steps.extract(again)
-    assert steps.train(again)["weights_sha256"] == record["weights_sha256"]
+    assert steps.train(again).weights_sha256 == record.weights_sha256
     assert again.sae_digest == plan.sae_digest
 
 

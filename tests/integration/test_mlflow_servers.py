@@ -57,7 +57,7 @@ def test_the_whole_line_with_promotions_and_rollback(tree: dict, mlflow_server):
     run = client.get_run(first["run"])
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
-    assert len(client.get_metric_history(first["run"], "train/loss")) == len(plan.training_record()["curves"])
+    assert len(client.get_metric_history(first["run"], "train/loss")) == len(plan.training_record().curves)
     model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
     answer = model.predict(np.ones((2, 32), np.float32))
     assert answer["features"].shape == (2, 64)
@@ -120,7 +120,7 @@ def test_killed_and_restarted_in_the_middle_the_server_has_everything_and_nothin
     client = connect(plan.config.tracking, plan.config.storage.root)
     run = client.get_run(outcome["run"])
     assert run.info.status == "FINISHED"
-    curves = plan.training_record()["curves"]
+    curves = plan.training_record().curves
     for name in ("loss", "l0", "dead_fraction"):
         history = client.get_metric_history(outcome["run"], f"train/{name}")
         assert sorted((metric.step, metric.value) for metric in history) == [(int(p["tokens"]), p[name]) for p in curves]

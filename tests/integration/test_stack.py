@@ -179,7 +179,7 @@ def test_a_run_that_dies_in_training_goes_on_from_its_checkpoint_with_the_same_w
     assert "train: continuing from step" in live.logs(run)
     undisturbed = resolve(parse_config({**named(tree, "undisturbed", **long), "storage": {"root": str(tmp_path / "root")}}))
     steps.extract(undisturbed)
-    weights = steps.train(undisturbed)["weights_sha256"]
+    weights = steps.train(undisturbed).weights_sha256
     assert mlflow.get_model_version_by_alias("killed", "champion").tags["sae.weights_sha256"] == weights
     (only,) = mlflow.search_runs([mlflow.get_experiment_by_name("sae-foundry").experiment_id], "attributes.run_name = 'killed'")
     assert only.info.status == "FINISHED"
