@@ -57,16 +57,23 @@ def svg(figure: Figure) -> Markup:
     return Markup(text.replace("<svg", '<svg role="img"', 1))  # matplotlib escapes what it is given
 
 
-def _axes(size: tuple[float, float], columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+def _axes(
+    size: tuple[float, float], columns: int = 1, rows: int = 1, left: float = 0.65, top: float = 0.15, bottom: float = 0.5
+) -> tuple[Figure, list[Axes]]:
+    """size and margins: inches. They are given, and not measured of what is drawn: that would take as long as drawing it."""
+    width, height = size
+    gaps = {"left": left / width, "right": 1 - 0.2 / width, "top": 1 - top / height, "bottom": bottom / height}
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, list(np.ravel(figure.subplots(rows, columns)))
+        figure = Figure(figsize=size)
+        panels = figure.subplots(rows, columns)
+        figure.subplots_adjust(**gaps, wspace=0.2, hspace=0.5)
+        return figure, list(np.ravel(panels))
 
 
 def training(curves: Sequence[Mapping[str, float]]) -> Figure:
     """Loss, explained variance, L0 and dead fraction against tokens."""
     titles = {"loss": "loss", "explained_variance": "explained variance", "l0": "L0", "dead_fraction": "dead fraction"}
-    figure, panels = _axes((9, 5.4), 2, 2)
+    figure, panels = _axes((9, 5.4), 2, 2, top=0.3)
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         values = [point[key] for point in curves]
         axes.plot([point["tokens"] for point in curves], values, color=_COLOURS["accent"], linewidth=1.3)
@@ -79,7 +86,7 @@ def training(curves: Sequence[Mapping[str, float]]) -> Figure:
 def losses(metrics: Mapping[str, Any]) -> Figure:
     """The four cross-entropies as bars from zero, each with its interval as a whisker; those that are null are left out."""
     shown = [(label, colour, f"ce_loss_{name}") for name, label, colour in _LOSSES if metrics[f"ce_loss_{name}"] is not None]
-    figure, (axes,) = _axes((5, 2.3))
+    figure, (axes,) = _axes((5, 2.3), left=1.05)
     for place, (_, colour, name) in enumerate(shown):
         value, low, high = metrics[name], metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         axes.barh(place, value, height=0.55, color=_COLOURS[colour])
@@ -98,7 +105,7 @@ def losses(metrics: Mapping[str, Any]) -> Figure:
 def density(values: np.ndarray) -> Figure:
     """Histogram of log10 feature density `[d_sae]`, of the features that fired at all."""
     alive = np.log10(values[values > 0])
-    figure, (axes,) = _axes((5, 2.5))
+    figure, (axes,) = _axes((5, 2.5), left=0.75)
     if len(alive):
         low, high = np.floor(alive.min() * 2) / 2, np.ceil(alive.max() * 2) / 2
         axes.hist(alive, bins=np.arange(low, max(high, low + 1) + 1e-9, 0.125).tolist(), color=_COLOURS["accent"], rwidth=0.9)
@@ -111,7 +118,7 @@ def density(values: np.ndarray) -> Figure:
 
 def breakdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     """One line per group: cross-entropy as it is and with the SAE, explained variance, L0."""
-    figure, panels = _axes((10, 0.75 + 0.3 * len(rows)), 3)
+    figure, panels = _axes((10, 0.75 + 0.3 * len(rows)), 3, left=2.6, top=0.3, bottom=0.3)
     places = range(len(rows))
     for place, row in enumerate(rows):
         if row["ce_loss_clean"] is not None and row["ce_loss_sae"] is not None:
@@ -135,7 +142,7 @@ def breakdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure
 
 def scatter(dots: Sequence[Dot], y_label: str) -> Figure:
     """Points by L0 and quality, and the line of those that no other beats in both (fewer features, higher quality)."""
-    figure, (axes,) = _axes((5, 3))
+    figure, (axes,) = _axes((5, 3), left=0.85)
     by_l0 = sorted(dots, key=lambda dot: (dot.x, -dot.y))
     best = np.maximum.accumulate([dot.y for dot in by_l0])
     frontier = [(dot.x, dot.y) for dot, most in zip(by_l0, best, strict=True) if dot.y == most]
@@ -145,5 +152,5 @@ def scatter(dots: Sequence[Dot], y_label: str) -> Figure:
         axes.scatter(dot.x, dot.y, s=70 if own else 36, color=_COLOURS[dot.kind], edgecolors=_COLOURS["card"], zorder=2 + own)
         axes.annotate(dot.label, (dot.x, dot.y), (6, 6), textcoords="offset points", fontsize=9 if own else 8)
     axes.set(xlabel="L0", ylabel=y_label)
-    axes.margins(0.16)
+    axes.margins(x=0.25, y=0.16)
     return figure
