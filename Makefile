@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONFIG ?= quickstart
 PORT ?= 5000
+# Tests start many processes: libgomp's threads, which spin while they wait, would take the cores from each other's.
+test test-integration soak: export OMP_WAIT_POLICY ?= PASSIVE
 # Of the tests; each imports torch, and takes 1.5 GB at most.
 WORKERS ?= 2
 
@@ -38,7 +40,7 @@ ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not integration and not soak"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not integration and not soak"
 
 $(VENV)/.integration: $(INSTALLED) requirements-integration.lock
 	@$(PIP) install -q -r requirements.lock -r requirements-integration.lock
