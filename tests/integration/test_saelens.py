@@ -51,6 +51,7 @@ def test_saelens_loads_the_artifact_and_computes_the_same(saelens: Path, tmp_pat
     assert done.stdout.split() == ["StandardSAE", "resid_post.2"]
     result = np.load(tmp_path / "x.npy.out.npz")
     ours = load_saelens(folder, torch.device("cpu"))
-    features = ours.encode(torch.tensor(x))
-    np.testing.assert_allclose(result["features"], features, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(result["reconstruction"], ours.decode(features), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        features, reconstruction = ours.reconstruct(torch.tensor(x))
+    np.testing.assert_allclose(result["features"], features.dense(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result["reconstruction"], reconstruction, rtol=1e-5, atol=1e-5)
