@@ -37,6 +37,9 @@ EVALUATION_SET = "held-out"
 """Name of the dataset that evaluations are measured on; its digest is the evaluation set's."""
 _CLOSING_SECONDS = 15.0
 """How long a run that failed for another reason waits for its server, to say so there."""
+_OPENING = threading.Lock()
+"""A thread's run that is made and not yet in `liveness` would look to another thread like one that lost its writer."""
+
 _PER_CALL = 100  # parameters and tags of one log_batch call
 
 logger = logging.getLogger(__name__)
@@ -274,18 +277,19 @@ def _open(
 ) -> tuple[Run, Run | None]:
     """The run, RUNNING, and what was there of it before."""
     experiment = client.get_experiment_by_name(settings.experiment)
-    liveness.close_dead_runs(client, experiment.experiment_id)
     everything = {
         **tags, **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
     }  # fmt: skip
-    earlier = _first_of(client, experiment.experiment_id, run_digest)
-    while earlier is None:
-        active = client.create_run(experiment.experiment_id, tags={**everything, MLFLOW_RUN_NAME: name}, run_name=name)
+    with _OPENING:
+        liveness.close_dead_runs(client, experiment.experiment_id)
         earlier = _first_of(client, experiment.experiment_id, run_digest)
-        if earlier is not None and earlier.info.run_id == active.info.run_id:
-            liveness.opened(active.info.run_id)
-            return active, None
-        client.delete_run(active.info.run_id)  # somebody who began at the same moment was first
+        while earlier is None:
+            active = client.create_run(experiment.experiment_id, tags={**everything, MLFLOW_RUN_NAME: name}, run_name=name)
+            earlier = _first_of(client, experiment.experiment_id, run_digest)
+            if earlier is not None and earlier.info.run_id == active.info.run_id:
+                liveness.opened(active.info.run_id)
+                return active, None
+            client.delete_run(active.info.run_id)  # somebody who began at the same moment was first
     earlier = liveness.wait_for_its_writer(client, earlier, tags.get(FLOW_RUN_TAG))
     if earlier.info.lifecycle_stage == "deleted":  # by such a one
         return _open(client, settings, name, run_digest, tags)

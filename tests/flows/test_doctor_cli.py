@@ -22,7 +22,7 @@ from components.doctor import checks as doctor
 from components.doctor.check import Check
 from components.doctor.prefect_server import prefect_checks
 from components.run.config import parse_config
-from flows.cli import doctor as doctor_cli
+from flows.cli.doctor import _print_checks
 
 SAE = str(Path(sys.executable).parent / "sae")
 PASSWORD = "me:planted-secret-22222"
@@ -157,7 +157,7 @@ def test_everything_away_is_said_in_time_without_a_secret_and_ends_with_1(
     assert result["failures"] == 3
     assert all(check["advice"] for check in failures)
     assert "planted" not in done.stdout + done.stderr
-    doctor_cli._print_checks(result)
+    _print_checks(result)
     shown = capsys.readouterr().out.splitlines()
     assert max(map(len, shown)) <= 80
     assert "3 failed" in shown[-1]
