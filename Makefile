@@ -48,10 +48,10 @@ $(VENV)/.integration: $(INSTALLED) requirements-integration.lock
 
 .PHONY: test-integration
 test-integration: $(VENV)/.integration  ## Run the tests against real servers and the peer library
-	@$(BIN)/python -m pytest -m integration
+	@$(BIN)/python -m pytest -m "integration and not soak"
 
 .PHONY: soak
-soak: $(INSTALLED)  ## Run the long campaigns (kill -9 at every moment that can be told apart)
+soak: $(VENV)/.integration  ## Run the long campaigns (kill -9 at every moment that can be told apart)
 	@$(BIN)/python -m pytest -m soak
 
 .PHONY: lint

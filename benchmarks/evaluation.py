@@ -53,7 +53,7 @@ def main() -> None:
 
     variants = {"sae": spliced, "zero": baselines.zero, "mean": baselines.constant(reference.mean)}
     classes = TokenClasses(load_tokenizer(plan.source))
-    length = manifest["context_length"]
+    length = manifest.context_length
     measurement = Measurement(splicer, variants, frozenset({"sae"}), reference.mean, None, length, classes)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     seconds = dict.fromkeys(("evaluation", "clean", "spliced", "sae"), 0.0)

@@ -40,7 +40,7 @@ def main() -> None:
             steps.extract(plan)
             with steps.tracked(plan, {PARENT_TAG: parent.run_id}) as child:
                 steps.train(plan, child.add_points)
-                metrics = steps.evaluate(plan)["metrics"]
+                metrics = steps.evaluate(plan).metrics
                 steps.log_results(plan, child)
             line = {"hook_point": plan.hook_point, "lambda": coefficient, "learning_rate": rate}
             print(json.dumps({**line, **{name: metrics[name] for name in SHOWN}}), flush=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from components import steps
+from components.registry.records import Outcome
 from components.run.specification import Specification
 
 # Under `components`, whose logs the flow run's page shows.
@@ -38,16 +38,16 @@ def mlflow_run(run: Specification, run_id: str, address: str | None) -> None:
 
 
 @_for_show()
-def verdict(run: Specification, summary: dict[str, Any]) -> None:
+def verdict(run: Specification, outcome: Outcome) -> None:
     """The version and its alias; its metrics beside those of the champion that it was measured against; the gates."""
     rows = {
-        "model version": f"models:/{summary['registered_model']}/{summary['model_version']}",
-        "MLflow run": summary["mlflow_run"],
-        "alias": f"{summary['alias']}: {summary['alias_reason']}",
+        "model version": outcome.uri,
+        "MLflow run": outcome.mlflow_run,
+        "alias": f"{outcome.alias}: {outcome.alias_reason}",
     }
     create_markdown_artifact("\n".join(f"- {name}: `{value}`" for name, value in rows.items()), key="model-version")
-    compared = steps.comparison(run, summary)
+    compared = steps.comparison(run, outcome)
     against = "there was no champion" if compared["champion"] is None else f"against version {compared['champion']}"
-    name = f"{summary['registered_model']} version {summary['model_version']}"
+    name = f"{outcome.registered_model} version {outcome.model_version}"
     create_table_artifact(compared["metrics"], key="metrics", description=f"{name}, {against}")
-    create_table_artifact(compared["gates"], key="gates", description=f"{name}: {summary['alias_reason']}")
+    create_table_artifact(compared["gates"], key="gates", description=f"{name}: {outcome.alias_reason}")

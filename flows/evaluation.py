@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
@@ -12,6 +10,7 @@ from components import steps
 from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.kept import parts
 from components.evaluation.measurements import baseline_spans, sae_spans
+from components.evaluation.record import EvaluationRecord
 from components.evaluation.reference import Reference
 from components.evaluation.results import active_features
 from components.evaluation.span_totals import SpanSums, merged
@@ -26,7 +25,7 @@ from flows.runs import begin
 
 
 @task(name="measure-alone", cache_policy=NO_CACHE, **RETRIED)
-def measure_alone(specification: str) -> dict[str, Any]:
+def measure_alone(specification: str) -> EvaluationRecord:
     """SAE artifact -> its metrics on held-out documents, by one worker."""
     return steps.evaluate(Specification.from_json(specification))
 
@@ -50,7 +49,7 @@ def measure_baselines(job: EvaluationJob, reference: Reference, l0: float, devic
 
 
 @flow(name="evaluate", flow_run_name="{config.name}")
-def evaluate(config: RunConfig, sae: str | None = None) -> dict[str, Any]:
+def evaluate(config: RunConfig, sae: str | None = None) -> tuple[str, EvaluationRecord]:
     """SAE artifact -> its metrics on held-out documents; address and evaluation record.
 
     sae: an SAE made elsewhere instead of the one that this configuration trains, see `steps.evaluate_given`; this process
@@ -62,24 +61,24 @@ def evaluate(config: RunConfig, sae: str | None = None) -> dict[str, Any]:
     return steps.evaluate_given(run, sae) if sae is not None else evaluated(run)
 
 
-def evaluated(run: Specification) -> dict[str, Any]:
+def evaluated(run: Specification) -> tuple[str, EvaluationRecord]:
     """Address and evaluation record, by workers on the task runner that the configuration names."""
     runner = task_runner(run.config.execution)
-    return _evaluate.with_options(task_runner=runner)(run.config.name, run.to_json())
+    return run.sae_url, _evaluate.with_options(task_runner=runner)(run.config.name, run.to_json())
 
 
 @flow(name="spans", flow_run_name="{name}")
-def _evaluate(name: str, specification: str) -> dict[str, Any]:
+def _evaluate(name: str, specification: str) -> EvaluationRecord:
     run = Specification.from_json(specification)
     job = steps.evaluation_job(run)
     record = run.evaluation_record()
     if record is None:
         alone = run.config.execution.runner == "threads" and run.config.execution.workers == 1
         record = measure_alone(specification) if alone else _by_workers(run, job)
-    return {"url": run.sae_url, **record}
+    return record
 
 
-def _by_workers(run: Specification, job: EvaluationJob) -> dict[str, Any]:
+def _by_workers(run: Specification, job: EvaluationJob) -> EvaluationRecord:
     settings, name, workers = job.settings, run.config.device, run.config.execution.workers
     sent, number = unmapped(job), parts(settings.tokens, workers)
     reference = measure_reference.submit(job, name).result()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
 from components import steps, storage
 from components.activations.dataset import extraction
 from components.activations.dataset.job import Extraction
+from components.corpus.manifest import TokenManifest
 from components.hardware import resolve_device
 from components.run.checks import check
 from components.run.config import RunConfig
@@ -21,7 +20,7 @@ from flows.runs import begin
 
 
 @task(name="tokens", cache_policy=NO_CACHE, **RETRIED)
-def prepare_tokens(specification: str) -> dict[str, Any]:
+def prepare_tokens(specification: str) -> TokenManifest:
     """Corpus -> token dataset; its manifest."""
     return steps.prepare_tokens(Specification.from_json(specification))
 

@@ -11,9 +11,11 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from components import steps
+from components.registry.records import Outcome
 from components.run.checks import check
 from components.run.config import RunConfig
 from components.run.specification import Specification, resolve
+from components.steps.outcome import Summary
 from flows import artifacts
 from flows.evaluation import evaluated
 from flows.extraction import extracted, prepare_tokens
@@ -26,13 +28,13 @@ from flows.training import require_training_limit, train
 
 
 @task(name="register", cache_policy=NO_CACHE, **RETRIED)
-def register(specification: str, open_run: Any) -> dict[str, Any]:
+def register(specification: str, open_run: Any) -> Outcome:
     """SAE artifact and metrics -> a model version with an alias; version, alias and reason."""
     return steps.register(Specification.from_json(specification), open_run)
 
 
 @flow(name="pipeline", flow_run_name="{config.name}")
-def pipeline(config: RunConfig) -> dict[str, Any]:
+def pipeline(config: RunConfig) -> Summary:
     """From a corpus to a registered SAE; the summary of the run."""
     begin()
     run = resolve(config)
@@ -41,13 +43,13 @@ def pipeline(config: RunConfig) -> dict[str, Any]:
 
 
 @flow(name="pipeline", flow_run_name="{name}")
-def pipeline_of(name: str, specification: str) -> dict[str, Any]:
+def pipeline_of(name: str, specification: str) -> Summary:
     """`pipeline` of a run that is resolved and checked already."""
     begin()
     return line(Specification.from_json(specification))
 
 
-def line(run: Specification) -> dict[str, Any]:
+def line(run: Specification) -> Summary:
     """All steps, within a flow run."""
     require_training_limit(run.config.execution.training_limit)
     seconds: dict[str, float] = {}
@@ -65,8 +67,8 @@ def line(run: Specification) -> dict[str, Any]:
         with _timed(seconds, "register"):
             outcome = register(sent, open_run)
         announce(run, outcome)
-    summary = steps.summary(run, {"mlflow_run": open_run.run_id, **outcome}, seconds, reused=False)
-    artifacts.verdict(run, summary)
+    summary = steps.summary(run, outcome, seconds, reused=False)
+    artifacts.verdict(run, outcome)
     return summary
 
 

@@ -24,9 +24,7 @@ NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refuse
 
 
 @flow(name="retrain", flow_run_name="{config.name}")
-def retrain(
-    config: RunConfig, force: bool = False, max_age_days: Days | None = None, commit: str | None = None
-) -> State[dict[str, Any]]:
+def retrain(config: RunConfig, force: bool = False, max_age_days: Days | None = None, commit: str | None = None) -> State[Any]:
     """Train again if corpus, language model, configuration, recipe or age say so, or by `force`; activations are reused.
 
     max_age_days: an SAE that is older is trained anew. commit: of the change that asks for it, a tag of the runs.
@@ -40,17 +38,17 @@ def retrain(
     due = staleness.verdict(run, word, max_age_days)
     get_run_logger().info("%s: %s", config.name, due.reason)
     if due.standing is not None:
-        if due.standing["alias"] == "champion":
+        if due.standing.alias == "champion":
             return Completed(name=NOTHING_TO_DO, message=due.reason)
         # Asked again, a refusal is still one.
         artifacts.verdict(run, due.standing)
-        return Completed(name=REFUSED, message=f"{due.reason}, and it stands refused: {due.standing['alias_reason']}")
+        return Completed(name=REFUSED, message=f"{due.reason}, and it stands refused: {due.standing.alias_reason}")
     with tags(*([f"commit:{commit[:12]}"] if commit else [])):
-        summary = line(run.repeated(due.rerun))
-    version = f"{summary['registered_model']} version {summary['model_version']}"
+        outcome = line(run.repeated(due.rerun)).outcome
+    version = f"{outcome.registered_model} version {outcome.model_version}"
     return Completed(
-        name=PROMOTED if summary["alias"] == "champion" else REFUSED,
-        message=f"{version}: {summary['alias_reason']} (trained because {due.reason})",
+        name=PROMOTED if outcome.alias == "champion" else REFUSED,
+        message=f"{version}: {outcome.alias_reason} (trained because {due.reason})",
     )
 
 

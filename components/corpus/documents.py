@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import Any
 
+from components.corpus.manifest import Split
 from components.corpus.settings import SourceSettings
 from components.settings import UserError
 
@@ -28,13 +29,13 @@ class Document:
     def sha256(self) -> str:
         return sha256(self.text.encode("utf-8")).hexdigest()
 
-    def split(self, held_out_fraction: float) -> str:
+    def split(self, held_out_fraction: float) -> Split:
         """`"held_out"` or `"train"`. A conversation's side is decided before a chat template touches it, since another
         model's template makes another text of it."""
         return split_of(self.text if self.conversation is None else self.conversation, held_out_fraction)
 
 
-def split_of(text: str, held_out_fraction: float) -> str:
+def split_of(text: str, held_out_fraction: float) -> Split:
     """`"held_out"` or `"train"`, from the text alone.
 
     The decision looks at nothing but the text, so that the same document is on the same side for every model,

@@ -20,9 +20,18 @@ import pyarrow.parquet as pq
 
 from components import storage
 from components.corpus.files import ListedFile
+from components.corpus.manifest import (
+    SCHEMA_VERSION,
+    SPLITS,
+    Split,
+    TokenManifest,
+    TokenShard,
+    TokenSplit,
+    commit,
+    read_token_manifest,
+)
 from components.corpus.packing import SPECIAL
 from components.corpus.settings import CorpusSettings
-from components.corpus.tokenization import SCHEMA_VERSION, SPLITS
 from components.settings import UserError
 
 _SHARD_BYTES = 64 << 20
@@ -54,13 +63,13 @@ def prepare_images(
     url: str,
     digest: str,
     identity: dict[str, Any],
-) -> dict[str, Any]:
+) -> TokenManifest:
     """Write the image dataset at `url` unless it is there, and return its manifest.
 
     Images are read in a hashed order; copies of an image and files that are no readable image are left out. Memory: a
     shard of encoded images per split. Raises a UserError when a split ends up with no images.
     """
-    manifest = storage.read_json_if_present(storage.join(url, "manifest.json"))
+    manifest = read_token_manifest(url)
     if manifest is not None:
         return manifest
     writers = {
@@ -87,7 +96,7 @@ def prepare_images(
         logger.warning("corpus.paths: left out %d that cannot be read as images, such as %s", len(unreadable), unreadable[0])
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, entry in splits.items():
-        if entry["tokens"] == 0:
+        if entry.tokens == 0:
             raise UserError(
                 f"corpus: no image is left for the {split} split out of {len(rows)}; use a larger corpus or another "
                 f"corpus.held_out_fraction than {settings.held_out_fraction}"
@@ -96,20 +105,19 @@ def prepare_images(
         columns = [pa.array(column) for column in zip(*rows, strict=True)]
         pq.write_table(pa.table(columns, schema=_DOCUMENT_SCHEMA), path, compression="zstd")
     storage.sweep(url)
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "digest": digest,
-        "identity": identity,
-        "context_length": len(layout),
-        "documents": len(rows),
-        "unreadable": len(unreadable),
-        "splits": splits,
-    }
-    storage.put_json_once(manifest, storage.join(url, "manifest.json"))
-    return storage.read_json(storage.join(url, "manifest.json"))
+    made = TokenManifest(
+        schema_version=SCHEMA_VERSION,
+        digest=digest,
+        identity=identity,
+        context_length=len(layout),
+        documents=len(rows),
+        unreadable=len(unreadable),
+        splits=splits,
+    )
+    return commit(url, made)
 
 
-def split_of_bytes(content: bytes, held_out_fraction: float) -> str:
+def split_of_bytes(content: bytes, held_out_fraction: float) -> Split:
     """`"held_out"` or `"train"`, from the image's bytes alone, as `documents.split_of` from a text."""
     value = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
     return "held_out" if value < held_out_fraction * 2.0**64 else "train"
@@ -118,9 +126,9 @@ def split_of_bytes(content: bytes, held_out_fraction: float) -> str:
 class _SplitWriter:
     """Shards of one split, each put in one piece; full when its budget of counted patches is spent."""
 
-    def __init__(self, split: str, url: str, layout: ImageLayout, budget: int) -> None:
+    def __init__(self, split: Split, url: str, layout: ImageLayout, budget: int) -> None:
         self.split, self.url, self.layout, self.budget = split, url, layout, budget
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[TokenShard] = []
         self.tokens = self.sequences = 0
         self._documents: list[np.ndarray] = []
         self._images: list[bytes] = []
@@ -139,10 +147,10 @@ class _SplitWriter:
         if len(self._images) == _SHARD_IMAGES or sum(map(len, self._images)) >= _SHARD_BYTES:
             self._write()
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> TokenSplit:
         if self._images:
             self._write()
-        return {"tokens": self.tokens, "sequences": self.sequences, "documents": self.sequences, "shards": self.shards}
+        return TokenSplit(tokens=self.tokens, sequences=self.sequences, documents=self.sequences, shards=tuple(self.shards))
 
     def _write(self) -> None:
         name, count, length = f"{self.split}-{len(self.shards):05d}.parquet", len(self._images), len(self.layout)
@@ -160,7 +168,7 @@ class _SplitWriter:
             # Image files are compressed already.
             pq.write_table(pa.table(columns), path, compression={"images": "none"} | dict.fromkeys(_PATCH_COLUMNS, "zstd"))
             size, checksum = path.stat().st_size, storage.file_sha256(path)
-        self.shards.append({"name": name, "sequences": count, "bytes": size, "sha256": checksum})
+        self.shards.append(TokenShard(name=name, sequences=count, bytes=size, sha256=checksum))
         self._documents, self._images = [], []
 
 

@@ -20,15 +20,13 @@ from components import storage
 from components.corpus.documents import Document
 from components.corpus.duplicates import Duplicates, Fingerprint
 from components.corpus.encoder import Encoder
+from components.corpus.manifest import SPLITS, Split, TokenShard, TokenSplit
 from components.corpus.mixture import Quotas
 from components.corpus.packing import Packer
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import ListedSource, read_documents, weights_to_shares
 from components.progress import progress
 
-SCHEMA_VERSION = 2
-"""Of the files of a token dataset."""
-SPLITS = ("train", "held_out")
 _SEQUENCES_PER_SHARD = 4096
 # A batch is large enough for a fast tokenizer to spread over the cores, and small enough to be held for every source.
 _DOCUMENTS_PER_BATCH = 512
@@ -44,7 +42,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class _Candidate:
     document: Document
-    split: str
+    split: Split
     fingerprint: Fingerprint
     tokens: Sequence[int]
 
@@ -61,7 +59,7 @@ class Tokenization:
         self.dropped = [{"exact": 0, "near": 0} for _ in self.names]
         self.documents = 0
 
-    def run(self) -> dict[str, dict[str, Any]]:
+    def run(self) -> dict[Split, TokenSplit]:
         """The manifest's entry for each split."""
         packers = {split: Packer(self.settings, self.encoder.bos, self.encoder.separator) for split in SPLITS}
         writers = {split: _SplitWriter(split, self.url) for split in SPLITS}
@@ -168,9 +166,9 @@ class _DocumentTable:
 class _SplitWriter:
     """Shards of one split, each put in one piece."""
 
-    def __init__(self, split: str, url: str) -> None:
+    def __init__(self, split: Split, url: str) -> None:
         self.split, self.url = split, url
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[TokenShard] = []
         self.tokens = 0
         self.documents = 0
         self._last_document = -1
@@ -187,11 +185,11 @@ class _SplitWriter:
             self._held = [joined[_SEQUENCES_PER_SHARD:]]
             self._count -= _SEQUENCES_PER_SHARD
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> TokenSplit:
         if self._count:
             self._write(np.concatenate(self._held))
-        sequences = sum(shard["sequences"] for shard in self.shards)
-        return {"tokens": self.tokens, "sequences": sequences, "documents": self.documents, "shards": self.shards}
+        sequences = sum(shard.sequences for shard in self.shards)
+        return TokenSplit(tokens=self.tokens, sequences=sequences, documents=self.documents, shards=tuple(self.shards))
 
     def _write(self, sequences: np.ndarray) -> None:
         name = f"{self.split}-{len(self.shards):05d}.parquet"
@@ -204,7 +202,7 @@ class _SplitWriter:
         with storage.whole_file(storage.join(self.url, name)) as path:
             pq.write_table(pa.table(columns), path, compression="zstd")
             size, sha256 = path.stat().st_size, storage.file_sha256(path)
-        self.shards.append({"name": name, "sequences": len(sequences), "bytes": size, "sha256": sha256})
+        self.shards.append(TokenShard(name=name, sequences=len(sequences), bytes=size, sha256=sha256))
         found = np.unique(sequences[:, 1][sequences[:, 1] >= 0])
         self.tokens += int((sequences[:, 1] >= 0).sum())
         # Ids of a split arrive in order, so only the first may have been counted with the shard before.

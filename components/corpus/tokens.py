@@ -19,10 +19,20 @@ import pyarrow.parquet as pq
 
 from components import storage
 from components.corpus.encoder import Encoder
+from components.corpus.manifest import (
+    SCHEMA_VERSION,
+    SPLITS,
+    SourceEntry,
+    SourceSplit,
+    Split,
+    TokenManifest,
+    commit,
+    read_token_manifest,
+)
 from components.corpus.packing import PADDING, SPECIAL
 from components.corpus.settings import CorpusSettings
 from components.corpus.sources import ListedSource, describe, list_corpus
-from components.corpus.tokenization import SCHEMA_VERSION, SPLITS, Tokenization
+from components.corpus.tokenization import Tokenization
 from components.settings import UserError
 
 __all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_sequences"]
@@ -58,76 +68,75 @@ def prepare_tokens(
     digest: str = "",
     identity: Mapping[str, Any] | None = None,
     sources: Sequence[ListedSource] | None = None,
-) -> dict[str, Any]:
+) -> TokenManifest:
     """Write the token dataset at `url` unless it is there, and return its manifest.
 
     digest, identity: what names it. sources: what is read, as it was listed when the run was resolved; as it is now where it
     is not given. Raises a UserError when a split ends up with no tokens.
     """
-    manifest = storage.read_json_if_present(storage.join(url, "manifest.json"))
+    manifest = read_token_manifest(url)
     if manifest is not None:
         return manifest
     work = Tokenization(settings, encoder, seed, url, list_corpus(settings) if sources is None else sources)
     splits = work.run()
     storage.sweep(url)
     for split, entry in splits.items():
-        if entry["tokens"] == 0:
+        if entry.tokens == 0:
             raise UserError(
                 f"corpus: no document is left for the {split} split out of {work.documents}; use a larger corpus or another "
                 f"corpus.held_out_fraction than {settings.held_out_fraction}"
             )
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "digest": digest,
-        "identity": dict(identity or {}),
-        "context_length": settings.context_length,
-        "documents": work.documents,
-        "splits": splits,
-        "sources": _source_entries(settings, work),
-    }
-    storage.put_json_once(manifest, storage.join(url, "manifest.json"))
-    _report(manifest)
-    return storage.read_json(storage.join(url, "manifest.json"))
+    made = TokenManifest(
+        schema_version=SCHEMA_VERSION,
+        digest=digest,
+        identity=dict(identity or {}),
+        context_length=settings.context_length,
+        documents=work.documents,
+        splits=splits,
+        sources=_source_entries(settings, work),
+    )
+    _report(made)
+    return commit(url, made)
 
 
-def read_sequences(url: str, manifest: dict[str, Any], split: str, start: int, stop: int) -> Sequences:
+def read_sequences(url: str, manifest: TokenManifest, split: Split, start: int, stop: int) -> Sequences:
     """Sequences `start` to `stop` (exclusive, cut at the end) of a split; at most two shards are held in memory."""
     blocks, first = [], 0
-    for shard in manifest["splits"][split]["shards"]:
-        low, high = max(start - first, 0), min(stop - first, shard["sequences"])
+    for shard in manifest.splits[split].shards:
+        low, high = max(start - first, 0), min(stop - first, shard.sequences)
         if low < high:
-            blocks.append(_read_shard(storage.join(url, shard["name"]))[low:high])
-        first += shard["sequences"]
+            blocks.append(_read_shard(storage.join(url, shard.name))[low:high])
+        first += shard.sequences
     return _concatenate(blocks)
 
 
-def _source_entries(settings: CorpusSettings, work: Tokenization) -> list[dict[str, Any]]:
-    """What each source gave. `ended`: it had no more documents before its share was reached."""
-    return [
-        {
-            "name": source.name,
-            "share": work.quotas.shares[index],
-            "read_from": describe(source),
-            "ended": work.quotas.ended[index],
-            "duplicates_dropped": work.dropped[index],
-            "splits": {
-                split: {"tokens": work.quotas.tokens[index][split], "documents": work.quotas.documents[index][split]}
+def _source_entries(settings: CorpusSettings, work: Tokenization) -> tuple[SourceEntry, ...]:
+    quotas = work.quotas
+    return tuple(
+        SourceEntry(
+            name=source.name,
+            share=quotas.shares[index],
+            read_from=tuple(describe(source)),
+            ended=quotas.ended[index],
+            duplicates_dropped=work.dropped[index],
+            splits={
+                split: SourceSplit(tokens=quotas.tokens[index][split], documents=quotas.documents[index][split])
                 for split in SPLITS
             },
-        }
+        )
         for index, (_, source) in enumerate(settings.sources)
-    ]
+    )
 
 
-def _report(manifest: dict[str, Any]) -> None:
-    sources = manifest["sources"]
-    for split, entry in manifest["splits"].items():
+def _report(manifest: TokenManifest) -> None:
+    sources = manifest.sources
+    for split, entry in manifest.splits.items():
         shares = ""
         if len(sources) > 1:
-            given = [f"{100 * source['splits'][split]['tokens'] / entry['tokens']:.1f}% {source['name']}" for source in sources]
+            given = [f"{100 * source.splits[split].tokens / entry.tokens:.1f}% {source.name}" for source in sources]
             shares = f" ({', '.join(given)})"
-        logger.info("%s: %s tokens of %s documents%s", split, f"{entry['tokens']:,}", f"{entry['documents']:,}", shares)
-    copies, near = (sum(source["duplicates_dropped"][kind] for source in sources) for kind in ("exact", "near"))
+        logger.info("%s: %s tokens of %s documents%s", split, f"{entry.tokens:,}", f"{entry.documents:,}", shares)
+    copies, near = (sum(source.duplicates_dropped[kind] for source in sources) for kind in ("exact", "near"))
     if copies or near:
         logger.info("corpus: dropped as duplicates: %s exact, %s near", f"{copies:,}", f"{near:,}")
 

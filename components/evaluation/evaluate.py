@@ -17,22 +17,20 @@ from components.evaluation.held_out import HeldOut
 from components.evaluation.job import Span
 from components.evaluation.kept import KeptSpans, parts
 from components.evaluation.measurements import Autoencoder, Subject, baseline_spans, measure_baselines, measure_sae, sae_spans
+from components.evaluation.record import About, EvaluationRecord, read_evaluation, record_url
 from components.evaluation.reference import Reference, reference_statistics
 from components.evaluation.results import Evaluation, active_features, finish
 from components.evaluation.settings import EvaluationSettings
 from components.evaluation.span_totals import SpanSums, merged
 from components.evaluation.token_classes import TokenClasses
 from components.language_model.hook_points import HookPoint
+from components.records import put_record
 
-__all__ = ["Autoencoder", "Evaluation", "HeldOut", "Reference", "TokenClasses", "evaluate", "reference_statistics"]
+__all__ = [
+    "Autoencoder", "Evaluation", "HeldOut", "Reference", "TokenClasses", "evaluate", "read_evaluation", "reference_statistics",
+]  # fmt: skip
 
 FILES = ("features.parquet", "report.html", "evaluation.json")
-
-
-def read_evaluation(url: str, digest: str) -> dict[str, Any] | None:
-    """The evaluation beside the artifact at `url`, None unless it is the one of that digest."""
-    record = storage.read_json_if_present(storage.join(url, "evaluation.json"))
-    return record if record is not None and record["digest"] == digest else None
 
 
 def evaluate(
@@ -67,29 +65,26 @@ def evaluate(
 
 
 def write_evaluation(
-    url: str, digest: str, identity: dict[str, Any], evaluation: Evaluation, device: torch.device, about: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Put `features.parquet`, `report.html` and then `evaluation.json` beside the artifact at `url`; returns the record.
-
-    about: what the report says of the SAE (see `report.render`).
-    """
+    url: str, digest: str, identity: dict[str, Any], evaluation: Evaluation, device: torch.device, about: About
+) -> EvaluationRecord:
+    """Put `features.parquet`, `report.html` and then `evaluation.json` beside the artifact at `url`; returns the record."""
     with storage.whole_file(storage.join(url, "features.parquet")) as path:
         pq.write_table(evaluation.features, path, compression="zstd")
-    record = {
-        "digest": digest,
-        "identity": identity,
-        "metrics": evaluation.metrics,
-        "breakdown": evaluation.breakdown,
-        "baselines": evaluation.baselines,
-        "about": dict(about),
-        "device": str(device),
-    }
+    record = EvaluationRecord(
+        digest=digest,
+        identity=identity,
+        metrics=evaluation.metrics,
+        breakdown=evaluation.breakdown,
+        baselines=evaluation.baselines,
+        about=about,
+        device=str(device),
+    )
     write_report(url, record, evaluation.features, ())
-    storage.put_json(record, storage.join(url, "evaluation.json"))
+    put_record(record, record_url(url))
     return record
 
 
-def write_report(url: str, record: Mapping[str, Any], features: pa.Table, earlier: Sequence[Mapping[str, Any]]) -> None:
+def write_report(url: str, record: EvaluationRecord, features: pa.Table, earlier: Sequence[Mapping[str, Any]]) -> None:
     """Put `report.html` beside the artifact at `url`, over one that is there.
 
     earlier: SAEs to compare with, each with `name`, `l0`, `explained_variance` and `loss_recovered`.

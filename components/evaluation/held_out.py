@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from components.corpus.manifest import TokenManifest
 from components.corpus.tokens import PADDING, Sequences, read_sequences
 
 
@@ -16,18 +16,18 @@ class HeldOut:
     """The held-out sequences of a token dataset, or some of them."""
 
     url: str
-    manifest: dict[str, Any]
+    manifest: TokenManifest
     sequences: range | None = None
     """Which ones; all where it is not given."""
 
     @property
     def tokens(self) -> int:
-        return int(self.manifest["splits"]["held_out"]["tokens"])
+        return self.manifest.splits["held_out"].tokens
 
     def batches(self, tokens: int, size: int) -> Iterator[Sequences]:
         """Sequences in blocks of `size` until `tokens` counted tokens; the last sequence is cut there."""
         left = tokens
-        chosen = range(self.manifest["splits"]["held_out"]["sequences"]) if self.sequences is None else self.sequences
+        chosen = range(self.manifest.splits["held_out"].sequences) if self.sequences is None else self.sequences
         for start in range(chosen.start, chosen.stop, size):
             block = read_sequences(self.url, self.manifest, "held_out", start, min(start + size, chosen.stop))
             counted = block.documents >= 0

@@ -49,7 +49,7 @@ def spans(text: HeldOut, tokens: int, batch: int, parts: int) -> list[Span]:
     They are cut between batches of `batch` sequences. So every batch holds the same sequences however many spans there
     are, and what the model rounds does not depend on that number either.
     """
-    whole = Span(range(text.manifest["splits"]["held_out"]["sequences"]), tokens)
+    whole = Span(range(text.manifest.splits["held_out"].sequences), tokens)
     if parts == 1:
         return [whole]
     counts, left = [np.zeros(1, dtype=np.int64)], tokens

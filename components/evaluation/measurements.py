@@ -77,7 +77,7 @@ def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, li
         frozenset({"sae"}),
         mean,
         limit,
-        subject.text.manifest["context_length"],
+        subject.text.manifest.context_length,
         subject.classes,
     )
     found = measure(measurement, subject.text, span, settings.batch_sequences, "evaluate")
@@ -120,7 +120,7 @@ def measure_baselines(settings: EvaluationSettings, subject: Subject, reference:
         frozenset(compared),
         reference.mean,
         settings.norm_limit(reference.median_norm),
-        subject.text.manifest["context_length"],
+        subject.text.manifest.context_length,
         None,
     )
     return measure(measurement, subject.text, span, settings.batch_sequences, "baselines")

@@ -47,9 +47,9 @@ def reference_statistics(
     model: nn.Module, point: HookPoint, text: HeldOut, tokens: int, batch_sequences: int, device: torch.device
 ) -> Reference:
     """Statistics over about `tokens` tokens of the train split."""
-    split = text.manifest["splits"]["train"]
-    chosen = min(split["sequences"], -(-tokens * split["sequences"] // split["tokens"]))
-    numbers = np.arange(chosen) * split["sequences"] // chosen
+    split = text.manifest.splits["train"]
+    chosen = min(split.sequences, -(-tokens * split.sequences // split.tokens))
+    numbers = np.arange(chosen) * split.sequences // chosen
     count, norms, samples = 0, [], []
     total, products = torch.zeros(()), torch.zeros(())
     for start in range(0, chosen, batch_sequences):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from components.evaluation.record import EvaluationRecord
+
 _TILES = (
     ("explained_variance", "explained variance", "{:.4f}"),
     ("loss_recovered", "loss recovered", "{:.4f}"),
@@ -22,12 +24,11 @@ _NAMES = {
 }  # fmt: skip
 
 
-def render(record: Mapping[str, Any], density: np.ndarray, earlier: Sequence[Mapping[str, Any]]) -> str:
-    """The page for an evaluation record (see `evaluate.write_evaluation`).
+def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapping[str, Any]]) -> str:
+    """The page for an evaluation record.
 
     density `[d_sae]`: share of tokens on which each feature fires. earlier: SAEs to compare with, measured on the same
-    tokens, each with `name`, `l0`, `explained_variance` and `loss_recovered`. `record["about"]` names the SAE: `name`,
-    `language_model`, `hook_point`, `architecture`, `d_in`, `d_sae`.
+    tokens, each with `name`, `l0`, `explained_variance` and `loss_recovered`.
     """
     # Heavy, and only needed here.
     from jinja2 import Environment, StrictUndefined
@@ -36,12 +37,12 @@ def render(record: Mapping[str, Any], density: np.ndarray, earlier: Sequence[Map
 
     source = resources.files("components.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    metrics, breakdown = record["metrics"], record["breakdown"]
+    metrics, breakdown = record.metrics, record.breakdown
     return environment.from_string(source).render(
-        about=record["about"],
+        about=record.about,
         metrics=metrics,
-        device=record["device"],
-        digest=record["digest"],
+        device=record.device,
+        digest=record.digest,
         tiles=[_tile(metrics, *tile) for tile in _TILES],
         losses=charts.svg(charts.losses(metrics)),
         density=charts.svg(charts.density(density)) if density.any() else "",
@@ -49,7 +50,7 @@ def render(record: Mapping[str, Any], density: np.ndarray, earlier: Sequence[Map
         features=len(density),
         positions=_groups(breakdown["position"], _range),
         classes=_groups(breakdown["token_class"], lambda row: str(row["token_class"])),
-        baselines=[{**row, "label": _NAMES[row["name"]]} for row in record["baselines"]],
+        baselines=[{**row, "label": _NAMES[str(row["name"])]} for row in record.baselines],
         pareto=_pareto(metrics, earlier),
         earlier=len(earlier),
     )

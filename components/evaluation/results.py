@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +12,7 @@ from torch import Tensor
 from components.evaluation import intervals as bootstrap
 from components.evaluation.features import feature_table
 from components.evaluation.metrics import Sums, Totals, number
+from components.evaluation.record import Metrics, Row
 from components.evaluation.settings import EvaluationSettings
 from components.evaluation.span_totals import Measured
 from components.evaluation.token_classes import CLASSES
@@ -27,12 +27,11 @@ WITH_INTERVAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    metrics: dict[str, Any]
-    """Flat: names of the README's table to numbers, None where one is not defined."""
-    breakdown: dict[str, list[dict[str, Any]]]
-    """`position` and `token_class`: a row per group with its tokens and metrics."""
-    baselines: list[dict[str, Any]]
-    """A row per reconstruction, the SAE's first, all on the same tokens."""
+    """What was found, named as in `EvaluationRecord`."""
+
+    metrics: Metrics
+    breakdown: dict[str, list[Row]]
+    baselines: list[Row]
     features: pa.Table
     """A row per feature."""
 
@@ -55,7 +54,7 @@ def finish(settings: EvaluationSettings, measured: Measured, compared: Measured 
     """
     totals, features = measured.totals(), measured.features
     assert features is not None
-    metrics: dict[str, Any] = {name: number(value) for name, value in totals.summary().items()}
+    metrics: Metrics = {name: number(value) for name, value in totals.summary().items()}
     metrics |= _bounds(measured, metrics)
     metrics["dead_fraction"] = features.dead_fraction
     metrics["evaluation_tokens"] = int(totals.tokens)
@@ -83,32 +82,30 @@ def _bounds(measured: Measured, metrics: Mapping[str, float | None]) -> dict[str
     return bounds
 
 
-def _breakdown(measured: Measured) -> dict[str, list[dict[str, Any]]]:
+def _breakdown(measured: Measured) -> dict[str, list[Row]]:
     """Metrics per group. The variance of every group is taken around the mean of the whole set, so that groups add up."""
     whole = measured.by_document
     centre = whole.shifted.sum(axis=0) / whole.table[:, 0].sum()
 
-    def rows(sums: Sums) -> list[dict[str, Any]]:
+    def rows(sums: Sums, named: Callable[[int], Row]) -> list[Row]:
         totals = Totals(*sums, measured.variants, centre)
         summary = totals.summary()
         kept = ("ce_loss_clean", "ce_loss_sae", "loss_recovered", "explained_variance", "l0")
         return [
-            {"group": group, "tokens": int(totals.tokens[group]), **{name: number(summary[name][group]) for name in kept}}
+            {"tokens": int(totals.tokens[group]), **{name: number(summary[name][group]) for name in kept}, **named(group)}
             for group in range(len(sums.table))
             if totals.tokens[group] > 0
         ]
 
-    position = rows(measured.by_position)
-    for row in position:
-        group = row.pop("group")
-        row["first"], row["last"] = (0, 0) if group == 0 else (2 ** (group - 1), 2**group - 1)
-    by_class = [] if measured.by_class is None else rows(measured.by_class)
-    for row in by_class:
-        row["token_class"] = CLASSES[row.pop("group")]
-    return {"position": position, "token_class": by_class}
+    def positions(group: int) -> Row:
+        first, last = (0, 0) if group == 0 else (2 ** (group - 1), 2**group - 1)
+        return {"first": first, "last": last}
+
+    by_class = [] if measured.by_class is None else rows(measured.by_class, lambda group: {"token_class": CLASSES[group]})
+    return {"position": rows(measured.by_position, positions), "token_class": by_class}
 
 
-def _baseline_rows(settings: EvaluationSettings, compared: Measured) -> list[dict[str, Any]]:
+def _baseline_rows(settings: EvaluationSettings, compared: Measured) -> list[Row]:
     """The SAE and what it is compared with, on the same tokens."""
     totals = compared.totals()
     if totals.tokens == 0 or totals.positions == 0:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -97,19 +100,33 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-_kept: tuple[str, torch.nn.Module] | None = None
+@dataclass(frozen=True)
+class _Kept:
+    key: str
+    model: torch.nn.Module
+    of_threads: WeakKeyDictionary[threading.Thread, torch.nn.Module] = field(default_factory=WeakKeyDictionary)
+
+
+_kept: _Kept | None = None
 
 
 def kept_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
-    """As `load_model`, which is asked only where the last one was another model or on another device: passes and spans of one
-    process share it."""
+    """As `load_model`, which is asked only where the last one was another model or on another device: passes, chunks and
+    spans of one process share its tensors.
+
+    Each thread has modules of its own: a hook that one thread puts on them is not called in another's forward pass.
+    """
     global _kept
     key = f"{source.settings.model_dump_json()} {source.location} {source.commit} {device}"
     with LOADING:
-        if _kept is None or _kept[0] != key:
+        if _kept is None or _kept.key != key:
             _kept = None  # two would not fit
-            _kept = (key, load_model(source, device))
-        return _kept[1]
+            _kept = _Kept(key, load_model(source, device))
+        thread = threading.current_thread()
+        if thread not in _kept.of_threads:
+            shared = {id(tensor): tensor for tensor in chain(_kept.model.parameters(), _kept.model.buffers())}
+            _kept.of_threads[thread] = deepcopy(_kept.model, dict(shared))
+        return _kept.of_threads[thread]
 
 
 def forward_inputs(source: ModelSource, sequences: Sequences, device: torch.device) -> dict[str, Tensor]:

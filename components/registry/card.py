@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from components.registry.gates import markdown_table
 from components.registry.model_files import FILES_TAG
+from components.registry.records import Lineage
 from components.registry.versions import PATH_TAG, WEIGHTS_TAG
 
 _METRICS = {
@@ -34,10 +35,10 @@ class _Decided(Protocol):
 
 
 def model_card(
-    name: str, version: str, metrics: dict[str, Any], lineage: dict[str, Any], tags: dict[str, str], decision: _Decided
+    name: str, version: str, metrics: dict[str, Any], lineage: Lineage, tags: dict[str, str], decision: _Decided
 ) -> str:
     """tags: of the version. metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
-    configuration = lineage["configuration"]
+    configuration = lineage.configuration
     corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
     hook_point = training.get("hook_point") or configuration["activations"]["hook_points"][0]
     text = corpus.get("dataset") or corpus["source"]
@@ -49,15 +50,15 @@ def model_card(
         "training": ", ".join(f"{key} {_short(value)}" for key, value in training.items() if value is not None),
         "seed": configuration["seed"],
     }
-    code = lineage.get("code", {})
+    code = lineage.code
     commit = code.get("mlflow.source.git.commit", "not a checkout")
     changed = ", with changes that are not committed" if code.get("sae.git_dirty") == "true" else ""
     origin = {
-        "MLflow run": lineage["mlflow_run"],
-        "Prefect flow run": lineage.get("prefect_flow_run") or "none",
+        "MLflow run": lineage.mlflow_run,
+        "Prefect flow run": lineage.prefect_flow_run or "none",
         "git commit": commit + changed,
-        "activation dataset": f"{lineage['dataset_digest']} at {lineage['dataset_url']}",
-        "token dataset": f"{lineage['token_digest']} at {lineage['token_url']}",
+        "activation dataset": f"{lineage.dataset_digest} at {lineage.dataset_url}",
+        "token dataset": f"{lineage.token_digest} at {lineage.token_url}",
         "weights (SHA-256)": tags[WEIGHTS_TAG],
         "`MODEL_FILES.json` (SHA-256)": tags.get(FILES_TAG, "none"),
     }

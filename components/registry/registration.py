@@ -22,6 +22,7 @@ from components.registry.gates import GateResult, Gates
 from components.registry.history import CHAMPION, ensure_model
 from components.registry.model_files import FILES_TAG, list_files, stored_difference
 from components.registry.promotion import Decision, files_gate, promote
+from components.registry.records import Lineage
 from components.registry.versions import (
     CHALLENGER,
     DECISION_TAG,
@@ -53,9 +54,9 @@ class Candidate:
     """The SAE artifact on this machine."""
     run_digest: str
     weights_sha256: str
-    metrics: dict[str, Any]
+    metrics: dict[str, int | float | None]
     evaluation_set: str
-    lineage: dict[str, Any]
+    lineage: Lineage
     tags: dict[str, str]
     """Of the version, beside its own."""
     model_tags: dict[str, str]
@@ -73,7 +74,7 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
     verified = None
     if version is None:
         model, verified = _logged_model(run, candidate)
-        run.log_model_metrics(model.model_id, candidate.metrics, candidate.evaluation_set, candidate.lineage["token_url"])
+        run.log_model_metrics(model.model_id, candidate.metrics, candidate.evaluation_set, candidate.lineage.token_url)
         ensure_model(client, name, run.experiment, candidate.model_tags)
         numbers = {f"{METRIC_PREFIX}{key}": repr(value) for key, value in candidate.metrics.items() if _is_number(value)}
         everything = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.registry.history import CHAMPION
+from components.registry.records import Lineage, Outcome
 from components.settings import UserError
 from components.tracking.runs import RUN_DIGEST_TAG
 
@@ -70,15 +70,15 @@ def mark_announced(client: MlflowClient, name: str, version: str) -> bool:
     return True
 
 
-def outcome_of(version: ModelVersion) -> dict[str, Any]:
-    """What the registration of a finished version came to: name, version, run, alias and reason as they were decided."""
-    return {
-        "registered_model": version.name,
-        "model_version": int(version.version),
-        "mlflow_run": version.run_id,
-        "alias": version.tags[DECISION_TAG],
-        "alias_reason": version.tags[REASON_TAG],
-    }
+def outcome_of(version: ModelVersion) -> Outcome:
+    """Of a finished version, as it was decided."""
+    return Outcome(
+        registered_model=version.name,
+        model_version=int(version.version),
+        mlflow_run=version.run_id,
+        alias=version.tags[DECISION_TAG],
+        alias_reason=version.tags[REASON_TAG],
+    )
 
 
 def version_or_none(client: MlflowClient, name: str, version: str) -> ModelVersion | None:
@@ -170,18 +170,7 @@ def stored_file(client: MlflowClient, version: ModelVersion, name: str, folder: 
     return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder), **uris))
 
 
-def lineage_of(client: MlflowClient, version: ModelVersion) -> dict[str, Any]:
-    """`lineage.json` from the version's own artifacts: configuration, digests, code, run."""
+def lineage_of(client: MlflowClient, version: ModelVersion) -> Lineage:
+    """`lineage.json` from the version's own artifacts."""
     with tempfile.TemporaryDirectory(prefix="sae-lineage-") as scratch:
-        return dict(json.loads(stored_file(client, version, "lineage.json", Path(scratch)).read_text()))
-
-
-def reproduction(lineage: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that makes the version again: as it was, without where it was stored and tracked and what
-    ran it."""
-    tree = json.loads(json.dumps(lineage["configuration"]))
-    tree.pop("storage", None)
-    tree.pop("execution", None)  # of the machines that it ran on
-    tracking = tree.pop("tracking", {})
-    kept = {key: tracking[key] for key in ("registered_model", "purpose") if tracking.get(key)}
-    return {**tree, "storage": {"root": "reproduction"}, **({"tracking": kept} if kept else {})}
+        return Lineage.model_validate_json(stored_file(client, version, "lineage.json", Path(scratch)).read_bytes())

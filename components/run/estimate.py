@@ -16,8 +16,8 @@ def estimate(run: Specification) -> dict[str, Any]:
     tokens = run.token_manifest()
     manifest = run.dataset_manifest()
     record = run.training_record()
-    stored = manifest.tokens if manifest else (tokens["splits"]["train"]["tokens"] if tokens else config.corpus.train_tokens)
-    held_out = tokens["splits"]["held_out"]["tokens"] if tokens else config.corpus.held_out_tokens
+    stored = manifest.tokens if manifest else (tokens.splits["train"].tokens if tokens else config.corpus.train_tokens)
+    held_out = tokens.splits["held_out"].tokens if tokens else config.corpus.held_out_tokens
     row_bytes = TOKEN_BYTES + sum(run.widths.values()) * DTYPES[config.activations.dtype].itemsize
     steps = config.training.steps
     sae_parameters = 2 * d_in * d_sae + d_in + d_sae

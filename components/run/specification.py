@@ -15,8 +15,9 @@ from components import storage
 from components.activations.dataset.job import Extraction
 from components.activations.dataset.manifest import Manifest, read_manifest
 from components.corpus import sources as corpus_sources
+from components.corpus.manifest import TokenManifest, read_token_manifest
 from components.corpus.sources import ListedSource, corpus_content, list_corpus
-from components.evaluation.evaluate import read_evaluation
+from components.evaluation.record import EvaluationRecord, read_evaluation
 from components.hardware import resolve_device
 from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
@@ -99,8 +100,8 @@ class Specification(Record):
     def token_url(self) -> str:
         return self._url("tokens", self.token_digest)
 
-    def token_manifest(self) -> dict[str, Any] | None:
-        return storage.read_json_if_present(storage.join(self.token_url, "manifest.json"))
+    def token_manifest(self) -> TokenManifest | None:
+        return read_token_manifest(self.token_url)
 
     # activations
 
@@ -111,7 +112,7 @@ class Specification(Record):
     def dataset_manifest(self) -> Manifest | None:
         return read_manifest(self.dataset_url)
 
-    def extraction(self, token_manifest: dict[str, Any]) -> Extraction:
+    def extraction(self, token_manifest: TokenManifest) -> Extraction:
         made_from = {"name", "seed", "corpus", "language_model", "activations"}
         return Extraction(
             url=self.dataset_url,
@@ -168,7 +169,7 @@ class Specification(Record):
             self.config.evaluation, weights_sha256, self.token_digest, self.model.identity, self.hook_point
         )
 
-    def evaluation_record(self) -> dict[str, Any] | None:
+    def evaluation_record(self) -> EvaluationRecord | None:
         """The evaluation of the trained coder, None where either is missing."""
         record = self.training_record()
         if record is None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from components.registry.records import Outcome
 from components.run.config import RunConfig, flattened
 from components.run.specification import Specification
 
@@ -28,7 +29,7 @@ class Verdict:
     """One sentence: what changed, or which version stands."""
     rerun: str | None = None
     """`RunConfig.rerun` of the run that is due."""
-    standing: dict[str, Any] | None = None
+    standing: Outcome | None = None
     """Where nothing is stale: the version that stands, as `steps.register` gave it."""
 
 
@@ -84,7 +85,7 @@ def verdict(
         if not of_name:
             return Verdict(stale=True, reason=f"'{config.name}' has no version of {model} yet", rerun=config.rerun)
         last = of_name[-1]
-        changes = _changes(registry.lineage_of(client, last)["configuration"], config)
+        changes = _changes(registry.lineage_of(client, last).configuration, config)
         return Verdict(stale=True, reason=_what_changed(last.tags, run, changes, last.version), rerun=config.rerun)
     last = same[-1]
     age = (time.time() if now is None else now) - last.creation_timestamp / 1000

@@ -28,8 +28,13 @@ class _OfAnyArchitecture:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         from components.sae.architectures import architectures
 
-        every = [found.Settings.model_json_schema() for found in architectures().values()]
-        return every[0] if len(every) == 1 else {"oneOf": every}
+        every = []
+        for name, found in architectures().items():
+            form = found.Settings.model_json_schema()
+            if name != DEFAULT_ARCHITECTURE:  # else what names none would fit several, and Prefect refuses that
+                form["required"] = ["architecture", *form.get("required", ())]
+            every.append(form)
+        return {"oneOf": every}
 
 
 def _parsed(value: Any) -> CoderSettings:

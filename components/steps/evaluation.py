@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from components import storage
+from components.corpus.manifest import TokenManifest
 from components.evaluation import evaluate as evaluation
 from components.evaluation import measurements, results
 from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.kept import KeptSpans
+from components.evaluation.record import About, EvaluationRecord
 from components.evaluation.span_totals import Measured, SpanSums
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, NormalizedSAE, load_saelens
 from components.language_model.loading import LOADING, kept_model, load_tokenizer
@@ -24,7 +26,7 @@ from components.training.job import TrainingRecord
 AnySAE = Coder | NormalizedSAE
 
 
-def evaluate(run: Specification) -> dict[str, Any]:
+def evaluate(run: Specification) -> EvaluationRecord:
     """SAE artifact -> its metrics on held-out documents; the evaluation record."""
     record, token_manifest = require_trained(run)
     present = run.evaluation_record()
@@ -78,7 +80,7 @@ def measure_baselines(
     return KeptSpans(job.kept_url).sums("baselines", span, measure)
 
 
-def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> dict[str, Any]:
+def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> EvaluationRecord:
     """The merged sums of both passes -> the evaluation record beside the SAE."""
     record, _ = require_trained(run)
     sae = _own_sae(run.sae_url, run.device)
@@ -90,7 +92,7 @@ def finish_evaluation(run: Specification, measured: Measured, compared: Measured
     return written
 
 
-def require_trained(run: Specification) -> tuple[TrainingRecord, dict[str, Any]]:
+def require_trained(run: Specification) -> tuple[TrainingRecord, TokenManifest]:
     """Training record and token manifest; a UserError unless both are there."""
     record, token_manifest = run.training_record(), run.token_manifest()
     if record is None or token_manifest is None:
@@ -116,10 +118,10 @@ def measured_alone(
     load: Callable[[evaluation.Reference], AnySAE],
     named: dict[str, Any],
     url: str,
-    token_manifest: dict[str, Any],
+    token_manifest: TokenManifest,
     architecture: str,
     name: str | None = None,
-) -> dict[str, Any]:
+) -> EvaluationRecord:
     """Evaluate the SAE that `load` gives and write what was found to `url`. named: the evaluation's identity."""
     settings, device = run.config.evaluation, run.device
     model = kept_model(run.source, device)
@@ -132,19 +134,18 @@ def measured_alone(
     digest = identity.digest(named)
     kept = KeptSpans(run.kept_spans_url(digest))
     found = evaluation.evaluate(settings, sae, sae.d_sae, model, run.point, text, reference, device, classes, kept)
-    about = _about(run, sae, url, architecture) | ({} if name is None else {"name": name})
+    about = _about(run, sae, url, architecture, name)
     written = evaluation.write_evaluation(url, digest, named, found, device, about)
     kept.forget()
     return written
 
 
-def _about(run: Specification, sae: AnySAE, url: str, architecture: str) -> dict[str, Any]:
-    """What the report says of an SAE."""
-    return {
-        "name": url.rstrip("/").rsplit("/", 1)[-1],
-        "language_model": run.config.language_model.name,
-        "hook_point": run.hook_point,
-        "architecture": architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-    }
+def _about(run: Specification, sae: AnySAE, url: str, architecture: str, name: str | None = None) -> About:
+    return About(
+        name=name or url.rstrip("/").rsplit("/", 1)[-1],
+        language_model=run.config.language_model.name,
+        hook_point=run.hook_point,
+        architecture=architecture,
+        d_in=sae.d_in,
+        d_sae=sae.d_sae,
+    )

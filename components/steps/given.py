@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from components import storage
 from components.evaluation import evaluate as evaluation
 from components.evaluation.given import require_same_place
+from components.evaluation.record import EvaluationRecord
 from components.interop import saelens
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME
 from components.redaction import redacted
@@ -21,8 +21,8 @@ from components.steps.evaluation import AnySAE, measured_alone
 from components.steps.tokens import prepare_tokens
 
 
-def evaluate_given(run: Specification, sae: str) -> dict[str, Any]:
-    """An SAE made elsewhere -> its metrics on this configuration's held-out documents; url and evaluation record.
+def evaluate_given(run: Specification, sae: str) -> tuple[str, EvaluationRecord]:
+    """An SAE made elsewhere -> its metrics on this configuration's held-out documents; its address and the record.
 
     sae: a folder in SAELens' format (local or `s3://`), or `models:/...` in the model registry. It needs no activation
     dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into an
@@ -50,7 +50,7 @@ def evaluate_given(run: Specification, sae: str) -> dict[str, Any]:
 
             present = measured_alone(run, load, named, url, token_manifest, config["architecture"], sae)
     _track_given(run, url, present, sae)
-    return {"url": url, **present}
+    return url, present
 
 
 @contextmanager
@@ -69,15 +69,15 @@ def _given_folder(run: Specification, sae: str) -> Iterator[Path]:
         yield folder
 
 
-def _track_given(run: Specification, url: str, record: dict[str, Any], sae: str) -> None:
+def _track_given(run: Specification, url: str, record: EvaluationRecord, sae: str) -> None:
     """The evaluation of a given SAE into an MLflow run of its own."""
     from components.tracking.runs import tracked_run
 
     config = run.config
-    parameters = {"sae": redacted(sae), **{f"sae.{key}": value for key, value in record["about"].items()}}
-    tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record["digest"]}
-    name = f"evaluate {record['about']['name']}"
-    with tracked_run(config.tracking, config.storage.root, name, record["digest"], parameters, tags) as open_run:
-        open_run.log_evaluation(record["metrics"])
+    parameters = {"sae": redacted(sae), **{f"sae.{key}": value for key, value in record.about}}
+    tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record.digest}
+    name = f"evaluate {record.about.name}"
+    with tracked_run(config.tracking, config.storage.root, name, record.digest, parameters, tags) as open_run:
+        open_run.log_evaluation(record.metrics)
         with storage.local_copies(url, evaluation.FILES) as folder:
             open_run.log_artifact_folder(folder, "evaluation")

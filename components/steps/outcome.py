@@ -4,26 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+from components.evaluation.record import Metrics
+from components.registry.records import Outcome
 from components.run.specification import Specification
+from components.settings import Record
 
 
-def comparison(run: Specification, outcome: dict[str, Any]) -> dict[str, Any]:
+class Summary(Record):
+    """What a run prints and returns."""
+
+    name: str
+    reused: bool
+    """It was there already."""
+    digests: dict[str, str]
+    paths: dict[str, str]
+    metrics: Metrics
+    mlflow_uri: str
+    outcome: Outcome
+    seconds: dict[str, float]
+    """Per step."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat, as `sae run --json` prints it."""
+        tree = self.model_dump(mode="json")
+        return tree | tree.pop("outcome")
+
+
+def comparison(run: Specification, outcome: Outcome) -> dict[str, Any]:
     """The registered version of `outcome` beside the champion that it was measured against: `champion` (a version, None
     where there was none), and `metrics` and `gates` as rows of a table."""
     from components.registry import catalogue
     from components.tracking import store
 
     client = store.connect(run.config.tracking, run.config.storage.root)
-    return catalogue.against_champion(client, outcome["registered_model"], str(outcome["model_version"]))
+    return catalogue.against_champion(client, outcome.registered_model, str(outcome.model_version))
 
 
-def is_news(run: Specification, outcome: dict[str, Any]) -> bool:
+def is_news(run: Specification, outcome: Outcome) -> bool:
     """Whether the registered version of `outcome` is champion and nobody has been told; asked again, it is no news."""
     from components.registry import versions as registry
     from components.tracking import store
 
     client = store.connect(run.config.tracking, run.config.storage.root)
-    return registry.mark_announced(client, outcome["registered_model"], str(outcome["model_version"]))
+    return registry.mark_announced(client, outcome.registered_model, str(outcome.model_version))
 
 
 def run_address(run: Specification, run_id: str) -> str | None:
@@ -34,7 +57,7 @@ def run_address(run: Specification, run_id: str) -> str | None:
     return store.run_address(client, client.get_run(run_id).info.experiment_id, run_id)
 
 
-def finished_run(run: Specification) -> dict[str, Any] | None:
+def finished_run(run: Specification) -> Outcome | None:
     """The outcome of an earlier run of this very specification that is whole from tokens to registry, or None."""
     record = run.training_record()
     if run.dataset_manifest() is None or record is None or run.evaluation_record() is None:
@@ -50,29 +73,23 @@ def finished_run(run: Specification) -> dict[str, Any] | None:
     version = registry.find_version(client, run.registered_model, run.run_digest, record.weights_sha256, finished=True)
     if earlier is None or version is None or earlier.info.status != "FINISHED":
         return None
-    return {
-        "mlflow_run": earlier.info.run_id,
-        "registered_model": version.name,
-        "model_version": int(version.version),
-        "alias": ", ".join(registry.aliases_of(client, version)) or None,
-        "alias_reason": version.tags["sae.alias_reason"],
-    }
+    aliases = ", ".join(registry.aliases_of(client, version)) or None
+    return registry.outcome_of(version).model_copy(update={"mlflow_run": earlier.info.run_id, "alias": aliases})
 
 
-def summary(run: Specification, outcome: dict[str, Any], seconds: dict[str, float], reused: bool) -> dict[str, Any]:
-    """What a run prints and returns: digests, paths, metrics, run, version, alias, seconds per step."""
+def summary(run: Specification, outcome: Outcome, seconds: dict[str, float], reused: bool) -> Summary:
     from components.redaction import redacted
     from components.tracking.store import tracking_uri
 
     measured = run.evaluation_record()
     assert measured is not None
-    return {
-        "name": run.config.name,
-        "reused": reused,
-        "digests": {"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
-        "paths": {"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url},
-        "metrics": measured["metrics"],
-        "mlflow_uri": redacted(tracking_uri(run.config.tracking, run.config.storage.root)),
-        **outcome,
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-    }
+    return Summary(
+        name=run.config.name,
+        reused=reused,
+        digests={"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
+        paths={"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url},
+        metrics=measured.metrics,
+        mlflow_uri=redacted(tracking_uri(run.config.tracking, run.config.storage.root)),
+        outcome=outcome,
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+    )

@@ -10,7 +10,10 @@ import pyarrow.parquet as pq
 from components import storage
 from components.activations.dataset.manifest import Manifest
 from components.evaluation import evaluate as evaluation
+from components.evaluation.record import EvaluationRecord
+from components.records import put_record
 from components.redaction import public
+from components.registry.records import Lineage, Outcome
 from components.run import staleness
 from components.run.config import flattened
 from components.run.specification import Specification
@@ -35,7 +38,7 @@ def tracked(run: Specification, tags: dict[str, str]) -> AbstractContextManager[
     )
 
 
-def require_evaluated(run: Specification) -> tuple[TrainingRecord, dict[str, Any], Manifest]:
+def require_evaluated(run: Specification) -> tuple[TrainingRecord, EvaluationRecord, Manifest]:
     """Training record, evaluation record and dataset manifest; a UserError unless all three are there."""
     record, measured, manifest = run.training_record(), run.evaluation_record(), run.dataset_manifest()
     if record is None or measured is None or manifest is None:
@@ -43,7 +46,7 @@ def require_evaluated(run: Specification) -> tuple[TrainingRecord, dict[str, Any
     return record, measured, manifest
 
 
-def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
+def log_results(run: Specification, open_run: Any) -> Lineage:
     """Everything that is known of the trained and evaluated SAE into its MLflow run; the SAE's lineage.
 
     open_run: the one that `tracked` gave.
@@ -51,27 +54,26 @@ def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
     from components.evaluation import charts
 
     trained, measured, manifest = require_evaluated(run)
-    metrics = measured["metrics"]
+    metrics = measured.metrics
     open_run.complete_points(trained.curves)
     open_run.log_dataset(manifest, run.dataset_url)
     open_run.log_evaluation(metrics)
-    lineage = {
-        "mlflow_run": open_run.run_id,
-        "prefect_flow_run": open_run.tags.get(FLOW_RUN_TAG),
-        "sae_digest": run.sae_digest,
-        "weights_sha256": trained.weights_sha256,
-        "dataset_digest": run.dataset_digest,
-        "dataset_url": run.dataset_url,
-        "token_digest": run.token_digest,
-        "token_url": run.token_url,
-        "code": run.code,
-        "configuration": run.config.model_dump(mode="json"),
-    }
-    lineage = public(lineage)
-    storage.put_json(lineage, storage.join(run.sae_url, "lineage.json"))
+    lineage = Lineage(
+        mlflow_run=open_run.run_id,
+        prefect_flow_run=open_run.tags.get(FLOW_RUN_TAG),
+        sae_digest=run.sae_digest,
+        weights_sha256=trained.weights_sha256,
+        dataset_digest=run.dataset_digest,
+        dataset_url=public(run.dataset_url),
+        token_digest=run.token_digest,
+        token_url=public(run.token_url),
+        code=run.code,
+        configuration=public(run.config.model_dump(mode="json")),
+    )
+    put_record(lineage, storage.join(run.sae_url, "lineage.json"))
     with storage.local_copies(run.sae_url, ["features.parquet"]) as folder:
         features = pq.read_table(folder / "features.parquet")
-    if earlier := _earlier_versions(run, open_run.client, metrics):  # else the evaluation's own report says it all
+    if earlier := _earlier_versions(run, open_run.client, measured):  # else the evaluation's own report says it all
         evaluation.write_report(run.sae_url, measured, features, earlier)
     open_run.log_figures(
         {
@@ -83,7 +85,7 @@ def log_results(run: Specification, open_run: Any) -> dict[str, Any]:
     return lineage
 
 
-def register(run: Specification, open_run: Any) -> dict[str, Any]:
+def register(run: Specification, open_run: Any) -> Outcome:
     """The SAE into the registry, as champion if it passes the gates; version, alias and reason.
 
     open_run: the one that `tracked` gave.
@@ -94,7 +96,7 @@ def register(run: Specification, open_run: Any) -> dict[str, Any]:
 
     gates = load_gates(run.config.tracking.gates)
     trained, measured, _ = require_evaluated(run)
-    metrics = measured["metrics"]
+    metrics = measured.metrics
     lineage = log_results(run, open_run)
     flow_run = {FLOW_RUN_TAG: open_run.tags[FLOW_RUN_TAG]} if FLOW_RUN_TAG in open_run.tags else {}
     names = sorted({*registry.ARTIFACT_FILES, *storage.list_names(run.sae_url)})
@@ -106,7 +108,7 @@ def register(run: Specification, open_run: Any) -> dict[str, Any]:
             run_digest=run.run_digest,
             weights_sha256=trained.weights_sha256,
             metrics=metrics,
-            evaluation_set=run.evaluation_set(metrics["evaluation_tokens"]),
+            evaluation_set=run.evaluation_set(measured.tokens),
             lineage=lineage,
             tags={
                 "sae.digest": run.sae_digest,
@@ -122,21 +124,22 @@ def register(run: Specification, open_run: Any) -> dict[str, Any]:
             },
         )
         version, decision = registration.register(open_run, candidate, gates)
-    outcome = {
-        "registered_model": version.name,
-        "model_version": int(version.version),
-        "alias": decision.alias,
-        "alias_reason": decision.reason,
-    }
-    open_run.set_tags({f"sae.{key}": value for key, value in outcome.items()})
+    outcome = Outcome(
+        mlflow_run=open_run.run_id,
+        registered_model=version.name,
+        model_version=int(version.version),
+        alias=decision.alias,
+        alias_reason=decision.reason,
+    )
+    open_run.set_tags({f"sae.{key}": value for key, value in outcome.model_dump(exclude={"mlflow_run"}).items()})
     return outcome
 
 
-def _earlier_versions(run: Specification, client: Any, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+def _earlier_versions(run: Specification, client: Any, measured: EvaluationRecord) -> list[dict[str, Any]]:
     """Registered versions that were measured on the same tokens, for the report's comparison."""
     from components.registry.versions import earlier_metrics
 
-    same, names = run.evaluation_set(metrics["evaluation_tokens"]), ("l0", "explained_variance", "loss_recovered")
+    same, names = run.evaluation_set(measured.tokens), ("l0", "explained_variance", "loss_recovered")
     return [
         {"name": f"version {version['version']}", **{name: version[name] for name in names}}
         for version in earlier_metrics(client, run.registered_model)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from components.corpus import images, tokens
+from components.corpus.manifest import TokenManifest
 from components.language_model.loading import load_encoder
 from components.run.specification import Specification
 
 
-def prepare_tokens(run: Specification) -> dict[str, Any]:
+def prepare_tokens(run: Specification) -> TokenManifest:
     """The token dataset's manifest; made of the files that the specification lists, and of no other."""
     present = run.token_manifest()
     if present is not None:

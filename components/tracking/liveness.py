@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,8 @@ LOOK_SECONDS = 5.0
 logger = logging.getLogger(__name__)
 
 _open_here: set[str] = set()
-"""Runs that this process has open."""
+"""Runs that this process has open, each in one thread."""
+_closed_here = threading.Condition()
 
 
 def host_identity() -> str:
@@ -53,11 +55,16 @@ def ownership_tags() -> dict[str, str]:
 
 
 def opened(run_id: str) -> None:
-    _open_here.add(run_id)
+    """Returns once no other thread of this process has it open."""
+    with _closed_here:
+        _closed_here.wait_for(lambda: run_id not in _open_here)
+        _open_here.add(run_id)
 
 
 def closed(run_id: str) -> None:
-    _open_here.discard(run_id)
+    with _closed_here:
+        _open_here.discard(run_id)
+        _closed_here.notify_all()
 
 
 def beat(client: MlflowClient, run_id: str) -> None:

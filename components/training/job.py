@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from components import storage
+from components.records import read_record
 from components.sae.choice import SAESettings
 from components.settings import Record
 from components.storage.cache import CachePlace
@@ -66,5 +67,4 @@ def record_url(url: str) -> str:
 
 def read_training_record(url: str) -> TrainingRecord | None:
     """The record of a finished training, None where there is none."""
-    content = storage.read_json_if_present(record_url(url))
-    return None if content is None else TrainingRecord.model_validate(content)
+    return read_record(TrainingRecord, record_url(url), f"delete {url} to train it anew")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,7 @@ from flows.cli.tables import print_plan, print_summary
 from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
 if TYPE_CHECKING:
+    from components.evaluation.record import EvaluationRecord
     from components.run.specification import Specification
 
 
@@ -30,14 +31,14 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
         outcome = steps.finished_run(specification)
         if outcome is not None:
             done = steps.summary(specification, outcome, {"total": time.monotonic() - started}, reused=True)
-            show(done, print_summary)
+            show(done.as_json(), print_summary)
             return
         _prepare_prefect()
         from flows.pipeline import pipeline_of
 
         summary = pipeline_of(specification.config.name, specification.to_json())
-        summary["seconds"]["total"] = round(time.monotonic() - started, 2)
-        show(summary, print_summary)
+        summary.seconds["total"] = round(time.monotonic() - started, 2)
+        show(summary.as_json(), print_summary)
 
 
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -109,12 +110,12 @@ def evaluate(
 
         work = _checked(config, overrides)
         if sae is not None:
-            record = steps.evaluate_given(work, sae)
+            url, record = steps.evaluate_given(work, sae)
         elif _alone(work):
-            record = {"url": work.sae_url, **steps.evaluate(work)}
+            url, record = work.sae_url, steps.evaluate(work)
         else:
-            record = _evaluate_on_workers(work)
-        show({key: record[key] for key in ("url", "metrics", "baselines")}, print_tree)
+            url, record = _evaluate_on_workers(work)
+        show({"url": url, "metrics": record.metrics, "baselines": record.baselines}, print_tree)
 
 
 def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -127,7 +128,7 @@ def register(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
         steps.require_evaluated(work)
         with steps.tracked(work, {}) as tracked:
             outcome = steps.register(work, tracked)
-        show({"mlflow_run": tracked.run_id, **outcome}, print_tree)
+        show(outcome.model_dump(mode="json"), print_tree)
 
 
 def _checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Specification:
@@ -147,7 +148,7 @@ def _extract_on_workers(run: Specification) -> None:
     extracted(run)
 
 
-def _evaluate_on_workers(run: Specification) -> dict[str, Any]:
+def _evaluate_on_workers(run: Specification) -> tuple[str, EvaluationRecord]:
     _prepare_prefect()
     from flows.evaluation import evaluated
 

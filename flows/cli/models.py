@@ -61,7 +61,7 @@ def show(
 
         if config:
             lineage = registry.lineage_of(client, registry.resolve_version(client, version))
-            print_result(registry.reproduction(lineage), _print_yaml)
+            print_result(lineage.reproduction(), _print_yaml)
         else:
             print_result(catalogue.show(client, version), _print_version)
 

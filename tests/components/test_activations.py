@@ -25,6 +25,7 @@ from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import read_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.activations.dataset.shuffle import Scattered, bucket_of, order_of, plan_shuffle
+from components.corpus.manifest import TokenShard
 from components.corpus.tokens import read_sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import forward_inputs, load_model
@@ -219,7 +220,7 @@ def test_merging_first_gives_the_same_bytes_in_as_many_reads_as_planned(
     monkeypatch.setattr(storage, "read_ranges", counted)
     extraction.merge(other, 1, 0)  # and killed after it
     assert "chunk-000000.bin" not in storage.list_names(other.scatter_url)
-    monkeypatch.setattr(extraction, "load_model", lambda *_: pytest.fail("the chunks are there, merged"))
+    monkeypatch.setattr(extraction, "kept_model", lambda *_: pytest.fail("the chunks are there, merged"))
     assert extraction.extract(other, CPU).shards == manifest.shards
     assert 0 < len(reads) <= other.shuffle.reads
     assert not Path(other.scatter_url).exists()
@@ -245,8 +246,10 @@ def test_workers_that_share_a_dataset_read_a_shard_of_tokens_once_and_not_once_p
 ):
     work = plan.extraction(steps.prepare_tokens(plan))
     names = [f"train-{number:05d}.parquet" for number in range(8)]
-    split = work.split | {"sequences": 8 * 640, "shards": [{"name": name, "sequences": 640} for name in names]}
-    work = dataclasses.replace(work, token_manifest=work.token_manifest | {"splits": {"train": split}})
+    shards = tuple(TokenShard.model_construct(name=name, sequences=640) for name in names)
+    split = work.split.model_copy(update={"sequences": 8 * 640, "shards": shards})
+    manifest = work.token_manifest.model_copy(update={"splits": {"train": split}})
+    work = dataclasses.replace(work, token_manifest=manifest)
     monkeypatch.setattr(extraction, "_shared", lambda work: True)
     order = extraction._apart(work, range(work.chunks), extraction._chunks_per_token_shard(work))
     assert sorted(order) == list(range(8 * 640 // 32))

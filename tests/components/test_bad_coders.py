@@ -74,14 +74,14 @@ def test_a_bad_coder_is_evaluated_refused_by_a_gate_and_has_a_report(plan: Speci
     storage.put_json(changed, f"{plan.sae_url}/training.json")
 
     measured = steps.evaluate(plan)
-    json.dumps(measured["metrics"], allow_nan=False)
+    json.dumps(measured.metrics, allow_nan=False)
     with steps.tracked(plan, {}) as run:
         outcome = steps.register(plan, run)
         beside = steps.comparison(plan, outcome)
-    assert outcome["alias"] == "challenger"
+    assert outcome.alias == "challenger"
     named = [row["gate"] for row in beside["gates"] if row["verdict"] == "fail"]
     assert set(named) & {"loss_recovered", "explained_variance", "dead_fraction", "l0"}
-    assert all(gate in outcome["alias_reason"] for gate in named)
+    assert all(gate in outcome.alias_reason for gate in named)
     page = Path(plan.sae_url, "report.html").read_text()
     assert page.count("<svg") >= 4
     assert "nan" not in page.lower()

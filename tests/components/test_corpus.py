@@ -54,8 +54,8 @@ def folder(tmp_path: Path) -> Path:
 
 def rebuilt(url: str, manifest: dict, split: str) -> dict[int, str]:
     """The documents' texts, from the sequences alone."""
-    entry = manifest["splits"][split]
-    block = read_sequences(url, manifest, split, 0, entry["sequences"])
+    entry = manifest.splits[split]
+    block = read_sequences(url, manifest, split, 0, entry.sequences)
     found: dict[int, dict[int, str]] = {}
     for token, document, position in zip(block.tokens.ravel(), block.documents.ravel(), block.positions.ravel(), strict=True):
         if document >= 0:
@@ -79,7 +79,7 @@ def test_every_document_is_packed_whole_and_once(folder: Path, tmp_path: Path, p
         assert texts[split][document] == (folder / name).read_text()
     for split in texts:
         block = read_sequences(url, manifest, split, 0, 10**6)
-        assert manifest["splits"][split]["tokens"] == int((block.documents >= 0).sum())
+        assert manifest.splits[split].tokens == int((block.documents >= 0).sum())
         assert (block.tokens[:, 0] == BOS).all() == (bos == "sequence") or bos == "document"
         if packing == "within_document":
             owners = [set(row[row >= 0]) for row in block.documents]
@@ -102,12 +102,12 @@ def test_a_split_looks_at_the_text_alone():
 def test_the_same_settings_give_the_same_bytes(folder: Path, tmp_path: Path):
     manifests = [prepare_tokens(settings(folder), ENCODER, 3, str(tmp_path / name)) for name in "ab"]
     assert manifests[0] == manifests[1]
-    assert prepare_tokens(settings(folder), ENCODER, 4, str(tmp_path / "c"))["splits"] != manifests[0]["splits"]
+    assert prepare_tokens(settings(folder), ENCODER, 4, str(tmp_path / "c")).splits != manifests[0].splits
 
 
 def test_a_budget_of_tokens_is_kept(folder: Path, tmp_path: Path):
     manifest = prepare_tokens(settings(folder, train_tokens=50, held_out_tokens=20), ENCODER, 0, str(tmp_path / "t"))
-    assert [manifest["splits"][split]["tokens"] for split in ("train", "held_out")] == [50, 20]
+    assert [manifest.splits[split].tokens for split in ("train", "held_out")] == [50, 20]
 
 
 def test_json_lines_plain_and_compressed_are_read(tmp_path: Path):

@@ -62,7 +62,7 @@ def test_near_twins_are_dropped_across_the_splits_and_unrelated_documents_kept(t
         manifest = prepare_tokens(chosen, ENCODER, 0, str(tmp_path / name))
         table = pq.read_table(tmp_path / name / "documents.parquet").to_pydict()
         kept[name] = list(zip(table["name"], table["split"], strict=True))
-        assert manifest["sources"][0]["duplicates_dropped"] == {"exact": 0, "near": 450 - len(kept[name])}
+        assert manifest.sources[0].duplicates_dropped == {"exact": 0, "near": 450 - len(kept[name])}
     assert len(kept["off"]) == 450
     assert kept["on"] == kept["again"]
     by_number: dict[str, list[str]] = {}

@@ -56,15 +56,15 @@ def test_weights_are_shares_of_tokens_in_both_splits_and_in_every_stretch(corpor
     assert manifest == prepare_tokens(mixture(corpora, {"a": 3, "b": 7}), ENCODER, 0, str(tmp_path / "again"))
     for split, budget, tolerance in (("train", 20_000, 0.1), ("held_out", 8_000, 0.2)):
         found = owners(url, manifest, split)
-        assert len(found) == manifest["splits"][split]["tokens"] == budget
+        assert len(found) == manifest.splits[split].tokens == budget
         assert abs(found.count("a") - 0.3 * budget) <= 1
-        for source in manifest["sources"]:
-            assert source["splits"][split]["tokens"] == found.count(source["name"])
+        for source in manifest.sources:
+            assert source.splits[split].tokens == found.count(source.name)
         quarters = [found[start : start + budget // 4].count("a") / (budget // 4) for start in range(0, budget, budget // 4)]
         assert quarters == pytest.approx([0.3] * 4, abs=tolerance), "the sources take turns"
-        documents = [source["splits"][split]["documents"] for source in manifest["sources"]]
-        assert sum(documents) == manifest["splits"][split]["documents"]
-    assert [source["ended"] for source in manifest["sources"]] == [False, False]
+        documents = [source.splits[split].documents for source in manifest.sources]
+        assert sum(documents) == manifest.splits[split].documents
+    assert [source.ended for source in manifest.sources] == [False, False]
 
 
 def test_where_a_source_ends_the_others_share_the_rest(
@@ -82,7 +82,7 @@ def test_where_a_source_ends_the_others_share_the_rest(
     for split, budget in (("train", 20_000), ("held_out", 8_000)):
         assert len(found[split]) == budget
         assert abs(found[split].count("a") - found[split].count("b")) <= 2, "equal weights stay equal"
-    assert [source["ended"] for source in manifest["sources"]] == [False, False, True]
+    assert [source.ended for source in manifest.sources] == [False, False, True]
 
 
 def test_a_mixture_that_ends_holds_every_document_once(corpora: dict[str, Path], tmp_path: Path):
@@ -90,9 +90,9 @@ def test_a_mixture_that_ends_holds_every_document_once(corpora: dict[str, Path],
     chosen = mixture(corpora, {"a": 0.2, "c": 0.8}, train_tokens=10**7, held_out_tokens=10**7)
     manifest = prepare_tokens(chosen, ENCODER, 0, url)
     texts = [json.loads(line)["text"] for name in "ac" for line in corpora[name].read_text().splitlines()]
-    assert manifest["documents"] == len(set(texts))
-    assert sum(entry["tokens"] for entry in manifest["splits"].values()) == sum(map(len, set(texts)))
-    assert [source["ended"] for source in manifest["sources"]] == [True, True]
+    assert manifest.documents == len(set(texts))
+    assert sum(entry.tokens for entry in manifest.splits.values()) == sum(map(len, set(texts)))
+    assert [source.ended for source in manifest.sources] == [True, True]
 
 
 def test_one_source_in_a_mixture_gives_the_same_sequences_as_alone(corpora: dict[str, Path], tmp_path: Path):
@@ -103,7 +103,7 @@ def test_one_source_in_a_mixture_gives_the_same_sequences_as_alone(corpora: dict
         })
     )  # fmt: skip
     manifests = [prepare_tokens(chosen, ENCODER, 0, str(tmp_path / name)) for chosen, name in ((mixed, "m"), (alone, "a"))]
-    assert manifests[0]["splits"] == manifests[1]["splits"]
+    assert manifests[0].splits == manifests[1].splits
     assert "source" not in pq.read_schema(tmp_path / "a" / "documents.parquet").names
 
 

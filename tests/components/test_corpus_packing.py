@@ -69,10 +69,10 @@ def test_packing_is_what_the_settings_say(packing: str, bos: str, bos_id: int, e
         block = read_sequences(url, manifest, split, 0, 10**6)
         found = np.stack([block.tokens, block.documents, block.positions], axis=-1)
         assert found.tolist() == [[list(entry) for entry in row] for row in naive(documents, bos_id, eos_id, bos, packing)]
-        entry = manifest["splits"][split]
-        assert entry["tokens"] == sum(len(tokens) for _, tokens in documents)
-        assert entry["documents"] == len(documents)
-        assert entry["sequences"] == len(found)
+        entry = manifest.splits[split]
+        assert entry.tokens == sum(len(tokens) for _, tokens in documents)
+        assert entry.documents == len(documents)
+        assert entry.sequences == len(found)
 
 
 def test_no_sequence_is_without_a_counted_token_however_short(tmp_path: Path):
@@ -83,7 +83,7 @@ def test_no_sequence_is_without_a_counted_token_however_short(tmp_path: Path):
         source="files", paths=(str(tmp_path / "*.txt"),), held_out_fraction=0.4, context_length=2, bos="document"
     )
     manifest = prepare_tokens(chosen, encoder, 0, str(tmp_path / "tokens"))
-    for split in manifest["splits"]:
+    for split in manifest.splits:
         block = read_sequences(str(tmp_path / "tokens"), manifest, split, 0, 100)
         assert (block.documents >= 0).any(axis=1).all()
-        assert int((block.documents >= 0).sum()) == manifest["splits"][split]["tokens"]
+        assert int((block.documents >= 0).sum()) == manifest.splits[split].tokens

@@ -44,22 +44,22 @@ def test_a_given_sae_is_measured_like_our_own_and_tracked(tiny_tree: dict, tmp_p
     own = steps.evaluate(plan)
     shutil.copytree(plan.sae_url, tmp_path / "copy", ignore=shutil.ignore_patterns("*.json", "*.parquet", "*.html"))
     shutil.copy(Path(plan.sae_url, "cfg.json"), tmp_path / "copy")
-    given = steps.evaluate_given(plan, str(tmp_path / "copy"))
-    assert given["metrics"].keys() == own["metrics"].keys()
-    for name, value in own["metrics"].items():
-        assert given["metrics"][name] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-7)), name
-    assert [row["name"] for row in own["baselines"]] == ["sae", *plan.config.evaluation.baselines]
+    _, given = steps.evaluate_given(plan, str(tmp_path / "copy"))
+    assert given.metrics.keys() == own.metrics.keys()
+    for name, value in own.metrics.items():
+        assert given.metrics[name] == (None if value is None else pytest.approx(value, rel=1e-5, abs=1e-7)), name
+    assert [row["name"] for row in own.baselines] == ["sae", *plan.config.evaluation.baselines]
     client = connect(plan.config.tracking, plan.config.storage.root)
     (run,) = client.search_runs([client.get_experiment_by_name(plan.config.tracking.experiment).experiment_id])
-    assert run.data.metrics["eval/ce_loss_sae_low"] == pytest.approx(given["metrics"]["ce_loss_sae_low"])
+    assert run.data.metrics["eval/ce_loss_sae_low"] == pytest.approx(given.metrics["ce_loss_sae_low"])
     kept = {entry.path for entry in client.list_artifacts(run.info.run_id, "evaluation")}
     assert {Path(path).name for path in kept} == {"evaluation.json", "features.parquet", "report.html"}
     with steps.tracked(plan, {}) as tracked:
         outcome = steps.register(plan, tracked)
     page = Path(MlflowClient().download_artifacts(tracked.run_id, "sae/report.html")).read_text()
     assert "No earlier version" in page
-    registered = steps.evaluate_given(plan, f"models:/{outcome['registered_model']}@champion")
-    assert registered["digest"] == given["digest"]
+    _, registered = steps.evaluate_given(plan, f"models:/{outcome.registered_model}@champion")
+    assert registered.digest == given.digest
 
 
 def evaluated(tree: dict, tmp_path: Path, sae: Path | str, capfd: pytest.CaptureFixture, *more: str) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 
+from components.evaluation.record import About, EvaluationRecord
 from components.evaluation.report import render
 from components.evaluation.token_classes import CLASSES, TokenClasses
 
@@ -32,29 +33,29 @@ def test_tokens_are_classed_by_their_text_and_what_is_before_them():
     assert [CLASSES[number] for number in found[0]] == expected
 
 
-def record() -> dict:
+def record() -> EvaluationRecord:
     interval = {"explained_variance_low": 0.8, "explained_variance_high": 0.9}
     losses = {"ce_loss_clean": 2.0, "ce_loss_sae": 2.2, "ce_loss_zero": 9.0, "ce_loss_mean": 8.0}
     quality = {"explained_variance": 0.85, "loss_recovered": 0.97, "l0": 12.0}
     group = {"tokens": 10, **losses, **quality}
     row = {**quality, "ce_loss": 2.2, "kl_divergence": 0.1, "mse": 0.5, "cosine_similarity": 0.9, "tokens": 10}
-    return {
-        "digest": "0123456789abcdef",
-        "device": "cpu",
-        "about": {
-            "name": "<b>mine</b>", "language_model": "tiny", "hook_point": "resid_post.1", "architecture": "relu",
-            "d_in": 4, "d_sae": 8,
-        },
-        "metrics": {
+    return EvaluationRecord(
+        digest="0123456789abcdef",
+        identity={},
+        device="cpu",
+        about=About(
+            name="<b>mine</b>", language_model="tiny", hook_point="resid_post.1", architecture="relu", d_in=4, d_sae=8
+        ),
+        metrics={
             **losses, **quality, **interval, "kl_divergence": 0.1, "mse": 0.5, "dead_fraction": 0.25,
             "evaluation_tokens": 1000, "evaluation_documents": 3, "loss_recovered_mean": None,
         },
-        "breakdown": {
+        breakdown={
             "position": [{**group, "first": 1, "last": 1}, {**group, "first": 2, "last": 3}],
             "token_class": [{**group, "token_class": "number", "explained_variance": None}],
         },
-        "baselines": [{"name": "sae", **row}, {"name": "pca", **row, "loss_recovered": None}],
-    }  # fmt: skip
+        baselines=[{"name": "sae", **row}, {"name": "pca", **row, "loss_recovered": None}],
+    )  # fmt: skip
 
 
 def test_the_report_stands_alone_and_shows_what_was_measured():
@@ -74,7 +75,7 @@ def test_the_report_stands_alone_and_shows_what_was_measured():
 
 
 def test_a_report_of_a_dead_sae_without_a_loss_gap_is_still_a_page():
-    empty = record()
-    empty["metrics"] |= {"loss_recovered": None, "explained_variance": None, "dead_fraction": 1.0}
-    empty["baselines"], empty["breakdown"] = [], {"position": [], "token_class": []}
+    metrics = {**record().metrics, "loss_recovered": None, "explained_variance": None, "dead_fraction": 1.0}
+    nothing = {"metrics": metrics, "baselines": [], "breakdown": {"position": [], "token_class": []}}
+    empty = record().model_copy(update=nothing)
     assert "4 fired on none" in render(empty, np.zeros(4), [])

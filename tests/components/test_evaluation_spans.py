@@ -17,6 +17,7 @@ from components.evaluation.held_out import HeldOut
 from components.evaluation.intervals import DocumentGroups
 from components.evaluation.job import batch_size, spans
 from components.evaluation.measurements import baseline_spans, sae_spans
+from components.evaluation.record import EvaluationRecord
 from components.evaluation.results import active_features
 from components.evaluation.span_totals import SpanSums, merged
 from components.run.config import parse_config
@@ -38,7 +39,7 @@ def sent(value):
     return pickle.loads(pickle.dumps(value))
 
 
-def by_spans(plan: Specification, parts: int) -> tuple[dict, dict, list[SpanSums]]:
+def by_spans(plan: Specification, parts: int) -> tuple[EvaluationRecord, dict, list[SpanSums]]:
     """Record, feature table, and what each span of the SAE's pass gave."""
     work = sent(steps.evaluation_job(plan))
     settings = work.settings
@@ -58,6 +59,8 @@ def by_spans(plan: Specification, parts: int) -> tuple[dict, dict, list[SpanSums
 
 
 def assert_same(found, expected, path: str = "record") -> None:
+    if isinstance(expected, EvaluationRecord):
+        found, expected = found.model_dump(), expected.model_dump()
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), path
         for key, value in expected.items():
@@ -84,16 +87,16 @@ def test_the_number_of_spans_changes_no_result(tiny_tree: dict, packing: str):
         assert_same(features, table)
         cut = [set(a.documents.tolist()) & set(b.documents.tolist()) for a, b in pairwise(passes)]
         assert all(len(documents) == 1 for documents in cut), "every cut is within a document"
-    assert alone["metrics"]["evaluation_tokens"] == 1_001
-    assert alone["metrics"]["loss_recovered_low"] is not None
+    assert alone.metrics["evaluation_tokens"] == 1_001
+    assert alone.metrics["loss_recovered_low"] is not None
 
 
 def test_documents_that_share_a_group_share_it_in_every_division(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
     plan = trained(tiny_tree, tokens=1_400, baselines=[], exclude_norms_above=1.02)
     monkeypatch.setattr(DocumentGroups.__init__, "__defaults__", (2, False))
     alone = steps.evaluate(plan)
-    assert alone["metrics"]["evaluation_documents"] > 4
-    assert alone["metrics"]["evaluation_tokens"] < 1_400
+    assert alone.metrics["evaluation_documents"] > 4
+    assert alone.metrics["evaluation_tokens"] < 1_400
     for parts in (2, 3):
         assert_same(by_spans(plan, parts)[0], alone)
 
@@ -154,7 +157,7 @@ def test_an_interrupted_evaluation_keeps_the_spans_that_are_done(
 
         monkeypatch.setattr(measurements, "measure", counting)
 
-    def evaluated() -> dict:
+    def evaluated() -> EvaluationRecord:
         return by_spans(plan, kept.parts(1_001, 1))[0] if by_workers else steps.evaluate(plan)
 
     for number in (3, 8):  # in the middle of either pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from components.language_model.hook_points import (
     parse_hook_point,
     spliced_logits,
 )
-from components.language_model.loading import find_model, load_encoder, load_model
+from components.language_model.loading import find_model, kept_model, load_encoder, load_model
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.source import ModelSource, _folder_digest
 from components.settings import UserError
@@ -383,3 +384,18 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"language_model\.name: the weights of .* lack 9 tensors"):
         load_model(find_model(LanguageModelSettings(name=str(tmp_path))), torch.device("cpu"))
+
+
+def test_threads_share_the_tensors_of_a_kept_model_and_not_its_hooks(tiny_model: str):
+    source, cpu = find_model(LanguageModelSettings(name=tiny_model)), torch.device("cpu")
+    mine = kept_model(source, cpu)
+    assert kept_model(source, cpu) is mine
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(kept_model, source, cpu).result()
+    assert [tensor.data_ptr() for tensor in other.parameters()] == [tensor.data_ptr() for tensor in mine.parameters()]
+    handles = [module.register_forward_hook(lambda *_: pytest.fail("another thread's")) for module in other.modules()]
+    ids = torch.arange(8)[None]
+    found = mine(input_ids=ids).logits
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(found, other(input_ids=ids).logits)

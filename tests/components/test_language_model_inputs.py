@@ -143,7 +143,7 @@ def stored(plan: Specification, split: str = "train") -> tuple[dict[tuple[int, i
     values = torch.frombuffer(bytearray(column.buffers()[1]), dtype=torch.float32).reshape(len(column), -1)
     keys = zip(table["document"].to_pylist(), table["position"].to_pylist(), strict=True)
     rows = dict(zip(keys, values, strict=True))
-    assert len(rows) == len(table) == manifest.tokens == plan.token_manifest()["splits"][split]["tokens"]
+    assert len(rows) == len(table) == manifest.tokens == plan.token_manifest().splits[split].tokens
     return rows, table
 
 
@@ -198,8 +198,8 @@ def test_images_in_parquet_are_the_same_corpus(vit: Path, pictures: Path, tmp_pa
     manifest = steps.prepare_tokens(plan)
     kept = {
         image
-        for split, entry in manifest["splits"].items()
-        for image in read_sequences(plan.token_url, manifest, split, 0, entry["sequences"]).images
+        for split, entry in manifest.splits.items()
+        for image in read_sequences(plan.token_url, manifest, split, 0, entry.sequences).images
     }
     assert kept == set(contents)
     block = read_sequences(plan.token_url, manifest, "train", 0, 3)

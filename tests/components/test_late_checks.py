@@ -61,7 +61,7 @@ def test_what_a_later_step_could_not_use_is_refused_by_name(tiny_tree: dict, fie
 def test_names_of_the_greatest_length_have_folders_and_a_registered_name(tiny_tree: dict):
     plan = resolve(parse_config(changed(tiny_tree, name="n" * 128, tracking__purpose="p" * 64)))
     check(plan)
-    assert steps.prepare_tokens(plan)["splits"]["train"]["tokens"] > 0
+    assert steps.prepare_tokens(plan).splits["train"].tokens > 0
 
 
 def test_a_runner_whose_package_is_missing_is_refused_at_once(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):

@@ -17,19 +17,21 @@ from components.registry import model_files, registration
 from components.registry.gates import Gates
 from components.registry.promotion import check_files
 from components.registry.pyfunc_sae import SAE
+from components.registry.records import Lineage
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.storage import file_sha256
 from components.tracking.runs import tracked_run
 from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect
 
-LINEAGE = {
-    "mlflow_run": "r", "dataset_digest": "d", "dataset_url": "u", "token_digest": "t", "token_url": "file:///tokens",
-    "configuration": {
+LINEAGE = Lineage(
+    mlflow_run="r", sae_digest="s", weights_sha256="w", dataset_digest="d", dataset_url="u", token_digest="t",
+    token_url="file:///tokens",
+    configuration={
         "corpus": {"source": "files", "train_tokens": 10, "context_length": 4}, "language_model": {"name": "tiny"},
         "activations": {"hook_points": ["resid_post.1"]}, "sae": {"d_sae": 8}, "training": {}, "seed": 0,
     },
-}  # fmt: skip
+)  # fmt: skip
 
 
 def candidate(folder: Path, d_in: int = 4, d_sae: int = 8) -> registration.Candidate:
@@ -39,7 +41,7 @@ def candidate(folder: Path, d_in: int = 4, d_sae: int = 8) -> registration.Candi
     coder.initialise(0)
     for name, content in saelens_files(coder, {}).items():
         (folder / name).write_bytes(content)
-    (folder / "lineage.json").write_text(json.dumps(LINEAGE))
+    (folder / "lineage.json").write_text(LINEAGE.model_dump_json())
     return registration.Candidate(
         name="tiny.resid", folder=folder, run_digest="run-1", evaluation_set="set",
         weights_sha256=file_sha256(folder / "sae_weights.safetensors"), metrics={"l0": 2.0, "evaluation_tokens": 100},

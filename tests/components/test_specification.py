@@ -58,14 +58,14 @@ def test_a_file_that_appears_while_a_run_goes_on_changes_nothing_in_it(tree: dic
 
     run = resolve(parse_config(tree))
     (corpus / "000-appeared.txt").write_text("a document that was not there when the run began " * 50)
-    assert steps.prepare_tokens(run)["splits"] == expected["splits"]
+    assert steps.prepare_tokens(run).splits == expected.splits
     (corpus / "zzz-appeared.txt").write_text("and another one, later " * 50)
     sent = run.to_json()
     for step in (steps.extract, steps.train, steps.evaluate):
         step(Specification.from_json(sent))
     with steps.tracked(run, {}) as open_run:
         outcome = steps.register(Specification.from_json(sent), open_run)
-    assert outcome["model_version"] == 1
+    assert outcome.model_version == 1
     later = resolve(parse_config(tree))
     assert later.token_digest != run.token_digest  # the next run sees it
 
@@ -97,7 +97,7 @@ def test_a_file_that_appears_while_the_corpus_is_read_is_not_read(tree: dict, co
     monkeypatch.setattr("components.corpus.sources.read_file", reading)
     manifest = steps.prepare_tokens(run)
     assert "late.txt" not in count
-    assert manifest["documents"] <= 120
+    assert manifest.documents <= 120
     assert len(read_sequences(run.token_url, manifest, "train", 0, 10**6)) > 0
 
 
@@ -121,7 +121,7 @@ def test_a_whole_run_lists_the_corpus_once_and_is_specified_once(tree: dict, tmp
         run = Specification.from_json(sent)
         with steps.tracked(run, {}) as open_run:
             outcome = steps.register(run, open_run)
-        return steps.summary(run, {"mlflow_run": open_run.run_id, **outcome}, {}, reused=False)
+        return steps.summary(run, outcome, {}, reused=False)
 
     monkeypatch.setattr("flows.pipeline.pipeline_of", flow)
     config = tmp_path / "tiny.yaml"

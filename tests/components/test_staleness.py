@@ -63,8 +63,8 @@ def test_only_what_changed_something_is_stale_and_the_reason_names_it(
     assert not unchanged.stale
     assert unchanged.reason.startswith("nothing to do: version 1 of ")
     assert unchanged.standing is not None
-    assert unchanged.standing["model_version"] == 1
-    assert unchanged.standing["alias"] == "champion"
+    assert unchanged.standing.model_version == 1
+    assert unchanged.standing.alias == "champion"
     # where and how it is run decides nothing
     assert not verdict(plan_of(tree, execution={"workers": 2}, evaluation__batch_sequences=3)).stale
     assert not verdict(plan_of(tree, training__checkpoint_tokens=8_000)).stale
@@ -117,13 +117,13 @@ def test_a_repetition_trains_anew_on_the_same_activations_and_settles_the_matter
     assert again.dataset_digest == first.dataset_digest
     assert again.sae_digest != first.sae_digest
     outcome = registered(again)
-    assert outcome["model_version"] == 2
-    assert outcome["alias"] == "challenger"  # equal weights are no improvement
+    assert outcome.model_version == 2
+    assert outcome.alias == "challenger"  # equal weights are no improvement
     settled = verdict(plan_of(tree))
     assert not settled.stale
     assert settled.standing is not None
-    assert settled.standing["model_version"] == 2
-    assert settled.standing["alias"] == "challenger"  # and whoever asks again hears of the refusal again
+    assert settled.standing.model_version == 2
+    assert settled.standing.alias == "challenger"  # and whoever asks again hears of the refusal again
 
 
 def test_a_configuration_that_comes_back_is_not_stale(tree: dict):

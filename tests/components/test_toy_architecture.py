@@ -114,10 +114,10 @@ def test_one_file_is_all_that_an_architecture_takes(toy: None, tiny_tree: dict):
     assert exported.threshold.min() > 0  # the buffer has moved, and has come along
     torch.testing.assert_close(exported.W_dec.norm(dim=1), torch.ones(64))
     measured = steps.evaluate(run)
-    assert measured["about"]["architecture"] == "toy"
-    assert measured["metrics"]["explained_variance"] > 0
+    assert measured.about.architecture == "toy"
+    assert measured.metrics["explained_variance"] > 0
     with steps.tracked(run, {}) as open_run:
-        assert steps.register(run, open_run)["alias"] == "champion"
+        assert steps.register(run, open_run).alias == "champion"
 
 
 def test_a_field_of_another_architecture_is_refused_with_those_that_there_are(toy: None, tiny_tree: dict):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from components import steps, storage
 from components.interop.saelens import load_saelens
 from components.registry.history import CHAMPION
+from components.registry.records import Outcome
 from components.registry.versions import CHALLENGER, champion_of
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
@@ -25,7 +26,7 @@ from components.tracking.settings import TrackingSettings
 from components.tracking.store import connect, tracking_uri
 
 
-def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, dict]:
+def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, Outcome]:
     """The whole line without Prefect."""
     sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
     plan = resolve(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
@@ -34,7 +35,7 @@ def complete(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple
     steps.evaluate(plan)
     with steps.tracked(plan, {}) as run:
         outcome = steps.register(plan, run)
-    return plan, {"run": run.run_id, **outcome}
+    return plan, outcome
 
 
 def client_of(plan: Specification) -> MlflowClient:
@@ -50,14 +51,14 @@ def _few_samples(tiny_tree: dict):
 def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(tiny_tree: dict):
     plan, outcome = complete(tiny_tree)
     client = client_of(plan)
-    run = client.get_run(outcome["run"])
+    run = client.get_run(outcome.mlflow_run)
     assert run.info.status == "FINISHED"
     assert run.data.params["sae.sparsity_coefficient"] == "5.0"
     assert run.data.params["corpus.context_length"] == "32"
     record, measured = plan.training_record(), plan.evaluation_record()
-    history = client.get_metric_history(outcome["run"], "train/loss")
+    history = client.get_metric_history(outcome.mlflow_run, "train/loss")
     assert [(m.step, m.value) for m in history] == [(int(p["tokens"]), p["loss"]) for p in record.curves]
-    for name, value in measured["metrics"].items():
+    for name, value in measured.metrics.items():
         if value is not None:
             assert run.data.metrics[f"eval/{name}"] == pytest.approx(value)
     by_name = {found.dataset.name: found for found in run.inputs.dataset_inputs}
@@ -67,24 +68,24 @@ def test_a_run_holds_parameters_curves_evaluation_dataset_figures_and_artifact(t
     assert plan.dataset_url in dataset.dataset.source
     assert run.data.tags["sae.dataset_digest"] == plan.dataset_digest
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
-    names = {entry.path for folder in (None, "sae") for entry in client.list_artifacts(outcome["run"], folder)}
+    names = {entry.path for folder in (None, "sae") for entry in client.list_artifacts(outcome.mlflow_run, folder)}
     assert {"training.png", "cross_entropy.png", "feature_density.png"} <= names
     assert {"sae/cfg.json", "sae/evaluation.json", "sae/lineage.json", "sae/MODEL_CARD.md"} <= names
     assert not {"sae/sae_weights.safetensors", "sae/features.parquet"} & names  # those are in the model alone
     lineage = json.loads(Path(plan.sae_url, "lineage.json").read_text())
-    assert lineage["mlflow_run"] == outcome["run"]
+    assert lineage["mlflow_run"] == outcome.mlflow_run
     assert lineage["dataset_digest"] == plan.dataset_digest
 
 
 def test_registering_again_adds_neither_run_nor_version_nor_point(tiny_tree: dict):
     plan, first = complete(tiny_tree)
     client = client_of(plan)
-    points = len(client.get_metric_history(first["run"], "train/loss"))
+    points = len(client.get_metric_history(first.mlflow_run, "train/loss"))
     _, second = complete(tiny_tree)
     assert second == first
     assert len(client.search_model_versions(f"name='{plan.registered_model}'")) == 1
-    assert len(client.search_logged_models([client.get_run(first["run"]).info.experiment_id])) == 1
-    assert len(client.get_metric_history(first["run"], "train/loss")) == points
+    assert len(client.search_logged_models([client.get_run(first.mlflow_run).info.experiment_id])) == 1
+    assert len(client.get_metric_history(first.mlflow_run, "train/loss")) == points
 
 
 def eval_points(client: MlflowClient, run: str, names: list[str]) -> list[tuple]:
@@ -99,10 +100,10 @@ def test_the_logged_model_has_the_evaluation_as_its_metrics_once(tiny_tree: dict
         patch.setattr(TrackedRun, "log_model_metrics", killed)
         complete(tiny_tree)
     plan, outcome = complete(tiny_tree)
-    client, run = client_of(plan), outcome["run"]
-    measured = plan.evaluation_record()["metrics"]
+    client, run = client_of(plan), outcome.mlflow_run
+    measured = plan.evaluation_record().metrics
     numbers = {name: value for name, value in measured.items() if value is not None}
-    version = client.get_model_version(plan.registered_model, str(outcome["model_version"]))
+    version = client.get_model_version(plan.registered_model, str(outcome.model_version))
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     assert {metric.key: metric.value for metric in model.metrics} == {f"eval/{name}": numbers[name] for name in numbers}
     evaluation_set = plan.evaluation_set(measured["evaluation_tokens"])
@@ -121,14 +122,14 @@ def test_logged_models_are_found_and_ordered_by_what_was_measured(tiny_tree: dic
     plan, worse = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
     _, better = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
     client = client_of(plan)
-    experiment = [client.get_run(worse["run"]).info.experiment_id]
+    experiment = [client.get_run(worse.mlflow_run).info.experiment_id]
     key = "metrics.`eval/explained_variance`"
-    tokens = plan.evaluation_record()["metrics"]["evaluation_tokens"]
+    tokens = plan.evaluation_record().metrics["evaluation_tokens"]
     same_text = {"dataset_name": EVALUATION_SET, "dataset_digest": plan.evaluation_set(tokens)}
     ordered = client.search_logged_models(experiment, order_by=[{"field_name": key, "ascending": False, **same_text}])
-    assert [model.source_run_id for model in ordered] == [better["run"], worse["run"]]
+    assert [model.source_run_id for model in ordered] == [better.mlflow_run, worse.mlflow_run]
     found = client.search_logged_models(experiment, f"{key} > 0.5", datasets=[same_text])
-    assert [model.source_run_id for model in found] == [better["run"]]
+    assert [model.source_run_id for model in found] == [better.mlflow_run]
     assert not client.search_logged_models(experiment, f"{key} > 0.5", datasets=[{**same_text, "dataset_digest": "other"}])
 
 
@@ -141,9 +142,9 @@ def test_other_weights_of_the_same_run_leave_the_registered_version_whole(tiny_t
     record = storage.read_json(f"{plan.sae_url}/training.json")
     storage.put_json({**record, "weights_sha256": storage.file_sha256(weights)}, f"{plan.sae_url}/training.json")
     again, second = complete(tiny_tree)
-    assert (second["run"], second["model_version"]) == (first["run"], 2)
+    assert (second.mlflow_run, second.model_version) == (first.mlflow_run, 2)
     client = client_of(again)
-    kept = client.search_logged_models([client.get_run(first["run"]).info.experiment_id])
+    kept = client.search_logged_models([client.get_run(first.mlflow_run).info.experiment_id])
     assert len(kept) == 2  # a deleted one is not found, and is gone for good with MLflow's next clean-up
 
 
@@ -162,13 +163,13 @@ def test_a_killed_registration_decides_again_against_the_champion_of_now(tiny_tr
     plan, first = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=500.0)
     client, name = client_of(plan), plan.registered_model
     # as if the call had been killed between its decision and its alias, and a better version had won meanwhile
-    client.delete_model_version_tag(name, str(first["model_version"]), "sae.registered")
+    client.delete_model_version_tag(name, str(first.model_version), "sae.registered")
     client.delete_registered_model_alias(name, CHAMPION)
     _, second = complete(tiny_tree, learning_rate=1e-2, sparsity_coefficient=0.1)
-    assert second["alias"] == CHAMPION
+    assert second.alias == CHAMPION
     with steps.tracked(plan, {}) as run:
-        assert steps.register(plan, run)["alias"] == CHALLENGER
-    assert int(champion_of(client, name).version) == second["model_version"]
+        assert steps.register(plan, run).alias == CHALLENGER
+    assert int(champion_of(client, name).version) == second.model_version
 
 
 def test_a_failed_run_says_why_and_the_next_one_continues_it(tiny_tree: dict):

@@ -18,6 +18,7 @@ from components.registry import promotion, registration
 from components.registry.gates import Gates
 from components.registry.history import Ledger, champion_version, ensure_model
 from components.registry.promotion import promote, rollback
+from components.registry.records import Lineage
 from components.registry.versions import earlier_metrics, resolve_version, versions_of_dataset
 from components.run.config import RunConfig
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
@@ -50,11 +51,11 @@ class Registry:
         sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=16), 8)
         sae.initialise(number)
         files = saelens_files(sae, {})
-        lineage = {
-            "mlflow_run": "run", "dataset_digest": f"data-{name}", "dataset_url": "d", "token_digest": "t", "token_url": "u",
-            "configuration": RunConfig().model_dump(mode="json"),
-        }  # fmt: skip
-        for file, content in {**files, "lineage.json": json.dumps(lineage).encode()}.items():
+        lineage = Lineage(
+            mlflow_run="run", sae_digest="s", weights_sha256="w", dataset_digest=f"data-{name}", dataset_url="d",
+            token_digest="t", token_url="u", configuration=RunConfig().model_dump(mode="json"),
+        )  # fmt: skip
+        for file, content in {**files, "lineage.json": lineage.model_dump_json().encode()}.items():
             (artifact / file).write_bytes(content)
         candidate = registration.Candidate(
             name=name,

@@ -54,7 +54,7 @@ def test_from_the_champion_alone_back_to_its_weights_and_all_commands_between(
     assert shown["lineage"]["weights_sha256"] == record.weights_sha256
     assert shown["lineage"]["dataset_digest"] == plan.dataset_digest
     assert len(shown["lineage"]["git_commit"]) == 40
-    assert shown["metrics"]["l0"] == pytest.approx(plan.evaluation_record()["metrics"]["l0"])
+    assert shown["metrics"]["l0"] == pytest.approx(plan.evaluation_record().metrics["l0"])
     assert {row["gate"] for row in shown["gates"]["gates"]} >= {"files", "finite", "evaluation_tokens"}
     assert "loss_recovered" in models(capfd, "show", f"{name}/2", *at)
 

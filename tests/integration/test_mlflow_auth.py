@@ -19,6 +19,7 @@ from mlflow_process import Served, mlflow_process
 
 from components import steps
 from components.registry.catalogue import list_models
+from components.registry.records import Outcome
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -97,13 +98,13 @@ def test_who_has_no_password_gets_nothing_and_one_sentence(server: Served, user:
     assert done.stdout == ""
 
 
-def line(tree: dict, **tracking) -> tuple[Specification, dict]:
+def line(tree: dict, **tracking) -> tuple[Specification, Outcome]:
     plan = resolve(parse_config({**tree, "tracking": {**tree["tracking"], **tracking}}))
     steps.extract(plan)
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)
         steps.evaluate(plan)
-        return plan, {"run": run.run_id, **steps.register(plan, run)}
+        return plan, steps.register(plan, run)
 
 
 def test_a_user_runs_the_whole_line_which_others_read_and_do_not_change(server: Served, tiny_tree: dict, login):
@@ -114,9 +115,9 @@ def test_a_user_runs_the_whole_line_which_others_read_and_do_not_change(server: 
 
     login("ada")
     plan, outcome = line(tiny_tree)
-    assert outcome["alias"] == "champion"
+    assert outcome.alias == "champion"
     client = connect(plan.config.tracking, "unused")
-    assert client.get_run(outcome["run"]).info.status == "FINISHED"
+    assert client.get_run(outcome.mlflow_run).info.status == "FINISHED"
 
     login("bob")
     (model,) = list_models(client, "of-ada")
@@ -130,7 +131,7 @@ def test_a_user_runs_the_whole_line_which_others_read_and_do_not_change(server: 
     assert refused.returncode == 2
     assert "does not allow this to 'bob'" in refused.stderr
     _, outcome = line(tiny_tree, registered_model="of-bob", experiment="of-bob")
-    assert outcome["alias"] == "champion"
+    assert outcome.alias == "champion"
 
     login("ada")
     for experiment in ("sae-foundry", "sae-foundry-promotions"):

@@ -17,6 +17,7 @@ from components import steps
 from components.registry.gates import Gates
 from components.registry.history import Ledger, champion_version
 from components.registry.promotion import promote, rollback
+from components.registry.records import Outcome
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.tracking.runs import tracked_run
@@ -26,7 +27,7 @@ from components.tracking.store import connect
 pytestmark = pytest.mark.integration
 
 
-def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, dict]:
+def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Specification, Outcome]:
     """From the corpus to the registry, without Prefect."""
     sae = {**tree["sae"], "sparsity_coefficient": sparsity_coefficient}
     plan = resolve(parse_config({**tree, "sae": sae, "training": {**tree["training"], **training}}))
@@ -34,7 +35,7 @@ def line(tree: dict, sparsity_coefficient: float = 5.0, **training) -> tuple[Spe
     with steps.tracked(plan, {}) as run:
         steps.train(plan, run.add_points)
         steps.evaluate(plan)
-        return plan, {"run": run.run_id, **steps.register(plan, run)}
+        return plan, steps.register(plan, run)
 
 
 @pytest.fixture
@@ -53,15 +54,15 @@ def test_the_whole_line_with_promotions_and_rollback(tree: dict, mlflow_server):
     plan, first = line(tree, learning_rate=1e-2, sparsity_coefficient=500.0)
     _, better = line(tree, learning_rate=1e-2, sparsity_coefficient=0.1)
     client, name = connect(plan.config.tracking, plan.config.storage.root), plan.registered_model
-    assert (first["alias"], first["model_version"]) == ("champion", 1)
-    run = client.get_run(first["run"])
+    assert (first.alias, first.model_version) == ("champion", 1)
+    run = client.get_run(first.mlflow_run)
     assert run.info.status == "FINISHED"
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
-    assert len(client.get_metric_history(first["run"], "train/loss")) == len(plan.training_record().curves)
+    assert len(client.get_metric_history(first.mlflow_run, "train/loss")) == len(plan.training_record().curves)
     model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
     answer = model.predict(np.ones((2, 32), np.float32))
     assert answer["features"].shape == (2, 64)
-    wanted = "2" if better["alias"] == "champion" else "1"
+    wanted = "2" if better.alias == "champion" else "1"
     assert champion_version(client, name) == wanted
     promote(client, name, "2", Gates(evaluation_tokens=1), force="to roll it back")
     assert rollback(client, name, "a test")[0].version == "1"
@@ -118,15 +119,15 @@ def test_killed_and_restarted_in_the_middle_the_server_has_everything_and_nothin
         mlflow_server.start()
     assert len(deaths) >= 2
     client = connect(plan.config.tracking, plan.config.storage.root)
-    run = client.get_run(outcome["run"])
+    run = client.get_run(outcome.mlflow_run)
     assert run.info.status == "FINISHED"
     curves = plan.training_record().curves
     for name in ("loss", "l0", "dead_fraction"):
-        history = client.get_metric_history(outcome["run"], f"train/{name}")
+        history = client.get_metric_history(outcome.mlflow_run, f"train/{name}")
         assert sorted((metric.step, metric.value) for metric in history) == [(int(p["tokens"]), p[name]) for p in curves]
-    measured = {name: value for name, value in plan.evaluation_record()["metrics"].items() if isinstance(value, (int, float))}
+    measured = {name: value for name, value in plan.evaluation_record().metrics.items() if isinstance(value, (int, float))}
     assert {name: run.data.metrics[f"eval/{name}"] for name in measured} == pytest.approx(measured)
-    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{outcome['run']}'")
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{outcome.mlflow_run}'")
     assert [model.status for model in models if model.status == LoggedModelStatus.READY] == [LoggedModelStatus.READY]
     versions = client.search_model_versions(f"name = '{plan.registered_model}'")
     assert [(version.status, version.tags["sae.registered"]) for version in versions] == [("READY", "true")]

@@ -43,7 +43,7 @@ def server(postgres: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60)
+    client = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60, headers={"Connection": "close"})
     try:
         deadline = time.monotonic() + 300  # it makes its tables first
         while time.monotonic() < deadline:

@@ -65,10 +65,10 @@ class Comparison:
         torch.set_num_threads(threads)
         recorded = self.plan.evaluation_record()
         assert recorded is not None
-        assert recorded["digest"] == expected["digest"]
+        assert recorded.digest == expected.digest
         for part in ("metrics", "baselines", "breakdown"):
-            assert_same(recorded[part], expected[part], part)
-        assert found["metrics"] == recorded["metrics"]
+            assert_same(getattr(recorded, part), getattr(expected, part), part)
+        assert found["metrics"] == recorded.metrics
 
 
 def assert_same(found: Any, expected: Any, path: str) -> None:

@@ -54,11 +54,11 @@ def line(tree: dict) -> tuple[Specification, dict]:
 
 def test_the_line_on_s3_gives_the_same_bytes_as_on_a_local_disk(tree: dict, tmp_path: Path):
     remote, outcome = line(tree)
-    assert outcome["alias"] == "champion"
+    assert outcome.alias == "champion"
     local, _ = line({**tree, "storage": {"root": str(tmp_path / "local")}, "tracking": {"gates": tree["tracking"]["gates"]}})
     assert remote.dataset_manifest() == local.dataset_manifest()
     assert remote.training_record().weights_sha256 == local.training_record().weights_sha256
-    assert remote.evaluation_record()["metrics"] == local.evaluation_record()["metrics"]
+    assert remote.evaluation_record().metrics == local.evaluation_record().metrics
     for shard in remote.dataset_manifest().shards:
         assert storage.read_bytes(f"{remote.dataset_url}/{shard.name}") == storage.read_bytes(
             f"{local.dataset_url}/{shard.name}"

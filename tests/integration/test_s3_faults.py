@@ -119,7 +119,9 @@ def test_a_shard_that_another_worker_has_put_is_never_replaced(tree: dict):
     records[:, 16] ^= 1  # the last bit of the first activation of every row
     url = f"{work.url}/{work.shard_name(1)}"
     with storage.whole_file(url) as path:
-        write_shard_file(records, work.layout, seed=0, rows_per_group=512, compression="none", path=path, name="x")
+        write_shard_file(
+            records, work.layout, seed=0, rows_per_group=512, compression="none", path=path, name=work.shard_name(1)
+        )
     theirs = storage.read_bytes(url)
     manifest = steps.extract(plan)
     assert storage.read_bytes(url) == theirs

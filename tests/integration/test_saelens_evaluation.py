@@ -145,7 +145,7 @@ def compared(
     # As many tokens as the whole sequences hold: ours stops there.
     tree["evaluation"]["tokens"] = int((block.documents[whole] >= 0).sum())
     plan = resolve(parse_config(tree))
-    ours = steps.evaluate(plan)["metrics"]
+    ours = steps.evaluate(plan).metrics
     np.save(root / "tokens.npy", block.tokens[whole])
     theirs = json.loads(in_saelens(saelens, EVALUATE, plan.sae_url, tiny_model, str(root / "tokens.npy")).splitlines()[-1])
     assert ours["evaluation_tokens"] == int((block.tokens[whole] != 0).sum())

@@ -259,4 +259,4 @@ def test_the_commands_that_the_stack_prints_exist_where_it_says(live: Live):
         ["bash", "-ec", script], cwd=REPOSITORY, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}
     )
     assert done.stdout.splitlines() == [*programs, live.stack.prefect_url], done.stderr
-    assert programs[1].endswith("/prefect")
+    assert programs[1].endswith("/python")

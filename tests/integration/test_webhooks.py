@@ -140,7 +140,7 @@ def test_a_promotion_calls_the_receiver_and_only_the_owner_of_the_secret_can_hav
     steps.train(plan)
     steps.evaluate(plan)
     with steps.tracked(plan, {}) as run:
-        assert steps.register(plan, run)["alias"] == "champion"
+        assert steps.register(plan, run).alias == "champion"
 
     headers, body = receiver.wait_for("model_version_alias", "champion")
     told = json.loads(body)

@@ -22,7 +22,7 @@ from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import Manifest, Shard, manifest_url, read_manifest
 from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_columns, describe_shard_file, write_shard_file
 from components.activations.dataset.shuffle import Scattered, write_scattered
-from components.language_model.loading import load_model
+from components.language_model.loading import kept_model
 from components.progress import progress
 from components.settings import UserError
 
@@ -70,7 +70,7 @@ def prepare(work: Extraction) -> None:
         return
     # Scattered chunks and finished shards stand side by side until the commit.
     stored = sum(path.stat().st_size for path in storage.local_path(work.url).rglob("*") if path.is_file())
-    needed = 2 * work.split["tokens"] * work.layout.row_bytes + work.shuffle.largest - stored
+    needed = 2 * work.split.tokens * work.layout.row_bytes + work.shuffle.largest - stored
     if needed > free:
         raise UserError(
             f"storage.root: extraction needs {needed / 1e9:,.1f} GB more on the disk of '{work.url}', which has "
@@ -90,9 +90,9 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
         return
     if len(missing) < len(chunks):
         logger.info("extract: continuing, %d of %d chunks are there", len(chunks) - len(missing), len(chunks))
-    model = load_model(work.source, device)
+    model = kept_model(work.source, device)
     size = work.settings.sequences_per_chunk
-    total = sum(min(size, work.split["sequences"] - chunk * size) for chunk in missing) * work.token_manifest["context_length"]
+    total = sum(min(size, work.split.sequences - chunk * size) for chunk in missing) * work.token_manifest.context_length
     with (
         progress(logger, "extract", total, "tokens") as advance,
         ThreadPoolExecutor(max_workers=_CHUNKS_AT_ONCE) as writers,
@@ -142,8 +142,8 @@ def _apart(work: Extraction, items: Iterable[int], together: int = 1) -> list[in
 
 def _chunks_per_token_shard(work: Extraction) -> int:
     """Chunks that are done one after the other, so that their shard of tokens is read once. Two shards are kept anyway."""
-    shards = work.split["shards"]
-    return max(1, shards[0]["sequences"] // work.settings.sequences_per_chunk) if len(shards) > 2 else 1
+    shards = work.split.shards
+    return max(1, shards[0].sequences // work.settings.sequences_per_chunk) if len(shards) > 2 else 1
 
 
 def write_chunk(work: Extraction, chunk: int, scattered: Chunk) -> None:
@@ -257,13 +257,13 @@ def commit(work: Extraction) -> Manifest:
         return manifest
     shards = tuple(Shard.model_validate(record["shard"]) for record in records)
     tokens = sum(shard.rows for shard in shards)
-    if tokens != work.split["tokens"]:
-        raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split['tokens']} tokens")
+    if tokens != work.split.tokens:
+        raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split.tokens} tokens")
     manifest = Manifest.sealed(
         identity=work.identity,
         configuration=work.configuration,
         versions=_versions(),
-        documents=work.split["documents"],
+        documents=work.split.documents,
         rows_per_group=work.settings.rows_per_group,
         compression=work.settings.compression,
         seed=work.seed,

@@ -10,6 +10,7 @@ from components import storage
 from components.activations.dataset.schema import Layout
 from components.activations.dataset.shuffle import ShufflePlan, plan_shuffle
 from components.activations.settings import ActivationSettings
+from components.corpus.manifest import TokenManifest, TokenSplit
 from components.corpus.tokens import Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.loading import ModelSource
@@ -28,20 +29,20 @@ class Extraction:
     widths: dict[str, int]
     """Of the hook points, in the order of the columns."""
     token_url: str
-    token_manifest: dict[str, Any]
+    token_manifest: TokenManifest
     seed: int
 
     @cached_property
-    def split(self) -> dict[str, Any]:
-        return self.token_manifest["splits"][self.settings.split]
+    def split(self) -> TokenSplit:
+        return self.token_manifest.splits[self.settings.split]
 
     @property
     def chunks(self) -> int:
-        return -(-self.split["sequences"] // self.settings.sequences_per_chunk)
+        return -(-self.split.sequences // self.settings.sequences_per_chunk)
 
     @property
     def buckets(self) -> int:
-        return max(1, round(self.split["tokens"] / self.settings.rows_per_shard))
+        return max(1, round(self.split.tokens / self.settings.rows_per_shard))
 
     @property
     def points(self) -> list[HookPoint]:
@@ -64,7 +65,7 @@ class Extraction:
 
     @cached_property
     def shuffle(self) -> ShufflePlan:
-        rows = self.settings.sequences_per_chunk * self.token_manifest["context_length"]
+        rows = self.settings.sequences_per_chunk * self.token_manifest.context_length
         return plan_shuffle(self.chunks, self.buckets, rows * self.layout.row_bytes)
 
     def merged_name(self, level: int, index: int) -> str:

@@ -1,0 +1,50 @@
+"""What is recorded of a registration."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import Field
+
+from components.settings import Record
+
+
+class Outcome(Record):
+    """What a registration came to."""
+
+    mlflow_run: str
+    registered_model: str
+    model_version: int
+    alias: str | None
+    alias_reason: str
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.registered_model}/{self.model_version}"
+
+
+class Lineage(Record):
+    """`lineage.json`, beside the weights in every registered version."""
+
+    mlflow_run: str
+    prefect_flow_run: str | None = None
+    sae_digest: str
+    weights_sha256: str
+    dataset_digest: str
+    dataset_url: str
+    token_digest: str
+    token_url: str
+    code: dict[str, str] = Field(default_factory=dict)
+    """Commit, as tags of the run."""
+    configuration: dict[str, Any]
+
+    def reproduction(self) -> dict[str, Any]:
+        """The configuration that makes the version again: as it was, without where it was stored and tracked and what
+        ran it."""
+        tree = json.loads(json.dumps(self.configuration))
+        tree.pop("storage", None)
+        tree.pop("execution", None)  # of the machines that it ran on
+        tracking = tree.pop("tracking", {})
+        kept = {key: tracking[key] for key in ("registered_model", "purpose") if tracking.get(key)}
+        return {**tree, "storage": {"root": "reproduction"}, **({"tracking": kept} if kept else {})}
