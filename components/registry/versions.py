@@ -176,6 +176,12 @@ def lineage_of(client: MlflowClient, version: ModelVersion) -> dict[str, Any]:
         return dict(json.loads(stored_file(client, version, "lineage.json", Path(scratch)).read_text()))
 
 
+def reproduction_commands(version: str, imported: dict[str, Any] | None) -> list[str]:
+    """What makes a version again. imported: of its lineage, for an SAE that was made elsewhere."""
+    again = f"sae import {imported['from']} --config reproduction.yaml" if imported else "sae run reproduction.yaml"
+    return [f"sae models show {version} --config > reproduction.yaml", again]
+
+
 def reproduction(lineage: dict[str, Any]) -> dict[str, Any]:
     """The configuration that makes the version again: as it was, without where it was stored and tracked and what
     ran it."""
