@@ -72,7 +72,8 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as tensors: {str(error).splitlines()[0]}") from error
+        # Not torch's own words: they tell how to run what the file brings.
+        raise ValueError(f"{path} cannot be read as tensors and nothing else ({type(error).__name__})") from error
     if isinstance(found, dict) and {"ae", "optimizer"} & found.keys():
         raise ValueError(f"{path} is the backup of a training that goes on; the `ae.pt` that it ends with is accepted")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
