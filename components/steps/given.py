@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ import torch
 from components import storage
 from components.evaluation import evaluate as evaluation
 from components.evaluation.given import require_same_model, require_same_place
+from components.interop import hub
 from components.interop.coders import AnySAE, NormalizedSAE
 from components.interop.formats import WRITERS, GivenSAE, format_of, given_sae
 from components.interop.saelens import WEIGHTS_NAME, saelens_files
@@ -31,9 +32,9 @@ from components.tracking.settings import TrackingSettings
 def evaluate_given(run: Specification, sae: str, another_model: bool = False) -> dict[str, Any]:
     """An SAE made elsewhere -> its metrics on this configuration's held-out documents; url and evaluation record.
 
-    sae: a folder in one of `interop.formats` (local or `s3://`), or `models:/...` in the model registry. It needs no activation
-    dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into an
-    MLflow run. another_model: although the SAE names another language model than the configuration.
+    sae: a folder in one of `interop.formats` (local, `s3://` or `hf://`), or `models:/...` in the model registry. It needs no
+    activation dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into
+    an MLflow run. another_model: although the SAE names another language model than the configuration.
     """
     with opened(run.config.tracking, run.config.storage.root, sae) as given:
         url, present = _measured(run, given, sae, another_model)
@@ -105,7 +106,8 @@ def export_given(settings: TrackingSettings, root: str, sae: str, target: str, f
     """
     if format_name not in WRITERS:
         raise UserError(f"--format: '{format_name}' cannot be written; accepted is {', '.join(WRITERS)}")
-    if storage.list_names(target):
+    on_hub = target.startswith(hub.PREFIX)
+    if not on_hub and storage.list_names(target):
         raise UserError(f"FOLDER: '{target}' holds files already; a folder that is empty or not there yet is accepted")
     with opened(settings, root, sae) as given:
         coder = _load(given, torch.device("cpu"), None)
@@ -113,33 +115,49 @@ def export_given(settings: TrackingSettings, root: str, sae: str, target: str, f
             files = WRITERS[format_name](coder, given.metadata)
         except ValueError as error:
             raise UserError(f"--{error}") from error
-    for name, content in files.items():
-        storage.put_bytes(content, storage.join(target, name))
+    if on_hub:
+        try:
+            target = hub.uploaded(target, files)
+        except ValueError as error:
+            raise UserError(f"FOLDER: {error}") from error
+    else:
+        for name, content in files.items():
+            storage.put_bytes(content, storage.join(target, name))
     return {"url": target, "format": format_name, "files": sorted(files)}
 
 
 @contextmanager
 def opened(settings: TrackingSettings, root: str, sae: str) -> Iterator[GivenSAE]:
     """The SAE that the user names, in a local folder."""
+    with _local_folder(settings, root, sae) as folder:
+        try:
+            given = given_sae(folder, sae)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--sae: {error}") from error
+        yield given
+
+
+@contextmanager
+def _local_folder(settings: TrackingSettings, root: str, sae: str) -> Iterator[Path]:
     if sae.startswith("models:/"):
         from components.registry.download import registered_sae
 
-        with TemporaryDirectory(prefix="sae-") as folder:
-            yield _given(registered_sae(settings, root, sae, Path(folder)), sae)
+        with TemporaryDirectory(prefix="sae-") as scratch:
+            yield registered_sae(settings, root, sae, Path(scratch))
         return
+
+    def files(names: list[str]) -> tuple[str, ...]:
+        return format_of(names, redacted(sae)).files
+
     try:
-        files = format_of(storage.list_names(sae), redacted(sae)).files
+        on_hub = sae.startswith(hub.PREFIX)
+        copies: AbstractContextManager[Path] = (
+            nullcontext(hub.fetched(sae, files)) if on_hub else storage.local_copies(sae, files(storage.list_names(sae)))
+        )
     except (ValueError, OSError) as error:
         raise UserError(f"--sae: {error}") from error
-    with storage.local_copies(sae, files) as folder:
-        yield _given(folder, sae)
-
-
-def _given(folder: Path, sae: str) -> GivenSAE:
-    try:
-        return given_sae(folder, sae)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--sae: {error}") from error
+    with copies as folder:
+        yield folder
 
 
 def _load(given: GivenSAE, device: torch.device, mean_norm: float | None) -> AnySAE:

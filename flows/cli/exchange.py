@@ -13,7 +13,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SAE",
-        help="A folder as SAELens, sparsify, dictionary_learning or Gemma Scope make it (local or `s3://`), or `models:/...`.",
+        help="A folder as SAELens, sparsify, dictionary_learning or Gemma Scope make it (local, `s3://...` or "
+        "`hf://owner/repository/folder`), or `models:/...`.",
     ),
 ]
 AnotherModel = Annotated[
@@ -41,7 +42,9 @@ def import_(
 
 def export(
     sae: Source,
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to; local or `s3://`, empty or not there yet.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Where to; empty or not there yet. `hf://owner/repo/folder` too.")
+    ],
     format_: Annotated[str, typer.Option("--format", help="`saelens` or `sparsify` (TopK alone).")] = "saelens",
     root: Annotated[str, typer.Option("--root", help="Storage root whose `mlflow.db` is meant by `models:/`.")] = "data",
     uri: Annotated[str | None, typer.Option("--uri", help="MLflow server or database; MLFLOW_TRACKING_URI by default.")] = None,
