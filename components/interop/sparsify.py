@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_config(folder: Path, address: str) -> dict[str, Any]:
 
 
 def _is_module(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
+    return re.fullmatch(r"([A-Za-z_]+\.)+\d+(\.\w+)*", name) is not None
 
 
 def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
