@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from components.registry.gates import markdown_table
 from components.registry.model_files import FILES_TAG
-from components.registry.records import Lineage
-from components.registry.versions import PATH_TAG, WEIGHTS_TAG
+from components.registry.records import Imported, Lineage
+from components.registry.versions import PATH_TAG, WEIGHTS_TAG, reproduction_commands
 
 _METRICS = {
     "loss_recovered": "share of the language model's loss that survives splicing the SAE in; 1 is perfect",
@@ -42,9 +42,11 @@ def model_card(
     corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
     hook_point = training.get("hook_point") or configuration["activations"]["hook_points"][0]
     text = corpus.get("dataset") or corpus["source"]
+    imported = lineage.imported
+    place = {"language model": _with_revision(model), "hook point": hook_point}
+    made_elsewhere = {**place, **{f"imported, {key}": value for key, value in (imported or ())}}
     recipe = {
-        "language model": _with_revision(model),
-        "hook point": hook_point,
+        **place,
         "corpus": f"{text}, {corpus['train_tokens']:,} tokens for training, sequences of {corpus['context_length']}",
         "SAE": ", ".join(f"{key} {value}" for key, value in configuration["sae"].items() if value is not None),
         "training": ", ".join(f"{key} {_short(value)}" for key, value in training.items() if value is not None),
@@ -57,7 +59,7 @@ def model_card(
         "MLflow run": lineage.mlflow_run,
         "Prefect flow run": lineage.prefect_flow_run or "none",
         "git commit": commit + changed,
-        "activation dataset": f"{lineage.dataset_digest} at {lineage.dataset_url}",
+        "activation dataset": "not ours" if lineage.imported else f"{lineage.dataset_digest} at {lineage.dataset_url}",
         "token dataset": f"{lineage.token_digest} at {lineage.token_url}",
         "weights (SHA-256)": tags[WEIGHTS_TAG],
         "`MODEL_FILES.json` (SHA-256)": tags.get(FILES_TAG, "none"),
@@ -71,7 +73,7 @@ meaning is a hypothesis until it is tested by an intervention.
 
 ## Recipe
 
-{_list(recipe)}
+{_list(made_elsewhere if imported else recipe)}
 
 ## Quality
 
@@ -109,11 +111,19 @@ SAE.load_from_disk(folder)
 
 ## How to reproduce
 
-    sae models show {name}/{version} --config > reproduction.yaml
-    sae run reproduction.yaml
-
-With the same code, on the same kind of machine with the same number of threads, the weights have the checksum above.
+{_reproduction(f"{name}/{version}", imported)}
 """
+
+
+def _reproduction(version: str, imported: Imported | None) -> str:
+    commands = "".join(f"    {command}\n" for command in reproduction_commands(version, imported))
+    promise = (
+        "The configuration is the one that it was measured with; how it was trained is not known here."
+        if imported
+        else "With the same code, on the same kind of machine with the same number of threads, the weights have the checksum "
+        "above."
+    )
+    return f"{commands}\n{promise}"
 
 
 def _with_revision(model: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from components.registry.versions import (
     WEIGHTS_TAG,
     lineage_of,
     recorded_metrics,
+    reproduction_commands,
     resolve_version,
     search_versions,
     version_or_none,
@@ -82,7 +83,7 @@ def show(client: MlflowClient, reference: str) -> dict[str, Any]:
     commit = tags.get(GIT_COMMIT_TAG)
     here = git_tags().get(GIT_COMMIT_TAG)
     history = [entry for entry in Ledger(client, version.name).entries() if entry.version == str(version.version)]
-    command = [f"sae models show {name} --config > reproduction.yaml", "sae run reproduction.yaml"]
+    command = reproduction_commands(name, lineage.imported)
     if commit and commit != here:
         command.insert(0, f"git checkout {commit}")
     return {

@@ -24,15 +24,25 @@ class Outcome(Record):
         return f"models:/{self.registered_model}/{self.model_version}"
 
 
+class Imported(Record):
+    """Of an SAE that was made elsewhere."""
+
+    address: str
+    format: str
+    content_sha256: str
+
+
 class Lineage(Record):
     """`lineage.json`, beside the weights in every registered version."""
 
     mlflow_run: str
     prefect_flow_run: str | None = None
-    sae_digest: str
+    imported: Imported | None = None
+    """None of one of ours, which has the three digests."""
+    sae_digest: str | None = None
     weights_sha256: str
-    dataset_digest: str
-    dataset_url: str
+    dataset_digest: str | None = None
+    dataset_url: str | None = None
     token_digest: str
     token_url: str
     code: dict[str, str] = Field(default_factory=dict)

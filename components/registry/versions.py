@@ -12,7 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from components.registry.history import CHAMPION
-from components.registry.records import Lineage, Outcome
+from components.registry.records import Imported, Lineage, Outcome
 from components.settings import UserError
 from components.tracking.runs import RUN_DIGEST_TAG
 
@@ -174,3 +174,9 @@ def lineage_of(client: MlflowClient, version: ModelVersion) -> Lineage:
     """`lineage.json` from the version's own artifacts."""
     with tempfile.TemporaryDirectory(prefix="sae-lineage-") as scratch:
         return Lineage.model_validate_json(stored_file(client, version, "lineage.json", Path(scratch)).read_bytes())
+
+
+def reproduction_commands(version: str, imported: Imported | None) -> list[str]:
+    """What makes a version again. imported: of its lineage, for an SAE that was made elsewhere."""
+    again = f"sae import {imported.address} --config reproduction.yaml" if imported else "sae run reproduction.yaml"
+    return [f"sae models show {version} --config > reproduction.yaml", again]

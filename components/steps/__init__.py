@@ -12,14 +12,15 @@ from components.steps.evaluation import (
     measure_span,
 )
 from components.steps.extraction import extract
-from components.steps.given import evaluate_given
+from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, train, training_tokens
 
 __all__ = [
-    "comparison", "evaluate", "evaluate_given", "evaluation_job", "evaluation_reference", "extract", "finish_evaluation",
-    "finished_run", "is_news", "launch_training", "log_results", "measure_baselines", "measure_span", "prepare_tokens",
-    "register", "require_evaluated", "run_address", "summary", "tracked", "train", "training_tokens",
+    "comparison", "evaluate", "evaluate_given", "evaluation_job", "evaluation_reference", "export_given", "extract",
+    "finish_evaluation", "finished_run", "import_given", "is_news", "launch_training", "log_results", "measure_baselines",
+    "measure_span", "prepare_tokens", "register", "require_evaluated", "run_address", "summary", "tracked", "train",
+    "training_tokens",
 ]  # fmt: skip

@@ -15,15 +15,13 @@ from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.kept import KeptSpans
 from components.evaluation.record import About, EvaluationRecord
 from components.evaluation.span_totals import Measured, SpanSums
-from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, NormalizedSAE, load_saelens
+from components.interop.coders import AnySAE
+from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, load_saelens
 from components.language_model.loading import LOADING, kept_model, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
-from components.sae.coder import Coder
 from components.settings import UserError
 from components.training.job import TrainingRecord
-
-AnySAE = Coder | NormalizedSAE
 
 
 def evaluate(run: Specification) -> EvaluationRecord:

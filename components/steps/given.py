@@ -1,83 +1,211 @@
-"""An SAE made elsewhere -> its metrics on a configuration's held-out documents."""
+"""An SAE made elsewhere: measured on a configuration's held-out documents, registered, or written in another format."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from components import storage
 from components.evaluation import evaluate as evaluation
-from components.evaluation.given import require_same_place
-from components.evaluation.record import EvaluationRecord
-from components.interop import saelens
-from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME
-from components.redaction import redacted
+from components.evaluation.given import require_same_model, require_same_place
+from components.evaluation.record import EvaluationRecord, Metrics
+from components.interop import hub
+from components.interop.coders import AnySAE, NormalizedSAE
+from components.interop.formats import WRITERS, GivenSAE, format_of, given_sae
+from components.interop.saelens import WEIGHTS_NAME, saelens_files
+from components.language_model.loading import kept_model
+from components.records import put_record
+from components.redaction import public, redacted
+from components.registry.records import Imported, Lineage, Outcome
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
-from components.steps.evaluation import AnySAE, measured_alone
+from components.steps.evaluation import measured_alone
 from components.steps.tokens import prepare_tokens
+from components.tracking.settings import TrackingSettings
 
 
-def evaluate_given(run: Specification, sae: str) -> tuple[str, EvaluationRecord]:
+def evaluate_given(run: Specification, sae: str, another_model: bool = False) -> tuple[str, EvaluationRecord]:
     """An SAE made elsewhere -> its metrics on this configuration's held-out documents; its address and the record.
 
-    sae: a folder in SAELens' format (local or `s3://`), or `models:/...` in the model registry. It needs no activation
-    dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into an
-    MLflow run.
+    sae: a folder in one of `interop.formats` (local, `s3://` or `hf://`), or `models:/...` in the model registry. It needs no
+    activation dataset. The record, the feature table and the report are put under `evaluations/` of the storage root and into
+    an MLflow run. another_model: although the SAE names another language model than the configuration.
     """
-    with _given_folder(run, sae) as folder:
+    with opened(run.config.tracking, run.config.storage.root, sae) as given:
+        url, present = _measured(run, given, sae, another_model)
+    with _tracked(run, url, present, sae):
+        return url, present
+
+
+def import_given(run: Specification, sae: str, another_model: bool = False) -> tuple[str, Metrics, Outcome]:
+    """As `evaluate_given`, and then into the registry as one of ours, by the same gates: address, metrics, outcome."""
+    from components.registry import registration
+    from components.registry.gates import load_gates
+
+    gates = load_gates(run.config.tracking.gates)
+    with opened(run.config.tracking, run.config.storage.root, sae) as given:
+        url, present = _measured(run, given, sae, another_model)
+        needs_norm = given.config.get("normalize_activations") == "expected_average_only_in"
+        coder = _load(given, torch.device("cpu"), _reference(run).mean_norm if needs_norm else None)
+        imported = Imported(address=redacted(sae), format=given.format.name, content_sha256=given.content_digest())
+        metadata = given.metadata
+    if isinstance(coder, NormalizedSAE):
+        raise UserError("--sae: it normalises each token first; registered models read activations as the model makes them")
+    files = saelens_files(coder, {"model_name": run.config.language_model.name, **metadata, "hook_name": run.hook_point})
+    with _tracked(run, url, present, sae) as open_run, storage.local_copies(url, evaluation.FILES) as folder:
+        weights_sha256 = sha256(files[WEIGHTS_NAME]).hexdigest()
+        lineage = Lineage(
+            mlflow_run=open_run.run_id,
+            imported=imported,
+            weights_sha256=weights_sha256,
+            token_digest=run.token_digest,
+            token_url=public(run.token_url),
+            code=run.code,
+            configuration=public(run.config.model_dump(mode="json")),
+        )
+        put_record(lineage, str(folder / "lineage.json"))
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        candidate = registration.Candidate(
+            name=run.registered_model,
+            folder=folder,
+            run_digest=present.digest,
+            weights_sha256=weights_sha256,
+            metrics=present.metrics,
+            evaluation_set=run.evaluation_set(present.tokens),
+            lineage=lineage,
+            tags={"sae.imported": imported.format, **run.code},
+            model_tags={
+                "sae.language_model": run.config.language_model.name,
+                "sae.hook_point": run.hook_point,
+                "sae.purpose": run.config.tracking.purpose or "general",
+            },
+        )
+        version, decision = registration.register(open_run, candidate, gates)
+    outcome = Outcome(
+        mlflow_run=open_run.run_id,
+        registered_model=version.name,
+        model_version=int(version.version),
+        alias=decision.alias,
+        alias_reason=decision.reason,
+    )
+    return url, present.metrics, outcome
+
+
+def export_given(settings: TrackingSettings, root: str, sae: str, target: str, format_name: str) -> dict[str, Any]:
+    """An SAE, ours or not, as a folder in another format; address, format and files.
+
+    settings, root: of the registry, for `models:/...`.
+    """
+    if format_name not in WRITERS:
+        raise UserError(f"--format: '{format_name}' cannot be written; accepted is {', '.join(WRITERS)}")
+    on_hub = target.startswith(hub.PREFIX)
+    if not on_hub and storage.list_names(target):
+        raise UserError(f"FOLDER: '{target}' holds files already; a folder that is empty or not there yet is accepted")
+    with opened(settings, root, sae) as given:
+        coder = _load(given, torch.device("cpu"), None)
         try:
-            config = saelens.read_config(folder)
-            weights = saelens.content_digest(folder)
-        except (ValueError, OSError) as error:
-            raise UserError(f"--sae: {error}") from error
-        require_same_place(config, run.point, run.d_in)
-        token_manifest = prepare_tokens(run)
-        named = run.evaluation_identity(weights)
-        digest = identity.digest(named)
-        url = run.given_evaluation_url(digest)
-        present = evaluation.read_evaluation(url, digest)
-        if present is None:
-
-            def load(reference: evaluation.Reference) -> AnySAE:
-                try:
-                    return saelens.load_saelens(folder, run.device, reference.mean_norm)
-                except ValueError as error:
-                    raise UserError(f"--sae: {error}") from error
-
-            present = measured_alone(run, load, named, url, token_manifest, config["architecture"], sae)
-    _track_given(run, url, present, sae)
-    return url, present
+            files = WRITERS[format_name](coder, given.metadata)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+    if on_hub:
+        try:
+            target = hub.uploaded(target, files)
+        except ValueError as error:
+            raise UserError(f"FOLDER: {error}") from error
+    else:
+        for name, content in files.items():
+            storage.put_bytes(content, storage.join(target, name))
+    return {"url": target, "format": format_name, "files": sorted(files)}
 
 
 @contextmanager
-def _given_folder(run: Specification, sae: str) -> Iterator[Path]:
-    """A local folder with the files of an SAE that the user names."""
+def opened(settings: TrackingSettings, root: str, sae: str) -> Iterator[GivenSAE]:
+    """The SAE that the user names, in a local folder."""
+    with _local_folder(settings, root, sae) as folder:
+        try:
+            given = given_sae(folder, sae)
+        except (ValueError, OSError) as error:
+            raise UserError(f"--sae: {error}") from error
+        yield given
+
+
+@contextmanager
+def _local_folder(settings: TrackingSettings, root: str, sae: str) -> Iterator[Path]:
     if sae.startswith("models:/"):
         from components.registry.download import registered_sae
 
-        with TemporaryDirectory(prefix="sae-") as folder:
-            yield registered_sae(run.config.tracking, run.config.storage.root, sae, Path(folder))
+        with TemporaryDirectory(prefix="sae-") as scratch:
+            yield registered_sae(settings, root, sae, Path(scratch))
         return
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not storage.exists(storage.join(sae, name)):
-            raise UserError(f"--sae: '{sae}' holds no {name}; a folder in SAELens' format or models:/... is accepted")
-    with storage.local_copies(sae, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
+
+    def files(names: list[str]) -> tuple[str, ...]:
+        return format_of(names, redacted(sae)).files
+
+    try:
+        on_hub = sae.startswith(hub.PREFIX)
+        copies: AbstractContextManager[Path] = (
+            nullcontext(hub.fetched(sae, files)) if on_hub else storage.local_copies(sae, files(storage.list_names(sae)))
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"--sae: {error}") from error
+    with copies as folder:
         yield folder
 
 
-def _track_given(run: Specification, url: str, record: EvaluationRecord, sae: str) -> None:
-    """The evaluation of a given SAE into an MLflow run of its own."""
+def _load(given: GivenSAE, device: torch.device, mean_norm: float | None) -> AnySAE:
+    try:
+        return given.load(device, mean_norm)
+    except ValueError as error:
+        raise UserError(f"--sae: {error}") from error
+
+
+def _measured(run: Specification, given: GivenSAE, sae: str, another_model: bool) -> tuple[str, EvaluationRecord]:
+    """Where the evaluation is kept, and its record."""
+    require_same_place(given.config, run.point, run.d_in, run.source)
+    if not another_model:
+        require_same_model(given.config, run.config.language_model.name)
+    named = run.evaluation_identity(given.content_digest())
+    digest = identity.digest(named)
+    url = run.given_evaluation_url(digest)
+    present = evaluation.read_evaluation(url, digest)
+    if present is None:
+
+        def load(reference: evaluation.Reference) -> AnySAE:
+            return _load(given, run.device, reference.mean_norm)
+
+        present = measured_alone(run, load, named, url, prepare_tokens(run), given.config["architecture"], sae)
+    return url, present
+
+
+def _reference(run: Specification) -> evaluation.Reference:
+    settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=prepare_tokens(run))
+    return evaluation.reference_statistics(
+        kept_model(run.source, run.device), run.point, text, settings.reference_tokens, settings.batch_sequences, run.device
+    )
+
+
+@contextmanager
+def _tracked(run: Specification, url: str, record: EvaluationRecord, sae: str) -> Iterator[Any]:
+    """An MLflow run with the evaluation of a given SAE."""
     from components.tracking.runs import tracked_run
 
     config = run.config
     parameters = {"sae": redacted(sae), **{f"sae.{key}": value for key, value in record.about}}
     tags = {"sae.kind": "evaluation", "sae.evaluation_digest": record.digest}
     name = f"evaluate {record.about.name}"
-    with tracked_run(config.tracking, config.storage.root, name, record.digest, parameters, tags) as open_run:
+    opening: AbstractContextManager[Any] = tracked_run(
+        config.tracking, config.storage.root, name, record.digest, parameters, tags
+    )
+    with opening as open_run:
         open_run.log_evaluation(record.metrics)
         with storage.local_copies(url, evaluation.FILES) as folder:
             open_run.log_artifact_folder(folder, "evaluation")
+        yield open_run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.cli import data, line, models, ui
+from flows.cli import data, exchange, line, models, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
@@ -25,5 +25,7 @@ app = typer.Typer(
 
 for command in (line.run, line.plan, line.extract, line.train, line.evaluate, line.register, ui.ui, doctor):
     app.command()(command)
+app.command("import")(exchange.import_)
+app.command()(exchange.export)
 app.add_typer(data.app)
 app.add_typer(models.models, name="models")

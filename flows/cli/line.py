@@ -25,7 +25,7 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
     """
     with command(as_json) as show:
         started = time.monotonic()
-        specification = _checked(config, overrides)
+        specification = checked(config, overrides)
         from components import steps
 
         outcome = steps.finished_run(specification)
@@ -46,7 +46,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     with command(as_json) as show:
         from components.run.estimate import estimate
 
-        show(estimate(_checked(config, overrides, evaluated=False)), print_plan)
+        show(estimate(checked(config, overrides, evaluated=False)), print_plan)
 
 
 def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -56,7 +56,7 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
         from components import steps
         from components.activations.dataset.manifest import require_manifest
 
-        work = _checked(config, overrides, only_data=True)
+        work = checked(config, overrides, only_data=True)
         if _alone(work):
             manifest = steps.extract(work)
         else:
@@ -84,7 +84,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         log_to_stderr()
         from components import steps
 
-        work = _checked(config, overrides, evaluated=False)
+        work = checked(config, overrides, evaluated=False)
         record = steps.train(work).model_dump(mode="json")
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
@@ -95,8 +95,11 @@ def evaluate(
     overrides: Overrides = None,
     sae: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|models:/...", help="Another SAE: a folder in SAELens' format, or a registered model."),
+        typer.Option(metavar="FOLDER|models:/...", help="Another SAE, as `sae import` takes it."),
     ] = None,
+    another_model: Annotated[
+        bool, typer.Option("--another-model", help="Although that SAE names another language model than CONFIG.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure an SAE on CONFIG's held-out documents, through its language model and at its hook point.
@@ -108,9 +111,9 @@ def evaluate(
         log_to_stderr()
         from components import steps
 
-        work = _checked(config, overrides)
+        work = checked(config, overrides)
         if sae is not None:
-            url, record = steps.evaluate_given(work, sae)
+            url, record = steps.evaluate_given(work, sae, another_model)
         elif _alone(work):
             url, record = work.sae_url, steps.evaluate(work)
         else:
@@ -124,14 +127,15 @@ def register(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
         log_to_stderr()
         from components import steps
 
-        work = _checked(config, overrides)
+        work = checked(config, overrides)
         steps.require_evaluated(work)
         with steps.tracked(work, {}) as tracked:
             outcome = steps.register(work, tracked)
         show(outcome.model_dump(mode="json"), print_tree)
 
 
-def _checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Specification:
+def checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Specification:
+    """The configuration, resolved, and fit for what a command is going to do with it."""
     from components.run.checks import check
     from components.run.config import load_config
     from components.run.specification import resolve

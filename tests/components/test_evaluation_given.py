@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from components import steps
-from components.evaluation.given import hook_point_of
+from components.evaluation.given import hook_point_of, require_same_model, require_same_place
 from components.interop.saelens import load_saelens, saelens_files
+from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.run.config import parse_config
 from components.run.specification import resolve
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
+from components.settings import UserError
 from components.tracking.runs import connect
 from flows.cli import app
 
@@ -143,3 +147,50 @@ def test_weights_that_are_not_finite_are_refused(folder: Path):
 )
 def test_hook_points_have_the_names_that_others_give_them(name: str, point: str):
     assert str(hook_point_of(name)) == point
+
+
+@pytest.mark.parametrize(
+    ("point", "norm", "refused"),
+    [
+        (HookPoint("resid_post", 1), torch.nn.LayerNorm(4), None),
+        (HookPoint("mlp_in", 1), torch.nn.LayerNorm(4), "mlp_in.1"),
+        (HookPoint("resid_post", 1), torch.nn.RMSNorm(4), "LayerNorm"),
+    ],
+)
+def test_a_centred_model_is_one_with_layer_norm_read_where_it_is_centred(
+    point: HookPoint, norm: torch.nn.Module, refused: str | None
+):
+    source = SimpleNamespace(skeleton=torch.nn.Sequential(norm), settings=SimpleNamespace(revision="main"))
+    metadata = {"hook_name": str(point), "model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    with nullcontext() if refused is None else pytest.raises(UserError, match=f"center_writing_weights.*{refused}"):
+        require_same_place({"d_in": 4, "metadata": metadata}, point, 4, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "point", "here"),
+    [
+        ("layers.3.mlp", "model.layers.3.mlp", True),
+        ("layers.3.mlp", "model.layers.13.mlp", False),
+        ("layers.3", "resid_post.3", True),
+        ("h.3", "resid_pre.4", True),
+        ("blocks.3.hook_mlp_out", "resid_post.3", False),
+    ],
+)
+def test_a_modules_path_may_leave_out_what_is_above_the_blocks(name: str, point: str, here: bool):
+    source = SimpleNamespace(skeleton=torch.nn.Linear(1, 1), settings=SimpleNamespace(revision="main"))
+    with nullcontext() if here else pytest.raises(UserError, match=f"trained at '{name}'"):
+        require_same_place({"d_in": 4, "metadata": {"hook_name": name}}, parse_hook_point(point), 4, source)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "same"),
+    [
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("Gemma-2-2B", "google/gemma-2-2b", True),
+        ("gemma-2-2b", "google/gemma-2-2b-it", False),
+        (None, "/somewhere/a-model", True),
+    ],
+)
+def test_a_models_name_counts_without_its_owner(theirs: str | None, ours: str, same: bool):
+    with nullcontext() if same else pytest.raises(UserError, match="--another-model"):
+        require_same_model({"metadata": {"model_name": theirs}}, ours)
