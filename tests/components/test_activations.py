@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,13 @@ def test_the_shuffle_is_a_uniform_permutation():
     assert abs(np.corrcoef(np.arange(199_999), order[1:])[0, 1]) < 0.01
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.01
     assert (order_of(documents, positions, seed=2) != order).mean() > 0.99
+
+
+def test_the_order_of_the_rows_is_what_it_was_when_the_version_was_set():
+    """Whoever changes it raises the version of `activations` in `components/run/identity.py`, and this digest."""
+    documents, positions = np.repeat(np.arange(40), 25), np.tile(np.arange(25), 40)
+    places = np.stack([bucket_of(documents, positions, 8, seed=7), order_of(documents, positions, seed=7)])
+    assert sha256(places.astype("<i8").tobytes()).hexdigest()[:16] == "dccefec06d1bfd11"
 
 
 def test_a_shuffle_of_a_billion_tokens_is_planned_within_a_million_reads():

@@ -84,6 +84,16 @@ def test_a_read_that_gives_less_than_asked_for_goes_on(tmp_path: Path, monkeypat
         storage.fill(str(path), [memoryview(bytearray(10_001))], 0)
 
 
+def test_a_part_beyond_2_gib_is_read_although_one_call_gives_less(tmp_path: Path):
+    path, length = tmp_path / "part", 1 << 24
+    with path.open("wb") as file:
+        file.seek(129 * length - 3)  # Linux gives 2,147,479,552 bytes at most
+        file.write(b"end")
+    target = memoryview(bytearray(length))
+    storage.fill(str(path), [target] * 129, 0)
+    assert bytes(target[-4:]) == b"\0end"
+
+
 def test_a_file_of_another_machines_process_or_of_a_pid_used_again_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def left(**changed: Callable[..., str]) -> Path:
         with monkeypatch.context() as other:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -136,6 +137,41 @@ def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp
     undisturbed = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
     assert steps.extract(undisturbed).shards == manifest.shards
     shutil.rmtree(tmp_path / "local")
+
+
+def test_a_rival_that_starts_late_waits_and_one_training_makes_one_artifact(tree: dict, tmp_path: Path):
+    tree["training"] |= {"tokens": 1_500_000, "checkpoint_tokens": 50_000}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    plan = resolve(parse_config(tree))
+    steps.extract(plan)
+
+    def trainer() -> subprocess.Popen:
+        return subprocess.Popen([str(BIN / "sae"), "train", str(config), "--json"], stdout=-1, stderr=-1, text=True)
+
+    def newest() -> int:
+        names = storage.list_names(f"{plan.sae_url}/checkpoints")
+        return max((int(found[1]) for name in names if (found := re.search(r"step-(\d+)", name))), default=0)
+
+    first, seen = trainer(), [0]
+    while seen[-1] == 0:
+        assert first.poll() is None, first.communicate()[1]
+        seen.append(newest())
+    rival = trainer()
+    while first.poll() is None:
+        step = newest()
+        finished = storage.exists(f"{plan.sae_url}/training.json")
+        assert finished or step >= seen[-1], "a newer checkpoint was deleted"
+        seen.append(max(step, seen[-1]))
+    results = [process.communicate(timeout=120) for process in (first, rival)]
+    assert [first.returncode, rival.returncode] == [0, 0], results
+    assert len(set(seen)) > 3
+    assert "waiting for another process that works on" in " ".join(results[1][1].split())
+    digests = {json.loads(out)["weights_sha256"] for out, _ in results}
+    undisturbed = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
+    steps.extract(undisturbed)
+    assert digests == {steps.train(undisturbed).weights_sha256} == {plan.training_record().weights_sha256}
+    assert storage.list_names(f"{plan.sae_url}/claims") == storage.list_names(f"{plan.sae_url}/checkpoints") == []
 
 
 def test_wrong_keys_are_one_sentence_without_a_secret(tree: dict, tmp_path: Path):
