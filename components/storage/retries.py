@@ -17,6 +17,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential_jitter
 
+from components.settings import UserError
+
 logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 180.0
@@ -24,7 +26,8 @@ PATIENCE_SECONDS = 180.0
 
 _VAIN = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _VAIN_NUMBERS = (errno.EINVAL, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.ENOSPC, errno.EDQUOT)
-_VAIN_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "NoRegionError")
+_NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
+_VAIN_NAMES = (*_NO_KEYS, "ParamValidationError", "NoRegionError")
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "urllib3")
 
 _seconds: ContextVar[float] = ContextVar("patience_seconds", default=PATIENCE_SECONDS)
@@ -64,7 +67,13 @@ def patiently(filesystem: AbstractFileSystem, operation: str, *arguments: Any, *
         before_sleep=warn,
         reraise=True,
     )
-    return retrying(call, *arguments, **named)
+    try:
+        return retrying(call, *arguments, **named)
+    except Exception as error:
+        if type(error).__name__ not in _NO_KEYS:
+            raise
+        what = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile that has them"
+        raise UserError(f"'{arguments[0]}': there are no keys for the object store ({error}); {what}") from error
 
 
 def may_pass(error: BaseException) -> bool:

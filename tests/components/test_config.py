@@ -98,3 +98,12 @@ def test_the_language_model_was_trained_with_the_default_split():
 
     assert RunConfig().corpus.held_out_fraction == HELD_OUT_FRACTION
     assert load_config("quickstart").corpus.held_out_fraction == HELD_OUT_FRACTION
+
+
+def test_a_configuration_on_an_object_store_without_keys_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=r"'nowhere/config.yaml': there are no keys for the object store.*AWS_ACCESS_KEY_ID"):
+        load_config("s3://nowhere/config.yaml")

@@ -140,7 +140,7 @@ def test_killed_on_s3_the_extraction_continues_to_the_same_bytes(tree: dict, tmp
 
 
 def test_a_rival_that_starts_late_waits_and_one_training_makes_one_artifact(tree: dict, tmp_path: Path):
-    tree["training"] |= {"tokens": 1_500_000, "checkpoint_tokens": 50_000}
+    tree["training"] |= {"tokens": 800_000, "checkpoint_tokens": 40_000}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     plan = resolve(parse_config(tree))
