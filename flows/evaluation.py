@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from components import steps
+from components.activations.exclusion import Exclusion
 from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.kept import parts
 from components.evaluation.measurements import baseline_spans, sae_spans
@@ -37,9 +38,9 @@ def measure_reference(job: EvaluationJob, device: str) -> Reference:
 
 
 @task(name="measure", cache_policy=NO_CACHE, **RETRIED)
-def measure(job: EvaluationJob, mean: Tensor, limit: float | None, device: str, span: Span) -> SpanSums:
+def measure(job: EvaluationJob, mean: Tensor, exclusion: Exclusion, device: str, span: Span) -> SpanSums:
     """A span of held-out text -> language model with the SAE in it -> sums."""
-    return steps.measure_span(job, mean, limit, resolve_device(device), span)
+    return steps.measure_span(job, mean, exclusion, resolve_device(device), span)
 
 
 @task(name="baselines", cache_policy=NO_CACHE, **RETRIED)
@@ -82,9 +83,10 @@ def _by_workers(run: Specification, job: EvaluationJob) -> EvaluationRecord:
     settings, name, workers = job.settings, run.config.device, run.config.execution.workers
     sent, number = unmapped(job), parts(settings.tokens, workers)
     reference = measure_reference.submit(job, name).result()
-    limit = settings.norm_limit(reference.median_norm)
     spans = sae_spans(settings, job.text, number)
-    measured = merged(finished(measure.map(sent, unmapped(reference.mean), unmapped(limit), devices(name, len(spans)), spans)))
+    measured = merged(
+        finished(measure.map(sent, unmapped(reference.mean), unmapped(reference.exclusion), devices(name, len(spans)), spans))
+    )
     l0 = active_features(settings, measured)
     spans = baseline_spans(settings, job.text, number)
     compared = finished(

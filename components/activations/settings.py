@@ -9,12 +9,26 @@ from pydantic import Field
 from components.settings import Settings
 
 
+class ExcludeSettings(Settings):
+    norms_above: float | None = Field(default=None, gt=1)
+    """Tokens whose activation norm is over so many times the median (10 is usual)."""
+
+    positions: tuple[int, ...] = ()
+    """Places in the sequence as the model sees it; 0 is the first one, where most models have their attention sink."""
+
+    token_ids: tuple[int, ...] = ()
+    """Tokens, whatever they stand beside."""
+
+
 class ActivationSettings(Settings):
     hook_points: tuple[str, ...] = Field(default=("resid_post.1",), min_length=1)
     """Where activations are read, such as `resid_post.2`; several are stored side by side, aligned row by row."""
 
     split: Literal["train", "held_out"] = "train"
     """Which documents are stored; training reads `train`."""
+
+    exclude: ExcludeSettings = ExcludeSettings()
+    """Tokens that do not count: they are neither stored nor trained on, and keep their own activation in an evaluation."""
 
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Number format on disk."""

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from components import storage
+from components.activations.dataset.inventory import norms, sinks_warning
+from components.activations.dataset.manifest import read_manifest
 from components.doctor.check import Check, Job, explained, run
 from components.doctor.disk import folder_checks, space_check
 from components.doctor.machine import device_checks, machine_checks
@@ -61,7 +63,19 @@ def room_checks(config: RunConfig, sized: bool) -> Iterator[Check]:
         yield space_check(tempfile.gettempdir(), needed, "TMPDIR")
     if config.storage.cache is not None:
         yield space_check(config.storage.cache, config.storage.cache_bytes, "storage.cache")
+    if plan is not None and local:
+        yield from _sinks(plan["activations"]["url"])
     yield from machine_checks(None if plan is None else max(plan["memory_bytes"].values()))
+
+
+def _sinks(dataset: str) -> Iterator[Check]:
+    """Whether a few tokens of the dataset decide everything, where it is there."""
+    manifest = read_manifest(dataset)
+    if manifest is None:
+        return
+    found = [sinks_warning(column.hook_point, norms(dataset, manifest, column.hook_point)) for column in manifest.columns]
+    for warning in filter(None, found):
+        yield Check("storage", "activations", "warning", *warning.split("; ", 1))
 
 
 def estimated(config: RunConfig) -> dict[str, Any]:

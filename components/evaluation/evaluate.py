@@ -47,18 +47,18 @@ def evaluate(
 ) -> Evaluation:
     """Everything that is measured of one SAE, by one worker.
 
-    reference: its mean is the one of `ce_loss_mean`, its median norm that of `settings.exclude_norms_above`. classes: of
-    the model's tokenizer; no breakdown by class without it. kept: where spans outlive an interruption.
+    reference: its mean is the one of `ce_loss_mean`, its exclusion holds for what is measured. classes: of the model's
+    tokenizer; no breakdown by class without it. kept: where spans outlive an interruption.
     Memory: the logits of `settings.batch_sequences` sequences.
     """
     subject = Subject(sae=sae, d_sae=d_sae, model=model, point=point, text=held_out, device=device, classes=classes)
-    limit = settings.norm_limit(reference.median_norm)
+    excluded = reference.exclusion
 
     def passed(kind: str, cut: Callable[..., list[Span]], measure: Callable[[Span], SpanSums]) -> list[SpanSums]:
         every = cut(settings, held_out, 1 if kept is None else parts(settings.tokens, 1))
         return [measure(span) if kept is None else kept.sums(kind, span, partial(measure, span)) for span in every]
 
-    measured = merged(passed("sae", sae_spans, lambda span: measure_sae(settings, subject, reference.mean, limit, span)))
+    measured = merged(passed("sae", sae_spans, lambda span: measure_sae(settings, subject, reference.mean, excluded, span)))
     l0 = active_features(settings, measured)
     compared = passed("baselines", baseline_spans, lambda span: measure_baselines(settings, subject, reference, l0, span))
     return finish(settings, measured, merged(compared) if compared else None, getattr(sae, "W_dec", None))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from components.activations.settings import ExcludeSettings
 from components.corpus.tokens import read_sequences
 from components.evaluation.held_out import HeldOut
 from components.evaluation.settings import EvaluationSettings
@@ -21,6 +22,7 @@ class EvaluationJob:
     """All that a worker must know; it loads the language model and the SAE itself."""
 
     settings: EvaluationSettings
+    exclude: ExcludeSettings
     source: ModelSource
     point: HookPoint
     text: HeldOut

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from components.activations.exclusion import Exclusion
 from components.evaluation import baselines
 from components.evaluation.baselines import Reconstruction, Rows, Variant
 from components.evaluation.features import FeatureSums
@@ -58,10 +59,10 @@ def sae_spans(settings: EvaluationSettings, text: HeldOut, parts: int) -> list[S
     return spans(text, settings.tokens, batch_size(settings.batch_sequences, len(_MEASURED)), parts)
 
 
-def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, limit: float | None, span: Span) -> SpanSums:
+def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, exclusion: Exclusion, span: Span) -> SpanSums:
     """The SAE, zeros and the mean in place of the activations of a span.
 
-    mean `[d_in]`: of training activations, and the same for every span. limit: the largest norm of a counted activation.
+    mean `[d_in]`: of training activations, and the same for every span. exclusion: tokens that do not count.
     """
     features = FeatureSums(subject.d_sae, subject.device)
     mean = mean.to(subject.device)
@@ -76,7 +77,7 @@ def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, li
         variants,
         frozenset({"sae"}),
         mean,
-        limit,
+        exclusion,
         subject.text.manifest.context_length,
         subject.classes,
     )
@@ -119,7 +120,7 @@ def measure_baselines(settings: EvaluationSettings, subject: Subject, reference:
         {name: variant(name) for name in compared},
         frozenset(compared),
         reference.mean,
-        settings.norm_limit(reference.median_norm),
+        reference.exclusion,
         subject.text.manifest.context_length,
         None,
     )

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from components.activations.dataset.forward import counted_tokens
+from components.activations.exclusion import NOTHING, Exclusion
 from components.corpus.tokens import read_sequences
 from components.evaluation.held_out import HeldOut, right_padded
 from components.language_model.hook_points import HookPoint, capture
@@ -27,8 +29,8 @@ class Reference:
     """`[d_in]`"""
     mean_norm: float
     """Mean of `||x||`."""
-    median_norm: float
-    """Median of `||x||`."""
+    exclusion: Exclusion
+    """Tokens that do not count, here and in what is measured against it."""
     covariance: Tensor
     """`[d_in, d_in]`, float64."""
     sample: Tensor
@@ -44,9 +46,16 @@ class Reference:
 
 
 def reference_statistics(
-    model: nn.Module, point: HookPoint, text: HeldOut, tokens: int, batch_sequences: int, device: torch.device
+    model: nn.Module,
+    point: HookPoint,
+    text: HeldOut,
+    tokens: int,
+    batch_sequences: int,
+    device: torch.device,
+    exclusion: Exclusion = NOTHING,
 ) -> Reference:
     """Statistics over about `tokens` tokens of the train split."""
+    limit = exclusion.norm_limits.get(str(point))
     split = text.manifest.splits["train"]
     chosen = min(split.sequences, -(-tokens * split.sequences // split.tokens))
     numbers = np.arange(chosen) * split.sequences // chosen
@@ -58,8 +67,10 @@ def reference_statistics(
             for number in numbers[start : start + batch_sequences].tolist()
         ]
         ids = torch.tensor(np.concatenate([block.tokens for block in blocks])).to(device).long()
-        counted = torch.tensor(np.concatenate([block.documents for block in blocks]) >= 0).to(device)
+        counted = torch.tensor(np.concatenate([counted_tokens(block, exclusion) for block in blocks])).to(device)
         x = capture(model, [point], {"input_ids": ids})[point][counted]
+        if limit is not None:
+            x = x[x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=1) <= limit]
         rows = x.double()
         count += len(rows)
         norms.append(rows.norm(dim=1).cpu())
@@ -72,7 +83,7 @@ def reference_statistics(
     return Reference(
         mean=mean.to(torch.promote_types(sample.dtype, torch.float32)),
         mean_norm=lengths.mean().item(),
-        median_norm=lengths.median().item(),
+        exclusion=exclusion,
         covariance=products / count - mean[:, None] * mean,
         sample=sample.to(torch.promote_types(sample.dtype, torch.float32)),
     )

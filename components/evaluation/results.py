@@ -41,8 +41,8 @@ def active_features(settings: EvaluationSettings, measured: Measured) -> float:
     totals = measured.totals()
     if totals.tokens == 0 or totals.positions == 0:
         raise UserError(
-            f"evaluation: no held-out token is left to measure on; raise evaluation.tokens ({settings.tokens}) or "
-            f"evaluation.exclude_norms_above ({settings.exclude_norms_above})"
+            f"evaluation: no held-out token is left to measure on; raise evaluation.tokens ({settings.tokens}), or leave "
+            "out fewer in activations.exclude"
         )
     return float(totals.of("sae")["l0"])
 

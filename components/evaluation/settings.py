@@ -15,11 +15,8 @@ class EvaluationSettings(Settings):
     tokens: int = Field(default=100_000, ge=1)
     """Held-out tokens to measure on, at most; all that `corpus.held_out_tokens` prepared where there are fewer."""
 
-    exclude_norms_above: float | None = Field(default=None, gt=1)
-    """Leave out tokens whose activation norm is over so many times the median (10 is usual); none where not given."""
-
     reference_tokens: int = Field(default=50_000, ge=1)
-    """Training tokens that give the mean (of `ce_loss_mean`), the median norm and the directions of the PCA baseline."""
+    """Training tokens that give the mean (of `ce_loss_mean`) and the directions of the PCA baseline."""
 
     baselines: tuple[BaselineName, ...] = ("identity", "zero", "mean", "pca", "random_directions", "neurons")
     """What the SAE is compared with, each with as many numbers per token as the SAE's L0; empty for none."""
@@ -32,7 +29,3 @@ class EvaluationSettings(Settings):
 
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences in one forward pass, spliced copies included; it decides memory (so many logits), not results."""
-
-    def norm_limit(self, median_norm: float) -> float | None:
-        """The largest norm of a token that counts."""
-        return None if self.exclude_norms_above is None else self.exclude_norms_above * median_norm

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from components.activations.dataset.forward import counted_tokens
+from components.activations.exclusion import Exclusion
 from components.corpus.tokens import PADDING, Sequences
 from components.evaluation.baselines import Rows, Variant
 from components.evaluation.held_out import HeldOut, right_padded
@@ -34,13 +36,14 @@ class Measurement:
         variants: Mapping[str, Variant],
         with_kl: frozenset[str],
         shift: Tensor,
-        limit: float | None,
+        exclusion: Exclusion,
         context_length: int,
         classes: TokenClasses | None,
     ) -> None:
-        """shift `[d_in]`: any vector near the mean; it only keeps the variance from cancelling. limit: the largest norm of a
-        counted activation."""
-        self.splicer, self.variants, self.limit, self.classes = splicer, variants, limit, classes
+        """shift `[d_in]`: any vector near the mean; it only keeps the variance from cancelling. exclusion:
+        tokens that do not count."""
+        self.splicer, self.variants, self.exclusion, self.classes = splicer, variants, exclusion, classes
+        self._limit = exclusion.norm_limits.get(str(splicer.point))
         self._with_kl = [name in with_kl for name in variants]
         self._shift = shift.double()
         # the first one may have begun in an earlier span, where its group is another
@@ -60,10 +63,10 @@ class Measurement:
         device = self._shift.device
         tokens, owner = torch.tensor(block.tokens).to(device).long(), torch.tensor(block.documents).to(device)
         x, clean = self.splicer.clean(tokens)
-        counted = owner >= 0
+        counted = torch.tensor(counted_tokens(block, self.exclusion)).to(device)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self.limit is not None:
-            counted = counted & (x.to(wide).norm(dim=-1) <= self.limit)
+        if self._limit is not None:
+            counted = counted & (x.to(wide).norm(dim=-1) <= self._limit)
         rows = x[counted].to(wide)
         if len(rows) == 0:
             return 0

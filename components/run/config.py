@@ -94,13 +94,17 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _nothing_is_in_its_old_place(cls, tree: Any) -> Any:
-        for section, field in _MOVED_TO_SAE:
+        for (section, field), (reason, now) in _MOVED.items():
             if isinstance(tree, Mapping) and isinstance(tree.get(section), Mapping) and field in tree[section]:
-                raise ValueError(f"{section}.{field}: it belongs to the architecture now; write sae.{field}")
+                raise ValueError(f"{section}.{field}: it {reason} now; write {now}")
         return tree
 
 
-_MOVED_TO_SAE = (("training", "sparsity_coefficient"), ("training", "sparsity_warmup"))
+_MOVED = {
+    ("training", "sparsity_coefficient"): ("belongs to the architecture", "sae.sparsity_coefficient"),
+    ("training", "sparsity_warmup"): ("belongs to the architecture", "sae.sparsity_warmup"),
+    ("evaluation", "exclude_norms_above"): ("holds for all that is done with the tokens", "activations.exclude.norms_above"),
+}
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from components.activations.settings import ActivationSettings
+from components.activations.settings import ActivationSettings, ExcludeSettings
 from components.corpus.duplicates import near_duplicates_identity
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
@@ -54,6 +54,7 @@ CORPUS = Fields(
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
 ACTIVATIONS = Fields(
     always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
+    later=("exclude",),
     resolved=("hook_points",),
     without_effect=("sequences_per_chunk", "shuffle_workers"),
 )
@@ -66,10 +67,10 @@ TRAINING = Fields(
     without_effect=("checkpoint_tokens", "log_tokens"),
 )  # fmt: skip
 EVALUATION = Fields(
-    always=("tokens", "exclude_norms_above", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
+    always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
     without_effect=("batch_sequences",),
 )
-COMPARED = Fields(always=("tokens", "exclude_norms_above", "reference_tokens"))
+COMPARED = Fields(always=("tokens", "reference_tokens"))
 """What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
 
 
@@ -113,17 +114,33 @@ def coder_identity(
     )  # fmt: skip
 
 
+def excluded(settings: ActivationSettings) -> dict[str, Any]:
+    """The tokens that do not count, as a field of an identity."""
+    return {} if settings.exclude == ExcludeSettings() else {"exclude": settings.exclude.model_dump(mode="json")}
+
+
 def evaluation_identity(
-    settings: EvaluationSettings, weights_sha256: str, tokens: str, model: Mapping[str, Any], hook_point: str
+    settings: EvaluationSettings,
+    weights_sha256: str,
+    tokens: str,
+    model: Mapping[str, Any],
+    hook_point: str,
+    stored: ActivationSettings,
 ) -> dict[str, Any]:
     fields = EVALUATION.of(settings)
     return identity(
-        "evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields
-    )
+        "evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields,
+        **excluded(stored),
+    )  # fmt: skip
 
 
 def evaluation_set_identity(
-    settings: EvaluationSettings, tokens: Mapping[str, Any], model: Mapping[str, Any], hook_point: str, counted: int
+    settings: EvaluationSettings,
+    tokens: Mapping[str, Any],
+    model: Mapping[str, Any],
+    hook_point: str,
+    counted: int,
+    stored: ActivationSettings,
 ) -> dict[str, Any]:
     """What two coders must share to be compared: held-out text, language model, hook point and way of measuring. How much text
     was prepared for training is no part of it. counted: tokens that were measured."""
@@ -131,7 +148,7 @@ def evaluation_set_identity(
     text = {**tokens, "settings": settled}
     return identity(
         "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
-        counted=counted, settings=COMPARED.of(settings),
+        counted=counted, settings=COMPARED.of(settings), **excluded(stored),
     )  # fmt: skip
 
 

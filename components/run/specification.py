@@ -166,7 +166,12 @@ class Specification(Record):
 
     def evaluation_identity(self, weights_sha256: str) -> dict[str, Any]:
         return identity.evaluation_identity(
-            self.config.evaluation, weights_sha256, self.token_digest, self.model.identity, self.hook_point
+            self.config.evaluation,
+            weights_sha256,
+            self.token_digest,
+            self.model.identity,
+            self.hook_point,
+            self.config.activations,
         )
 
     def evaluation_record(self) -> EvaluationRecord | None:
@@ -186,10 +191,11 @@ class Specification(Record):
 
     def evaluation_set(self, tokens: int) -> str:
         """The digest of what two coders must share to be compared; tokens: that were measured."""
-        settings = self.config.evaluation
-        return identity.digest(
-            identity.evaluation_set_identity(settings, self.token_identity, self.model.identity, self.hook_point, tokens)
+        config = self.config
+        found = identity.evaluation_set_identity(
+            config.evaluation, self.token_identity, self.model.identity, self.hook_point, tokens, config.activations
         )
+        return identity.digest(found)
 
     # registry
 

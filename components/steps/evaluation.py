@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from components import storage
+from components.activations.dataset.forward import resolve_exclusion
+from components.activations.exclusion import Exclusion
 from components.corpus.manifest import TokenManifest
 from components.evaluation import evaluate as evaluation
 from components.evaluation import measurements, results
@@ -40,6 +43,7 @@ def evaluation_job(run: Specification) -> EvaluationJob:
     record, token_manifest = require_trained(run)
     return EvaluationJob(
         settings=run.config.evaluation,
+        exclude=run.config.activations.exclude,
         source=run.model.source,  # without what is cached
         point=run.point,
         text=evaluation.HeldOut(url=run.token_url, manifest=token_manifest),
@@ -51,18 +55,19 @@ def evaluation_job(run: Specification) -> EvaluationJob:
 def evaluation_reference(job: EvaluationJob, device: torch.device) -> evaluation.Reference:
     """What an evaluation takes from training text, once for all spans; on the CPU."""
     settings, model = job.settings, kept_model(job.source, device)
+    excluded = resolve_exclusion(job.exclude, job.source, model, [job.point], job.text.url, job.text.manifest, device)
     found = evaluation.reference_statistics(
-        model, job.point, job.text, settings.reference_tokens, settings.batch_sequences, device
+        model, job.point, job.text, settings.reference_tokens, settings.batch_sequences, device, excluded
     )
     return found.on(torch.device("cpu"))
 
 
-def measure_span(job: EvaluationJob, mean: torch.Tensor, limit: float | None, device: torch.device, span: Span) -> SpanSums:
-    """The SAE on a span of `measurements.sae_spans`. mean, limit: see `measurements.measure_sae`."""
+def measure_span(job: EvaluationJob, mean: torch.Tensor, exclusion: Exclusion, device: torch.device, span: Span) -> SpanSums:
+    """The SAE on a span of `measurements.sae_spans`. mean, exclusion: see `measurements.measure_sae`."""
 
     def measure() -> SpanSums:
         subject = _subject(job, device, evaluation.TokenClasses(load_tokenizer(job.source)))
-        return measurements.measure_sae(job.settings, subject, mean, limit, span)
+        return measurements.measure_sae(job.settings, subject, mean, exclusion, span)
 
     return KeptSpans(job.kept_url).sums("sae", span, measure)
 
@@ -124,9 +129,7 @@ def measured_alone(
     settings, device = run.config.evaluation, run.device
     model = kept_model(run.source, device)
     text = evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
-    reference = evaluation.reference_statistics(
-        model, run.point, text, settings.reference_tokens, settings.batch_sequences, device
-    )
+    reference = reference_of(run, model, token_manifest)
     sae = load(reference)
     classes = evaluation.TokenClasses(load_tokenizer(run.source))
     digest = identity.digest(named)
@@ -136,6 +139,17 @@ def measured_alone(
     written = evaluation.write_evaluation(url, digest, named, found, device, about)
     kept.forget()
     return written
+
+
+def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> evaluation.Reference:
+    """What this configuration's evaluations take from training text."""
+    settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
+    excluded = resolve_exclusion(
+        run.config.activations.exclude, run.source, model, [run.point], run.token_url, token_manifest, run.device
+    )
+    return evaluation.reference_statistics(
+        model, run.point, text, settings.reference_tokens, settings.batch_sequences, run.device, excluded
+    )
 
 
 def _about(run: Specification, sae: AnySAE, url: str, architecture: str, name: str | None = None) -> About:

@@ -26,7 +26,7 @@ from components.registry.records import Imported, Lineage, Outcome
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
-from components.steps.evaluation import measured_alone
+from components.steps.evaluation import measured_alone, reference_of
 from components.steps.tokens import prepare_tokens
 from components.tracking.settings import TrackingSettings
 
@@ -53,7 +53,11 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
     with opened(run.config.tracking, run.config.storage.root, sae) as given:
         url, present = _measured(run, given, sae, another_model)
         needs_norm = given.config.get("normalize_activations") == "expected_average_only_in"
-        coder = _load(given, torch.device("cpu"), _reference(run).mean_norm if needs_norm else None)
+        coder = _load(
+            given,
+            torch.device("cpu"),
+            reference_of(run, kept_model(run.source, run.device), prepare_tokens(run)).mean_norm if needs_norm else None,
+        )
         imported = Imported(address=redacted(sae), format=given.format.name, content_sha256=given.content_digest())
         metadata = given.metadata
     if isinstance(coder, NormalizedSAE):
@@ -183,13 +187,6 @@ def _measured(run: Specification, given: GivenSAE, sae: str, another_model: bool
 
         present = measured_alone(run, load, named, url, prepare_tokens(run), given.config["architecture"], sae)
     return url, present
-
-
-def _reference(run: Specification) -> evaluation.Reference:
-    settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=prepare_tokens(run))
-    return evaluation.reference_statistics(
-        kept_model(run.source, run.device), run.point, text, settings.reference_tokens, settings.batch_sequences, run.device
-    )
 
 
 @contextmanager

@@ -56,16 +56,19 @@ def show(
 
         url = catalog.find_dataset(root, dataset)
         manifest = require_manifest(url)
-        histograms = {}
+        histograms: dict[str, Any] = {}
+        warnings: list[str] = []
         for column in manifest.columns:
             values = catalog.norms(url, manifest, column.hook_point)
             counts, edges = np.histogram(values, bins=12)
+            warnings += filter(None, [catalog.sinks_warning(column.hook_point, values)])
             histograms[column.hook_point] = {"counts": counts.tolist(), "edges": [float(f"{edge:.4g}") for edge in edges]}
         tokens = catalog.sample_tokens(url, manifest, _decoder(manifest), samples)
         result = {
             "url": url,
             "manifest": _brief(manifest),
             "norms": histograms,
+            "warnings": warnings,
             "sample": [token.model_dump() for token in tokens],
         }
         show_(result, _print_dataset)
@@ -237,6 +240,8 @@ def _print_dataset(result: dict[str, Any]) -> None:
         largest = max(histogram["counts"])
         for count, low, high in zip(histogram["counts"], histogram["edges"], histogram["edges"][1:], strict=False):
             console.print(f"{low:>10.4g} to {high:<10.4g} {count:>7,} {'█' * round(40 * count / largest)}", highlight=False)
+    for warning in result["warnings"]:
+        console.print(f"\n{warning}", style="yellow", highlight=False)
     if not result["sample"]:
         return
     tokens = Table("document", "position", "||x||", "token", title="A random sample of tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from components import steps
+from components.activations.exclusion import Exclusion
 from components.corpus.tokens import PADDING, Sequences, read_sequences
 from components.evaluation.evaluate import Evaluation, HeldOut, TokenClasses, evaluate, reference_statistics
 from components.evaluation.settings import EvaluationSettings
@@ -275,7 +277,10 @@ def test_other_hook_points_take_their_closed_forms_too(tiny_tree: dict, hook_poi
 
 def test_outliers_are_left_out_of_every_quantity_where_asked(one_case: Case):
     everything = measure(one_case, Scaled(0.8))
-    some = measure(one_case, Scaled(0.8), exclude_norms_above=1.05)
+    norms = one_case.reference.sample.norm(dim=1)
+    limits = {str(one_case.plan.point): 1.05 * norms.median().item()}
+    one_case.reference = dataclasses.replace(one_case.reference, exclusion=Exclusion(norm_limits=limits))
+    some = measure(one_case, Scaled(0.8))
     assert 0 < some["evaluation_tokens"] < everything["evaluation_tokens"]
     assert some["mse"] < everything["mse"]
 

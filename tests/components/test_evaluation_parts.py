@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from components.activations.exclusion import NOTHING
 from components.evaluation import baselines
 from components.evaluation import intervals as bootstrap
 from components.evaluation.baselines import Rows
@@ -195,7 +196,7 @@ def reference(rows: torch.Tensor) -> Reference:
     return Reference(
         mean=mean,
         mean_norm=norms.mean().item(),
-        median_norm=norms.median().item(),
+        exclusion=NOTHING,
         covariance=centred.T @ centred / len(rows),
         sample=rows,
     )

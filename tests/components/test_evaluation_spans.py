@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from components import steps
+from components.activations.exclusion import NOTHING
 from components.evaluation import kept, measurements, spliced_pass
 from components.evaluation.held_out import HeldOut
 from components.evaluation.intervals import DocumentGroups
@@ -44,9 +45,9 @@ def by_spans(plan: Specification, parts: int) -> tuple[EvaluationRecord, dict, l
     work = sent(steps.evaluation_job(plan))
     settings = work.settings
     reference = sent(steps.evaluation_reference(work, CPU))
-    limit = settings.norm_limit(reference.median_norm)
     passes = [
-        sent(steps.measure_span(work, reference.mean, limit, CPU, span)) for span in sae_spans(settings, work.text, parts)
+        sent(steps.measure_span(work, reference.mean, reference.exclusion, CPU, span))
+        for span in sae_spans(settings, work.text, parts)
     ]
     measured = merged(passes)
     l0 = active_features(settings, measured)
@@ -92,7 +93,8 @@ def test_the_number_of_spans_changes_no_result(tiny_tree: dict, packing: str):
 
 
 def test_documents_that_share_a_group_share_it_in_every_division(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
-    plan = trained(tiny_tree, tokens=1_400, baselines=[], exclude_norms_above=1.02)
+    tiny_tree["activations"]["exclude"] = {"norms_above": 1.02}
+    plan = trained(tiny_tree, tokens=1_400, baselines=[])
     monkeypatch.setattr(DocumentGroups.__init__, "__defaults__", (2, False))
     alone = steps.evaluate(plan)
     assert alone.metrics["evaluation_documents"] > 4
@@ -179,9 +181,9 @@ def test_a_damaged_span_is_measured_again(tiny_tree: dict, monkeypatch: pytest.M
     job = steps.evaluation_job(plan)
     (span,) = sae_spans(job.settings, job.text, 1)
     mean = steps.evaluation_reference(job, CPU).mean
-    first = steps.measure_span(job, mean, None, CPU, span)
+    first = steps.measure_span(job, mean, NOTHING, CPU, span)
     (path,) = Path(job.kept_url).iterdir()
     path.write_bytes(path.read_bytes()[:-200])
-    again = steps.measure_span(job, mean, None, CPU, span)
+    again = steps.measure_span(job, mean, NOTHING, CPU, span)
     assert np.array_equal(first.by_document.table, again.by_document.table)
     assert np.array_equal(first.features.fired, again.features.fired)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import BaseModel, create_model
 
-from components.activations.settings import ActivationSettings
+from components.activations.settings import ActivationSettings, ExcludeSettings
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
 from components.run import identity
@@ -33,7 +33,7 @@ TYPICAL: dict[str, dict[str, Any]] = {
     },
     "several hook points": {"activations": {"hook_points": ["resid_post.1", "mlp_out.2"], "dtype": "bfloat16"}},
     "again": {"rerun": "again"},
-    "measured without outliers": {"evaluation": {"exclude_norms_above": 10, "tokens": 5_000}},
+    "measured without outliers": {"activations": {"exclude": {"norms_above": 10}}, "evaluation": {"tokens": 5_000}},
     **{name: {"sae": {"architecture": name, "d_sae": 512}} for name in architectures()},
 }
 
@@ -56,8 +56,8 @@ def digests(config: RunConfig) -> dict[str, str]:
             config.training, config.sae.identity(128), stored, points[:1], points[:1], config.seed, config.rerun
         )
     )
-    measured = identity.evaluation_identity(config.evaluation, "0" * 64, named, model, points[0])
-    compared = identity.evaluation_set_identity(config.evaluation, tokens, model, points[0], 5_000)
+    measured = identity.evaluation_identity(config.evaluation, "0" * 64, named, model, points[0], config.activations)
+    compared = identity.evaluation_set_identity(config.evaluation, tokens, model, points[0], 5_000, config.activations)
     run = identity.run_identity(config.name, coder, named, config.evaluation, "model", "sae-foundry")
     return {
         "tokens": named,
@@ -164,7 +164,8 @@ def test_two_evaluations_are_comparable_whatever_else_they_list():
     assert digests(other)["evaluation_set"] == digests(config)["evaluation_set"]
     longer = with_section(config, "corpus", config.corpus.model_copy(update={"train_tokens": 5_000_000}))
     assert digests(longer)["evaluation_set"] == digests(config)["evaluation_set"]
-    elsewhere = with_section(config, "evaluation", config.evaluation.model_copy(update={"exclude_norms_above": 10.0}))
+    masked = config.activations.model_copy(update={"exclude": ExcludeSettings(positions=(0,))})
+    elsewhere = with_section(config, "activations", masked)
     assert digests(elsewhere)["evaluation_set"] != digests(config)["evaluation_set"]
 
 

@@ -13,17 +13,23 @@ import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from torch import nn
 
 from components import storage
-from components.activations.dataset.forward import Chunk, run_chunk
+from components.activations.dataset.forward import Chunk, resolve_exclusion, run_chunk
 from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import Manifest, Shard, manifest_url, read_manifest
 from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_columns, describe_shard_file, write_shard_file
 from components.activations.dataset.shuffle import Scattered, write_scattered
+from components.activations.exclusion import NOTHING, Exclusion
+from components.activations.settings import ExcludeSettings
 from components.language_model.loading import kept_model
 from components.progress import progress
+from components.records import read_record
 from components.settings import UserError
 
 logger = logging.getLogger(__name__)
@@ -91,6 +97,7 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
     if len(missing) < len(chunks):
         logger.info("extract: continuing, %d of %d chunks are there", len(chunks) - len(missing), len(chunks))
     model = kept_model(work.source, device)
+    exclusion = _exclusion(work, model, device)
     size = work.settings.sequences_per_chunk
     total = sum(min(size, work.split.sequences - chunk * size) for chunk in missing) * work.token_manifest.context_length
     with (
@@ -104,7 +111,7 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
             if _shared(work) and storage.exists(work.chunk_url(chunk)):
                 continue  # another worker has done it meanwhile
             sequences = chunk_sequences(work, chunk)
-            scattered = run_chunk(work.source, model, work.points, sequences, work.settings.dtype, device)
+            scattered = run_chunk(work.source, model, work.points, sequences, work.settings.dtype, device, exclusion)
             while len(pending) >= _CHUNKS_AT_ONCE:
                 pending.pop(0).result()
             # The file is written and uploaded while the model runs on the next chunk.
@@ -112,6 +119,21 @@ def scatter(work: Extraction, device: torch.device, chunks: Sequence[int]) -> No
             advance(sequences.tokens.size, "")
         for future in pending:
             future.result()
+
+
+def _exclusion(work: Extraction, model: nn.Module, device: torch.device) -> Exclusion:
+    """The same for every worker, whatever its machine rounds: the first one's is put beside the chunks."""
+    if work.settings.exclude == ExcludeSettings():
+        return NOTHING
+    found = read_record(Exclusion, work.exclusion_url, f"delete {work.scatter_url}")
+    if found is None:
+        made = resolve_exclusion(
+            work.settings.exclude, work.source, model, work.points, work.token_url, work.token_manifest, device
+        )
+        storage.put_json_once(made.model_dump(mode="json"), work.exclusion_url)
+        found = read_record(Exclusion, work.exclusion_url, f"delete {work.scatter_url}")
+        assert found is not None
+    return found
 
 
 def _shared(work: Extraction) -> bool:
@@ -248,8 +270,10 @@ def _record(work: Extraction, bucket: int, written: Written) -> None:
 
 def commit(work: Extraction) -> Manifest:
     """Put the manifest, unless another worker was first; either way, return the one that is there."""
+    excluding = work.settings.exclude != ExcludeSettings()
     try:
         records = [storage.read_json(work.record_url(bucket)) for bucket in range(work.buckets)]
+        exclusion = Exclusion.model_validate(storage.read_json(work.exclusion_url)) if excluding else NOTHING
     except FileNotFoundError:
         manifest = finish(work)
         if manifest is None:
@@ -257,13 +281,16 @@ def commit(work: Extraction) -> Manifest:
         return manifest
     shards = tuple(Shard.model_validate(record["shard"]) for record in records)
     tokens = sum(shard.rows for shard in shards)
-    if tokens != work.split.tokens:
+    if tokens == 0:
+        raise UserError("activations.exclude: it leaves no token; choose fewer positions or token ids, or a higher norms_above")
+    if tokens != work.split.tokens and not excluding:
         raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split.tokens} tokens")
     manifest = Manifest.sealed(
         identity=work.identity,
         configuration=work.configuration,
         versions=_versions(),
-        documents=work.split.documents,
+        documents=_documents(work, shards) if excluding else work.split.documents,
+        exclusion=exclusion,
         rows_per_group=work.settings.rows_per_group,
         compression=work.settings.compression,
         seed=work.seed,
@@ -274,6 +301,16 @@ def commit(work: Extraction) -> Manifest:
     committed = finish(work)
     assert committed is not None
     return committed
+
+
+def _documents(work: Extraction, shards: Sequence[Shard]) -> int:
+    """How many have a token that counts. Memory: a number per document."""
+    seen = np.empty(0, dtype=np.int64)
+    for shard in shards:
+        filesystem, path = storage.resolve(storage.join(work.url, shard.name))
+        column = pq.read_table(path, columns=["document"], filesystem=filesystem)["document"]
+        seen = np.union1d(seen, column.to_numpy())
+    return len(seen)
 
 
 def _versions() -> dict[str, str]:

@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.activations.dataset.schema import DTYPES, bytes_from_tensor
-from components.corpus.tokens import Sequences
+from components.activations.dataset.schema import DTYPES, as_float32, bytes_from_tensor
+from components.activations.exclusion import NOTHING, Exclusion
+from components.activations.settings import ExcludeSettings
+from components.corpus.manifest import TokenManifest
+from components.corpus.tokens import PADDING, Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, capture
 from components.language_model.loading import ModelSource, forward_inputs
 from components.settings import UserError
+
+_SAMPLE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,22 @@ class Chunk:
 
 
 def run_chunk(
-    source: ModelSource, model: nn.Module, points: Sequence[HookPoint], sequences: Sequences, dtype: str, device: torch.device
+    source: ModelSource,
+    model: nn.Module,
+    points: Sequence[HookPoint],
+    sequences: Sequences,
+    dtype: str,
+    device: torch.device,
+    exclusion: Exclusion = NOTHING,
 ) -> Chunk:
     """The activations of the counted tokens of these sequences at each hook point, with the tokens.
 
+    exclusion: tokens that do not count besides. A norm over its limit at one hook point leaves the token out at all.
     Nothing waits for the device before the last batch is queued: which rows are counted is known beforehand, and what
     leaves the device goes to pinned memory on a stream of its own.
     Raises a UserError when an activation does not fit the number format `dtype`.
     """
-    counted = sequences.documents >= 0
+    counted = counted_tokens(sequences, exclusion)
     kept: dict[HookPoint, Tensor] = {}
     finite: dict[HookPoint, Tensor] = {point: torch.ones((), dtype=torch.bool, device=device) for point in points}
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -63,7 +75,51 @@ def run_chunk(
         "position": _bytes(sequences.positions[counted], np.int32),
         "token": _bytes(sequences.tokens[counted], np.int32),
     }
-    return Chunk(columns | {str(point): bytes_from_tensor(kept[point]) for point in points})
+    columns |= {str(point): bytes_from_tensor(kept[point]) for point in points}
+    within = np.ones(int(counted.sum()), dtype=bool)
+    for name, limit in exclusion.norm_limits.items():
+        within &= _norms(columns[name], dtype) <= limit
+    return Chunk(columns if within.all() else {name: column[within] for name, column in columns.items()})
+
+
+def counted_tokens(sequences: Sequences, exclusion: Exclusion) -> np.ndarray:
+    """Which tokens count as far as positions and ids go, bool `[n, context_length]`; padding and what a tokenizer adds never
+    do."""
+    counted = sequences.documents >= 0
+    if exclusion.positions:
+        places = (sequences.documents != PADDING).cumsum(axis=1) - 1
+        counted &= ~np.isin(places, exclusion.positions)
+    return counted & ~np.isin(sequences.tokens, exclusion.token_ids) if exclusion.token_ids else counted
+
+
+def resolve_exclusion(
+    settings: ExcludeSettings,
+    source: ModelSource,
+    model: nn.Module,
+    points: Sequence[HookPoint],
+    url: str,
+    manifest: TokenManifest,
+    device: torch.device,
+) -> Exclusion:
+    """The mask in numbers: limits are multiples of the median norm among about 16,384 of the other training tokens, in
+    sequences that are spread evenly over the split. Memory: their activations."""
+    plain = Exclusion(positions=settings.positions, token_ids=settings.token_ids)
+    if settings.norms_above is None:
+        return plain
+    split = manifest.splits["train"]
+    chosen = min(split.sequences, max(1, -(-_SAMPLE_TOKENS * split.sequences // split.tokens)))
+    norms: dict[str, list[np.ndarray]] = {str(point): [] for point in points}
+    for number in (np.arange(chosen) * split.sequences // chosen).tolist():
+        sequences = read_sequences(url, manifest, "train", number, number + 1)
+        columns = run_chunk(source, model, points, sequences, "float32", device, plain).columns
+        for name, found in norms.items():
+            found.append(_norms(columns[name], "float32"))
+    limits = {name: settings.norms_above * float(np.median(np.concatenate(found))) for name, found in norms.items()}
+    return plain.model_copy(update={"norm_limits": limits})
+
+
+def _norms(raw: np.ndarray, dtype: str) -> np.ndarray:
+    return np.linalg.norm(as_float32(raw, dtype), axis=1)
 
 
 def _copy(values: Tensor, target: Tensor, stream: torch.cuda.Stream | None) -> None:
@@ -77,4 +133,4 @@ def _copy(values: Tensor, target: Tensor, stream: torch.cuda.Stream | None) -> N
 
 
 def _bytes(values: np.ndarray, kind: type) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype=kind).view(np.uint8).reshape(len(values), -1)
+    return np.ascontiguousarray(values, dtype=kind).view(np.uint8).reshape(len(values), np.dtype(kind).itemsize)

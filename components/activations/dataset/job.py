@@ -57,6 +57,11 @@ class Extraction:
         """Where scattered chunks wait. Their size is part of the name: it decides what is in them, not what comes of them."""
         return storage.join(self.url, "scatter", str(self.settings.sequences_per_chunk))
 
+    @property
+    def exclusion_url(self) -> str:
+        """Which tokens do not count, in numbers; where there are some."""
+        return storage.join(self.url, "scatter", "exclusion.json")
+
     def chunk_name(self, chunk: int) -> str:
         return f"chunk-{chunk:06d}.bin"
 

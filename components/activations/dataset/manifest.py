@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from components import storage
 from components.activations.dataset.schema import Layout
+from components.activations.exclusion import NOTHING, Exclusion
 from components.settings import Settings, UserError, digest
 
 SCHEMA_VERSION = 3
@@ -83,6 +84,8 @@ class Manifest(Settings):
     documents: int = Field(ge=1, lt=1 << 50)
     rows_per_group: int = Field(ge=1, le=1 << 20)
     compression: Literal["none", "lz4", "zstd"]
+    exclusion: Exclusion = NOTHING
+    """Tokens that were left out, in numbers."""
     seed: int
     """Of the shuffle: which shard a token is in is a hash of it, the document and the position."""
     shards: tuple[Shard, ...] = Field(min_length=1)
