@@ -31,7 +31,7 @@ def retrain(config: RunConfig, force: bool = False, max_age_days: Days | None = 
     Completes as `NothingToDo`, `Promoted` or `Refused`, with the reason.
     """
     begin()
-    run = resolve(config)
+    run = resolve(config, champion_must_fit=False)
     check(run)
     # The same after a crash, when the run is started again and goes on with its SAE.
     word = str(flow_run.get_root_flow_run_id()).split("-")[0] if force else None
@@ -43,8 +43,10 @@ def retrain(config: RunConfig, force: bool = False, max_age_days: Days | None = 
         # Asked again, a refusal is still one.
         artifacts.verdict(run, due.standing)
         return Completed(name=REFUSED, message=f"{due.reason}, and it stands refused: {due.standing.alias_reason}")
+    run = staleness.due_run(run, due)
+    get_run_logger().info("%s: training starts %s", config.name, run.start_said)
     with tags(*([f"commit:{commit[:12]}"] if commit else [])):
-        outcome = line(run.repeated(due.rerun)).outcome
+        outcome = line(run).outcome
     version = f"{outcome.registered_model} version {outcome.model_version}"
     return Completed(
         name=PROMOTED if outcome.alias == "champion" else REFUSED,

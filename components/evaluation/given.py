@@ -44,44 +44,56 @@ def hook_point_of(name: str) -> HookPoint | None:
 
 def require_same_place(config: dict[str, Any], point: HookPoint, d_in: int, source: ModelSource) -> None:
     """A UserError where an SAE's configuration (in SAELens' terms) says that it does not belong at `point`."""
+    wrong = other_place(config, point, d_in, source)
+    if wrong is not None:
+        raise UserError(f"--sae: {wrong}")
+
+
+def other_place(config: dict[str, Any], point: HookPoint, d_in: int, source: ModelSource) -> str | None:
+    """How an SAE's configuration says that it does not belong at `point`, None where it may."""
     if config["d_in"] != d_in:
-        raise UserError(f"--sae: it reads {config['d_in']} dimensions; '{point}' of this language model has {d_in}")
+        return f"it reads {config['d_in']} dimensions; '{point}' of this language model has {d_in}"
     name = (config.get("metadata") or {}).get("hook_name") or config.get("hook_name")
     # a module's path may leave out what is above the blocks
     here = name is not None and f".{point}".endswith(f".{name}")
     named = point if here else None if name is None else hook_point_of(str(name))
     if name is None:
-        logger.warning("evaluate: the SAE does not say at which hook point it belongs; taken for %s", point)
+        logger.warning("the SAE does not say at which hook point it belongs; taken for %s", point)
     # what leaves one block enters the next
     elif named is None or _as_output(named) != _as_output(point):
         give = "; give a hook point of that name" if named is None else f", give activations.hook_points={named}"
-        raise UserError(f"--sae: it was trained at '{name}'; training.hook_point is '{point}'{give}")
-    _require_same_processing(config, point, source)
+        return f"it was trained at '{name}'; training.hook_point is '{point}'{give}"
+    return _other_processing(config, point, source)
 
 
-def _require_same_processing(config: dict[str, Any], point: HookPoint, source: ModelSource) -> None:
+def _other_processing(config: dict[str, Any], point: HookPoint, source: ModelSource) -> str | None:
     """Of the weights, by TransformerLens, as it loaded the model that the SAE was trained on."""
     options = model_options(config)
     for key in ("revision", "checkpoint_index", "checkpoint_value"):
         if options.get(key) not in (None, source.settings.revision):
-            raise UserError(
-                f"--sae: model_from_pretrained_kwargs.{key} is '{options[key]}'; accepted is language_model.revision"
-            )
+            return f"model_from_pretrained_kwargs.{key} is '{options[key]}'; accepted is language_model.revision"
     if not is_centred(config):
-        return
+        return None
     if point.kind not in _CENTRED:
-        raise UserError(f"--sae: center_writing_weights is true; accepted at {', '.join(_CENTRED)}, and not at '{point}'")
+        return f"center_writing_weights is true; accepted at {', '.join(_CENTRED)}, and not at '{point}'"
     if not any(isinstance(module, LayerNorm) for module in source.skeleton.modules()):
-        raise UserError("--sae: center_writing_weights is true; accepted for models with LayerNorm, which this one has not")
+        return "center_writing_weights is true; accepted for models with LayerNorm, which this one has not"
+    return None
 
 
 def require_same_model(config: dict[str, Any], ours: str) -> None:
-    """A UserError where an SAE names another language model than ours; owner, folder and case of a name do not count."""
+    """A UserError where an SAE names another language model than ours."""
+    wrong = other_model(config, ours)
+    if wrong is not None:
+        raise UserError(f"--sae: {wrong}; --another-model takes it there all the same")
+
+
+def other_model(config: dict[str, Any], ours: str) -> str | None:
+    """Which other language model an SAE names, None where it is ours; owner, folder and case of a name do not count."""
     theirs = (config.get("metadata") or {}).get("model_name") or config.get("model_name")
-    if theirs is not None and _bare(str(theirs)) != _bare(ours):
-        raise UserError(
-            f"--sae: its model_name is '{theirs}'; language_model.name is '{ours}'; --another-model takes it there all the same"
-        )
+    if theirs is None or _bare(str(theirs)) == _bare(ours):
+        return None
+    return f"its model_name is '{theirs}'; language_model.name is '{ours}'"
 
 
 def _bare(name: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Protocol
 
 from components.registry.gates import markdown_table
 from components.registry.model_files import FILES_TAG
 from components.registry.records import Imported, Lineage
-from components.registry.versions import PATH_TAG, WEIGHTS_TAG, reproduction_commands
+from components.registry.versions import PATH_TAG, STABILITY_TAG, WEIGHTS_TAG, reproduction_commands
 
 _METRICS = {
     "loss_recovered": "share of the language model's loss that survives splicing the SAE in; 1 is perfect",
@@ -56,6 +57,7 @@ def model_card(
     commit = code.get("mlflow.source.git.commit", "not a checkout")
     changed = ", with changes that are not committed" if code.get("sae.git_dirty") == "true" else ""
     origin = {
+        "training started from": lineage.start.location if lineage.start else "not ours" if imported else "new weights",
         "MLflow run": lineage.mlflow_run,
         "Prefect flow run": lineage.prefect_flow_run or "none",
         "git commit": commit + changed,
@@ -81,7 +83,7 @@ On {measured} of documents that were not trained on; intervals are what the eval
 
 {_metric_table(metrics)}
 
-## Gates
+{_stability(tags)}## Gates
 
 When it was registered: **{decision.alias}**. {decision.reason}.
 
@@ -124,6 +126,28 @@ def _reproduction(version: str, imported: Imported | None) -> str:
         "above."
     )
     return f"{commands}\n{promise}"
+
+
+def _stability(tags: dict[str, str]) -> str:
+    """The section on features that the champion has, too; nothing where there was none."""
+    if STABILITY_TAG not in tags:
+        return ""
+    found = json.loads(tags[STABILITY_TAG])
+    shares = {name: "not defined" if value is None else f"{value:.1%}" for name, value in found.items() if "share" in name}
+    return f"""## Features against the champion, version {found["champion"]}
+
+Of features that fire. Persisted: each other's nearest by decoder direction, with a cosine over 0.7; by reconstruction: each
+counted by the mean length that it adds. `stability/stability.parquet` in the MLflow run has them one by one.
+
+| | this version | version {found["champion"]} |
+|---|---|---|
+| features that fire | {found["firing"]} | {found["champion_firing"]} |
+| persisted | {found["persisted"]} ({shares["persisted_share"]}) | {found["persisted"]} ({shares["kept_share"]}) |
+| persisted, by reconstruction | {shares["persisted_share_by_reconstruction"]} | {shares["kept_share_by_reconstruction"]} |
+| near one that has a nearer partner | {found["split"]} (split) | {found["merged"]} (merged) |
+| without a partner | {found["new"]} (new) | {found["vanished"]} (vanished) |
+
+"""
 
 
 def _with_revision(model: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from components.registry.versions import (
     WEIGHTS_TAG,
     lineage_of,
     recorded_metrics,
+    recorded_stability,
     reproduction_commands,
     resolve_version,
     search_versions,
@@ -92,6 +93,7 @@ def show(client: MlflowClient, reference: str) -> dict[str, Any]:
         "aliases": sorted(version.aliases),
         "uri": f"models:/{name}",
         "metrics": recorded_metrics(version),
+        "stability": recorded_stability(version),
         "gates": json.loads(tags[GATES_TAG]) if GATES_TAG in tags else None,
         "history": [{"action": entry.action, "at": entry.at, "by": entry.by, "reason": entry.reason} for entry in history],
         "rolled_back": tags.get("sae.rolled_back"),
@@ -104,6 +106,7 @@ def show(client: MlflowClient, reference: str) -> dict[str, Any]:
             "dataset_url": lineage.dataset_url,
             "token_digest": lineage.token_digest,
             "weights_sha256": tags.get(WEIGHTS_TAG),
+            "started_from": lineage.start.location if lineage.start else None,
         },
         "reproduce": command,
     }
@@ -158,5 +161,6 @@ def compare(client: MlflowClient, references: list[str], gates: Gates) -> dict[s
         "versions": names,
         "same_evaluation_set": len(sets) == 1,
         "metrics": {name: [row.get(name) for row in metrics] for name in every},
+        "stability": [recorded_stability(version) for version in versions],
         "against_first": reports,
     }

@@ -32,6 +32,14 @@ class Imported(Record):
     content_sha256: str
 
 
+class StartedFrom(Record):
+    """The coder that a training continued from."""
+
+    location: str
+    weights_sha256: str
+    config_sha256: str
+
+
 class Lineage(Record):
     """`lineage.json`, beside the weights in every registered version."""
 
@@ -43,6 +51,8 @@ class Lineage(Record):
     weights_sha256: str
     dataset_digest: str | None = None
     dataset_url: str | None = None
+    start: StartedFrom | None = None
+    """None where training began with new weights."""
     token_digest: str
     token_url: str
     code: dict[str, str] = Field(default_factory=dict)
@@ -55,6 +65,8 @@ class Lineage(Record):
         tree = json.loads(json.dumps(self.configuration))
         tree.pop("storage", None)
         tree.pop("execution", None)  # of the machines that it ran on
+        # What it was started from, and not whoever is champion when it is made again.
+        tree["training"]["start_from"] = None if self.start is None else self.start.location
         tracking = tree.pop("tracking", {})
         kept = {key: tracking[key] for key in ("registered_model", "purpose") if tracking.get(key)}
         return {**tree, "storage": {"root": "reproduction"}, **({"tracking": kept} if kept else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ DECISION_TAG, REASON_TAG, DONE_TAG = "sae.alias", "sae.alias_reason", "sae.regis
 GATES_TAG, PASSED_TAG = "sae.gates", "sae.gates_passed"
 PATH_TAG, ANNOUNCED_TAG = "sae.artifact_path", "sae.announced"
 METRIC_PREFIX = "eval."
+STABILITY_TAG = "sae.stability"
+"""JSON: how many features the champion of that time has, too (`evaluation.stability`), and which version that was."""
 
 
 def find_version(
@@ -108,6 +111,12 @@ def recorded_metrics(version: ModelVersion) -> dict[str, float]:
     """The evaluation's numbers, from the version's tags."""
     tags = {key.removeprefix(METRIC_PREFIX): value for key, value in version.tags.items() if key.startswith(METRIC_PREFIX)}
     return {name: float(value) for name, value in tags.items()}
+
+
+def recorded_stability(version: ModelVersion) -> dict[str, Any] | None:
+    """What `STABILITY_TAG` holds; None where there was no champion to compare with."""
+    text = version.tags.get(STABILITY_TAG)
+    return None if text is None else dict(json.loads(text))
 
 
 def resolve_version(client: MlflowClient, reference: str) -> ModelVersion:

@@ -56,7 +56,7 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "training": {
             "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
-            "steps": steps, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
+            "steps": steps, "starts": run.start_said, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
             "exists": run.evaluation_record() is not None, "impossible": without_evaluation(run), "tokens": evaluated,

@@ -63,7 +63,7 @@ TRAINING = Fields(
         "tokens", "batch_size", "learning_rate", "learning_rate_warmup", "learning_rate_decay", "adam_betas",
         "clip_gradient_norm", "autocast", "dead_after_tokens",
     ),
-    resolved=("hook_point",),
+    resolved=("hook_point", "start_from"),
     without_effect=("checkpoint_tokens", "log_tokens"),
 )  # fmt: skip
 EVALUATION = Fields(
@@ -105,12 +105,15 @@ def coder_identity(
     writes: Sequence[str],
     seed: int,
     rerun: str | None,
+    start: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """coder: `CoderSettings.identity`. rerun: another word, another training of the same."""
+    """coder: `CoderSettings.identity`. rerun: another word, another training of the same. start: `Start.identity` of the coder
+    that training continues from, None for new weights."""
     again = {} if rerun is None else {"rerun": rerun}
+    begun = {} if start is None else {"start": dict(start)}
     return identity(
         "coder", activations=activations, reads=list(reads), writes=list(writes), seed=seed, coder=dict(coder),
-        training=TRAINING.of(settings), **again,
+        training=TRAINING.of(settings), **again, **begun,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ thing and a run do another; and what changes in the world while a run goes on ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any, Self
 
@@ -24,11 +25,13 @@ from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
 from components.run import identity
 from components.run.config import RunConfig
+from components.run.repetition import asked_for
+from components.run.start import CHAMPION, Wanted, find_start
 from components.settings import Record
 from components.settings import digest as content_digest
 from components.storage.cache import CachePlace
 from components.tracking.code import git_tags
-from components.training.job import Training, TrainingRecord, read_training_record
+from components.training.job import Start, Training, TrainingRecord, read_training_record
 
 
 class Specification(Record):
@@ -50,6 +53,10 @@ class Specification(Record):
     dataset_digest: str
     sae_identity: dict[str, Any]
     sae_digest: str
+    start: Start | None = None
+    """The coder that training continues from; None for new weights."""
+    start_said: str = "from new weights"
+    """How that came about, for people."""
 
     def to_json(self) -> str:
         return self.model_dump_json()
@@ -148,6 +155,7 @@ class Specification(Record):
             reads=(self.hook_point,),
             writes=(self.hook_point,),
             seed=self.config.seed,
+            start=self.start,
             metadata={
                 "model_name": self.config.language_model.name,
                 "hook_name": self.hook_point,
@@ -160,7 +168,21 @@ class Specification(Record):
 
     def repeated(self, rerun: str | None) -> Specification:
         """The same run with another word in `rerun`: on the same activations, another coder."""
-        return _named(self, self.config.model_copy(update={"rerun": rerun}))
+        return _named(self, self.config.model_copy(update={"rerun": rerun}), _identity_of(self.start))
+
+    def starting_from(self, start_from: str | None, must_fit: bool) -> Specification:
+        """The same run, continuing from what that means now, see `find_start`."""
+        wanted = Wanted(
+            config=self.config,
+            registered_model=self.registered_model,
+            source=self.source,
+            point=self.point,
+            d_in=self.d_in,
+            base=self.base_digest,
+        )
+        found = find_start(wanted, start_from, must_fit)
+        resolved = self.model_copy(update={"start": found.start, "start_said": found.said})
+        return _named(resolved, self.config, _identity_of(found.start))
 
     # evaluation
 
@@ -217,6 +239,20 @@ class Specification(Record):
         )  # fmt: skip
 
     @property
+    def base_digest(self) -> str:
+        """Of all that decides a run as its user asked for it: whether it is the first of its kind or a repetition of ours,
+        whoever is champion now, and whether `retrain` let it start from that one."""
+        config = self.config.model_copy(update={"rerun": asked_for(self.config.rerun)})
+        match config.training.start_from:
+            case None | "scratch":
+                start = None
+            case "champion":
+                start = {"of": CHAMPION}
+            case _:
+                start = _identity_of(self.start)
+        return _named(self, config, start).run_digest
+
+    @property
     def model_digest(self) -> str:
         return content_digest(self.model.identity)
 
@@ -226,10 +262,11 @@ def _parsed(kind: type[Any], text: str) -> Any:
     return kind.model_validate_json(text)
 
 
-def resolve(config: RunConfig) -> Specification:
-    """Ask the world once: revisions, the corpus's files, the model's shape, the device, the checkout.
+def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
+    """Ask the world once: revisions, the corpus's files, the model's shape, the device, the checkout, the coder to start from.
 
-    Raises a UserError for what is not there.
+    champion_must_fit: where `training.start_from` is `champion` and that one is of another shape or architecture, it is a
+    mistake; without, training starts from new weights. Raises a UserError for what is not there.
     """
     images = config.corpus.source == "images"
     found = find_model(config.language_model)
@@ -261,14 +298,18 @@ def resolve(config: RunConfig) -> Specification:
         sae_identity={},
         sae_digest="",
     )
-    return _named(resolved, config)
+    return resolved.starting_from(config.training.start_from, champion_must_fit)
 
 
-def _named(specification: Specification, config: RunConfig) -> Specification:
-    """With the coder's identity."""
+def _named(specification: Specification, config: RunConfig, start: Mapping[str, str] | None) -> Specification:
+    """With the coder's identity. start: `Start.identity` of what training continues from."""
     point = (specification.hook_point,)
     coder = config.sae.identity(specification.d_in)
     found = identity.coder_identity(
-        config.training, coder, specification.dataset_digest, point, point, config.seed, config.rerun
+        config.training, coder, specification.dataset_digest, point, point, config.seed, config.rerun, start
     )
     return specification.model_copy(update={"config": config, "sae_identity": found, "sae_digest": identity.digest(found)})
+
+
+def _identity_of(start: Start | None) -> dict[str, str] | None:
+    return None if start is None else start.identity

@@ -160,6 +160,14 @@ class Coder(nn.Module, ABC):
     def exported(self) -> Exported:
         """The function of this coder, as SAELens has it."""
 
+    def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the tensors of an `exported` coder of this shape; a ValueError in one sentence where they are those of
+        another function than this architecture has. To be overridden where `exported` renames or leaves out."""
+        differing = set(tensors) ^ set(self.state_dict())
+        if differing:
+            raise ValueError(f"{', '.join(sorted(differing))} is in one only of it and '{self.settings.architecture}'")
+        self.load_state_dict(dict(tensors))
+
     @torch.no_grad()
     def folded(self, scale_in: Sequence[float], scale_out: Sequence[float]) -> Self:
         """The same function on unscaled activations, for a coder trained on columns that were multiplied by these scales (one

@@ -27,6 +27,7 @@ from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import measured_alone, reference_of
+from components.steps.stability import stability_tags
 from components.steps.tokens import prepare_tokens
 from components.tracking.settings import TrackingSettings
 
@@ -48,6 +49,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
     """As `evaluate_given`, and then into the registry as one of ours, by the same gates: address, metrics, outcome."""
     from components.registry import registration
     from components.registry.gates import load_gates
+    from components.registry.versions import find_version
 
     gates = load_gates(run.config.tracking.gates)
     with opened(run.config.tracking, run.config.storage.root, sae) as given:
@@ -77,6 +79,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
         put_record(lineage, str(folder / "lineage.json"))
         for name, content in files.items():
             (folder / name).write_bytes(content)
+        registered = find_version(open_run.client, run.registered_model, present.digest, weights_sha256)
         candidate = registration.Candidate(
             name=run.registered_model,
             folder=folder,
@@ -85,7 +88,11 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
             metrics=present.metrics,
             evaluation_set=run.evaluation_set(present.tokens),
             lineage=lineage,
-            tags={"sae.imported": imported.format, **run.code},
+            tags={
+                "sae.imported": imported.format,
+                **({} if registered else stability_tags(open_run, run.registered_model, folder)),
+                **run.code,
+            },
             model_tags={
                 "sae.language_model": run.config.language_model.name,
                 "sae.hook_point": run.hook_point,

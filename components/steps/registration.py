@@ -13,11 +13,13 @@ from components.evaluation import evaluate as evaluation
 from components.evaluation.record import EvaluationRecord
 from components.records import put_record
 from components.redaction import public
-from components.registry.records import Lineage, Outcome
+from components.registry.records import Lineage, Outcome, StartedFrom
 from components.run import staleness
 from components.run.config import flattened
 from components.run.specification import Specification
+from components.run.start import START_TAG
 from components.settings import UserError
+from components.steps.stability import stability_tags
 from components.tracking.settings import FLOW_RUN_TAG
 from components.training.job import TrainingRecord
 
@@ -33,7 +35,12 @@ def tracked(run: Specification, tags: dict[str, str]) -> AbstractContextManager[
         config.name,
         run.run_digest,
         flattened(config.model_dump(mode="json")),
-        {**tags, "sae.dataset_digest": run.dataset_digest, "sae.digest": run.sae_digest},
+        {
+            **tags,
+            "sae.dataset_digest": run.dataset_digest,
+            "sae.digest": run.sae_digest,
+            START_TAG: run.start.location if run.start else "new weights",
+        },
         run.code,
     )
 
@@ -68,6 +75,7 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
         token_digest=run.token_digest,
         token_url=public(run.token_url),
         code=run.code,
+        start=None if run.start is None else StartedFrom(**public(run.start.model_dump())),
         configuration=public(run.config.model_dump(mode="json")),
     )
     put_record(lineage, storage.join(run.sae_url, "lineage.json"))
@@ -98,6 +106,8 @@ def register(run: Specification, open_run: Any) -> Outcome:
     trained, measured, _ = require_evaluated(run)
     metrics = measured.metrics
     lineage = log_results(run, open_run)
+    # Once, before the version is there: later the champion may be the version itself.
+    registered = registry.find_version(open_run.client, run.registered_model, run.run_digest, trained.weights_sha256)
     flow_run = {FLOW_RUN_TAG: open_run.tags[FLOW_RUN_TAG]} if FLOW_RUN_TAG in open_run.tags else {}
     names = sorted({*registry.ARTIFACT_FILES, *storage.list_names(run.sae_url)})
     with storage.local_copies(run.sae_url, names) as folder:
@@ -114,6 +124,7 @@ def register(run: Specification, open_run: Any) -> Outcome:
                 "sae.digest": run.sae_digest,
                 registry.DATASET_TAG: run.dataset_digest,
                 **staleness.version_tags(run),
+                **({} if registered else stability_tags(open_run, run.registered_model, folder)),
                 **flow_run,
                 **run.code,
             },

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from components.run.specification import Specification
 from components.steps.extraction import require_dataset
 from components.training import loop, process
-from components.training.job import Point, TrainingRecord
+from components.training.job import Point, Training, TrainingRecord
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: Specification, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
     """The record of the training, in this process."""
     require_dataset(run)
-    return loop.train(run.training(), run.device, on_points)
+    with _training(run) as job:
+        return loop.train(job, run.device, on_points)
 
 
 def launch_training(run: Specification, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
@@ -22,7 +30,27 @@ def launch_training(run: Specification, on_points: Callable[[list[Point]], None]
         return train(run, on_points)
     require_dataset(run)
     minutes = run.config.execution.training_timeout_minutes
-    return process.launch(run.training(), run.device, on_points, None if minutes is None else minutes * 60)
+    with _training(run) as job:
+        return process.launch(job, run.device, on_points, None if minutes is None else minutes * 60)
+
+
+@contextmanager
+def _training(run: Specification) -> Iterator[Training]:
+    """The training, with what it starts from in a folder of this machine."""
+    job = run.training()
+    if job.start is None or run.training_record() is not None:
+        yield job
+        return
+    logger.info("train: %s", run.start_said)
+    if not job.start.location.startswith("models:/"):
+        yield job
+        return
+    from components.registry.download import registered_sae
+
+    with TemporaryDirectory(prefix="sae-start-") as scratch:
+        settings, root, location = run.config.tracking, run.config.storage.root, job.start.location
+        folder = registered_sae(settings, root, location, Path(scratch), "training.start_from")
+        yield replace(job, start=job.start.model_copy(update={"location": str(folder)}))
 
 
 def training_tokens(run: Specification) -> int:

@@ -109,12 +109,13 @@ class TrackedRun:
             with self._lock:
                 self._logged.discard(values[0].step)
 
-    def log_evaluation(self, metrics: dict[str, Any]) -> None:
-        """Numbers under `eval/`, once; those that are null or not finite are left out, for MLflow has no such thing."""
+    def log_evaluation(self, metrics: dict[str, Any], group: str = "eval") -> None:
+        """Numbers under `eval/` or another group, once; without those that are null or not finite, which MLflow cannot hold."""
         now = int(time.time() * 1000)
         numbers = finite_numbers(metrics)
         known = self.client.get_run(self.run_id).data.metrics
-        fresh = [Metric(f"eval/{name}", value, now, 0) for name, value in numbers.items() if known.get(f"eval/{name}") != value]
+        named = {f"{group}/{name}": value for name, value in numbers.items()}
+        fresh = [Metric(name, value, now, 0) for name, value in named.items() if known.get(name) != value]
         for start in range(0, len(fresh), 1000):
             self.client.log_batch(self.run_id, metrics=fresh[start : start + 1000])
 

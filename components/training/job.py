@@ -16,6 +16,20 @@ Point = dict[str, float]
 """One point of the training curves: `tokens` and the values at it."""
 
 
+class Start(Record):
+    """The coder that a training continues from."""
+
+    location: str
+    """A folder in SAELens' format, or `models:/NAME/VERSION`."""
+    weights_sha256: str
+    config_sha256: str
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What it computes, wherever it is: configuration and weights."""
+        return {"weights": self.weights_sha256, "config": self.config_sha256}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One coder's training: where the data is, where the artifact goes, and how."""
@@ -33,6 +47,8 @@ class Training:
     seed: int
     metadata: dict[str, Any]
     """What SAELens shows beside the coder."""
+    start: Start | None = None
+    """In a folder; None for new weights."""
     cache: CachePlace | None = None
     """Where what is read from an object store is kept."""
 

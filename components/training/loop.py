@@ -24,6 +24,7 @@ from components.training.artifact import put_artifact
 from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side, statistics
 from components.training.checkpoint import CheckpointWriter, checkpoint_folder, restore_checkpoint
 from components.training.job import Point, Training, TrainingRecord, read_training_record
+from components.training.start import load_start
 from components.training.step import CoderInTraining, new_coder, take_step
 
 LAST_CHECKPOINT_SECONDS = 20.0
@@ -113,6 +114,9 @@ def _member(place: int, job: Training, still_owned: Callable[[], None], device: 
     training = new_coder(job, tuple(column.column for column in reads), tuple(column.column for column in writes), device)
     if restore_checkpoint(training, job.url):
         logger.info("train: continuing from step %s of %s", f"{training.step:,}", f"{job.steps:,}")
+    elif job.start is not None:
+        load_start(training.coder, job.start, [column.scale for column in reads], [column.scale for column in writes])
+        logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
     settings = job.settings
     return _Member(
         place=place,

@@ -15,6 +15,13 @@ class TrainingSettings(Settings):
     hook_point: str | None = None
     """Column of the dataset to train on; the first of `activations.hook_points` where it is not given."""
 
+    start_from: str | None = Field(default=None, min_length=1)
+    """The coder that training continues from, with an optimizer and a schedule of its own: `champion` (of the registered
+    model), `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or a folder in SAELens' format, local or `s3://`; of the same
+    hook point, language model, shape and architecture. Where it is not given, training starts from new weights, and
+    `retrain` from the champion where no more than the corpus or the length of the training has changed since; `scratch` means
+    new weights there too."""
+
     tokens: int = Field(default=2_000_000, ge=1)
     """Tokens to train on; a dataset with fewer is read more than once."""
 

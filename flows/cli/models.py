@@ -30,6 +30,12 @@ Uri = Annotated[str | None, typer.Option("--uri", help="MLflow server or databas
 GatesFile = Annotated[str | None, typer.Option("--gates", help="YAML file of gates; `mlflow/gates.yaml` by default.")]
 
 
+_STABILITY = (
+    "champion", "kept_share", "kept_share_by_reconstruction", "persisted", "split", "new", "merged", "vanished",
+)  # fmt: skip
+"""Shown of how a version's features stand against those of the champion of its time."""
+
+
 @models.command("list")
 def list_(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="One registered model; all where it is not given.")] = None,
@@ -237,6 +243,10 @@ def _print_version(result: dict[str, Any]) -> None:
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         interval = f"  [{_number(low)}, {_number(high)}]" if low is not None and high is not None else ""
         table.add_row(name, escape(_number(value) + interval))
+    if result["stability"] is not None:
+        table.add_section()
+        for name in _STABILITY:
+            table.add_row(f"features: {name}", _kept(result["stability"], name))
     table.add_section()
     for name, value in result["lineage"].items():
         table.add_row(name, str(value))
@@ -268,12 +278,22 @@ def _print_comparison(result: dict[str, Any]) -> None:
     table = Table("metric", *result["versions"], title="the same evaluation set" if result["same_evaluation_set"] else None)
     for name, values in result["metrics"].items():
         table.add_row(name, *(_number(value) for value in values))
+    table.add_section()
+    for name in _STABILITY if any(result["stability"]) else ():
+        table.add_row(f"features: {name}", *(_kept(found, name) for found in result["stability"]))
     Console().print(table)
     if not result["same_evaluation_set"]:
         print("These were not measured on the same held-out tokens, model and hook point: the numbers do not compare.")
     for name, report in result["against_first"].items():
         print(f"\n{name}, with {result['versions'][0]} as champion: {report['reason']}")
         _print_gates(report)
+
+
+def _kept(stability: dict[str, Any] | None, name: str) -> str:
+    if stability is None or stability[name] is None:
+        return "-"
+    value = stability[name]
+    return f"version {value}" if name == "champion" else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _print_promotion(result: dict[str, Any]) -> None:

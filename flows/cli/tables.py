@@ -51,7 +51,7 @@ def print_plan(estimate: dict[str, Any]) -> None:
         "train",
         state("sae"),
         f"{sae['architecture']} {sae['d_in']} -> {sae['d_sae']:,} ({sae['parameters']:,} parameters), "
-        f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs), "
+        f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs) {training['starts']}, "
         f"{training['flops']:.2g} FLOPs\n{sae['url']}",
     )
     evaluation = estimate["evaluation"]

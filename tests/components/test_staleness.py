@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from components import steps
+from components.registry.gates import Gates
+from components.registry.promotion import promote
 from components.run import identity
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
-from components.run.staleness import verdict
+from components.run.staleness import MODEL_TAG, due_run, verdict
 from components.sae.architectures.relu import ReLUSettings
+from components.tracking.store import connect
 
 
 def plan_of(tree: dict, **changes) -> Specification:
@@ -141,3 +144,74 @@ def test_a_recipe_that_comes_back_is_not_stale_for_ever(tree: dict, monkeypatch:
         registered(plan_of(tree))
         assert not verdict(plan_of(tree)).stale
     assert not verdict(plan_of(tree)).stale
+
+
+def client_of(run: Specification):
+    return connect(run.config.tracking, run.config.storage.root)
+
+
+def test_it_starts_from_the_champion_where_only_corpus_or_length_changed(tree: dict, corpus: Path):
+    first = plan_of(tree)
+    registered(first)
+    name, one = first.registered_model, f"models:/{first.registered_model}/1"
+
+    def due(**changes) -> Specification:
+        run = plan_of(tree, **changes)
+        return due_run(run, verdict(run))
+
+    assert due(training__tokens=30_000).start.location == one
+    assert due(corpus__train_tokens=5_000).start.location == one
+    (corpus / "new.txt").write_text("a document that was not there before " * 40)
+    changed = due()
+    assert changed.start.location == one
+    assert changed.start_said == f"from {one}, the champion"
+    assert due(training__tokens=30_000, corpus__train_tokens=5_000).start.location == one
+    # anything else beside, and it would go on with what another recipe has made
+    for changes in (
+        {"sae__sparsity_coefficient": 7.5}, {"training__learning_rate": 1e-4}, {"seed": 3}, {"name": "other"},
+        {"training__start_from": "scratch"}, {"sae": {"d_sae": 128}}, {"sae": {"d_sae": 64, "architecture": "jumprelu"}},
+    ):  # fmt: skip
+        assert due(**changes).start is None, changes
+    client = client_of(first)
+    client.set_model_version_tag(name, "1", MODEL_TAG, "another language model")
+    assert due().start is None
+    client.set_model_version_tag(name, "1", MODEL_TAG, first.model_digest)
+    client.delete_registered_model_alias(name, "champion")
+    assert due().start is None
+    (corpus / "new.txt").unlink()
+    unchanged = plan_of(tree)
+    assert due_run(unchanged, verdict(unchanged, force="x")).start is None
+
+
+def test_what_was_started_from_the_champion_stands_and_is_repeated_from_there(tree: dict, corpus: Path):
+    first = plan_of(tree)
+    registered(first)
+    name, one = first.registered_model, f"models:/{first.registered_model}/1"
+    (corpus / "new.txt").write_text("a document that was not there before " * 40)
+    warm = due_run(plan_of(tree), verdict(plan_of(tree)))
+    assert registered(warm).model_version == 2
+    assert not verdict(plan_of(tree)).stale
+    client = client_of(first)
+    promote(client, name, "2", Gates(evaluation_tokens=1), force="a test")
+    # It is the champion itself now: still nothing to do, and a run that died and is started again finds its own start.
+    assert not verdict(plan_of(tree)).stale
+    assert plan_of(tree).starting_from("champion", must_fit=True).sae_digest == warm.sae_digest
+    repeated = due_run(plan_of(tree), verdict(plan_of(tree), force="x"))
+    assert (repeated.start.location, repeated.config.rerun) == (one, "retrain+forced-x")
+    old = due_run(plan_of(tree), verdict(plan_of(tree), max_age_days=2, now=time.time() + 3 * 86400))
+    assert (old.start.location, old.config.rerun) == (one, "retrain+after-2")
+    (corpus / "newer.txt").write_text("and another one " * 80)
+    assert due_run(plan_of(tree), verdict(plan_of(tree))).start.location == f"models:/{name}/2"
+
+
+def test_a_configuration_that_asks_for_the_champion_is_not_stale_because_there_is_another(tree: dict):
+    registered(plan_of(tree))
+    asking = plan_of(tree, training__start_from="champion", training__tokens=30_000)
+    assert verdict(asking).stale
+    assert "training.start_from None -> champion" in verdict(asking).reason
+    registered(due_run(asking, verdict(asking)))
+    client = client_of(asking)
+    promote(client, asking.registered_model, "2", Gates(evaluation_tokens=1), force="a test")
+    again = plan_of(tree, training__start_from="champion", training__tokens=30_000)
+    assert not verdict(again).stale
+    assert again.base_digest == asking.base_digest

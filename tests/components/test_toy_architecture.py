@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from components import steps, storage
-from components.interop.saelens import load_saelens
+from components.interop.saelens import load_saelens, saelens_files
 from components.run.config import parse_config
 from components.run.specification import resolve
 from components.sae.architectures import architectures
+from components.sae.coder import Column
 from components.settings import UserError
 from components.training.checkpoint import checkpoint_folder
+from components.training.start import load_start
+from components.training.step import new_coder
 
 TOY = '''
 """Features fire over a floor that follows how strongly they usually do."""
@@ -68,6 +71,9 @@ class ToySAE(Coder):
     def exported(self):
         tensors = dict(self.state_dict())
         return Exported("jumprelu", {"threshold": tensors.pop("floor"), **tensors}, {})
+
+    def load_exported(self, tensors):
+        super().load_exported({"floor" if name == "threshold" else name: value for name, value in tensors.items()})
 '''
 
 
@@ -118,6 +124,29 @@ def test_one_file_is_all_that_an_architecture_takes(toy: None, tiny_tree: dict):
     assert measured.metrics["explained_variance"] > 0
     with steps.tracked(run, {}) as open_run:
         assert steps.register(run, open_run).alias == "champion"
+
+    tiny_tree["training"] |= {"start_from": "champion", "tokens": 70_000}
+    warm = resolve(parse_config(tiny_tree))
+    assert warm.start.location == f"models:/{run.registered_model}/1"
+    training = new_coder(warm.training(), (Column("resid_post.1", 32),), (Column("resid_post.1", 32),), torch.device("cpu"))
+    scale = run.dataset_manifest().column("resid_post.1").scale
+    load_start(training.coder, warm.start.model_copy(update={"location": run.sae_url}), [scale], [scale])
+    x = torch.randn(50, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(training.coder(x * scale) / scale, exported(x), rtol=1e-5, atol=1e-5)
+
+
+def test_one_that_cannot_be_read_back_is_no_start(toy: None, tiny_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kind = architectures()["toy"]
+    coder = kind.autoencoder(kind.Settings(d_sae=64), 32)
+    for name, content in saelens_files(coder, {}).items():
+        (tmp_path / name).write_bytes(content)
+    tiny_tree["sae"] = {"architecture": "toy", "d_sae": 64}
+    tiny_tree["training"]["start_from"] = str(tmp_path)
+    assert resolve(parse_config(tiny_tree)).start is not None
+    monkeypatch.delattr(kind, "load_exported")
+    with pytest.raises(UserError, match=r"training\.start_from: .* sae\.architecture 'toy' has no `load_exported`"):
+        resolve(parse_config(tiny_tree))
 
 
 def test_a_field_of_another_architecture_is_refused_with_those_that_there_are(toy: None, tiny_tree: dict):

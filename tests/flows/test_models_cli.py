@@ -60,6 +60,10 @@ def test_from_the_champion_alone_back_to_its_weights_and_all_commands_between(
 
     compared = json.loads(models(capfd, "compare", f"{name}/1", f"{name}/2", "--json", *gates, *at))
     assert compared["same_evaluation_set"]
+    assert compared["stability"][0] is None
+    assert compared["stability"][1]["champion"] == "1"
+    assert "kept_share" in models(capfd, "compare", f"{name}/1", f"{name}/2", *gates, *at)
+    assert "kept_share" in models(capfd, "show", f"{name}/2", *at)
     assert not compared["against_first"][f"{name}/2"]["passed"]
 
     refused = json.loads(models(capfd, "promote", f"{name}/2", "--json", *gates, *at, code=1))

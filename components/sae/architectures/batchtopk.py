@@ -6,6 +6,7 @@ the running mean of the weakest activation that was chosen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -16,6 +17,9 @@ from components.sae.architectures.topk import KSettings, with_auxk
 from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.settings import CoderSettings
+
+_SAME_LENGTH = 1e-5
+"""Relative difference that rounding to float32 leaves between equal thresholds."""
 
 
 class BatchTopKSettings(KSettings):
@@ -82,3 +86,15 @@ class BatchTopKSAE(Coder):
         norm = self.W_dec.detach().norm(dim=1)
         tensors["threshold"] = threshold / torch.where(norm > 0, norm, torch.ones_like(norm))
         return Exported("jumprelu", tensors, {})
+
+    def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
+        """The length over which features fire is `threshold_i ||W_dec_i||`, one for all: a JumpReLU whose features differ in it
+        computes something else."""
+        own = dict(tensors)
+        lengths = own.pop("threshold").double() * own["W_dec"].double().norm(dim=1)
+        # Of a feature without a direction any threshold is as good.
+        lengths = lengths[own["W_dec"].norm(dim=1) > 0]
+        weakest = lengths.mean() if len(lengths) else lengths.new_zeros(())
+        if len(lengths) and (lengths - weakest).abs().max() > _SAME_LENGTH * weakest:
+            raise ValueError(f"its thresholds differ between features, and '{self.settings.architecture}' has one for all")
+        super().load_exported({**own, "weakest": weakest})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -12,6 +13,9 @@ from components.sae.auxiliary import auxk_loss
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
 from components.sae.settings import CoderSettings
+
+_SAME_LENGTH = 1e-5
+"""Relative difference that rounding to float32 leaves between equal lengths."""
 
 
 class KSettings(CoderSettings):
@@ -78,6 +82,16 @@ class TopKSAE(Coder):
 
     def exported(self) -> Exported:
         return Exported("topk", dict(self.state_dict()), {"k": self.settings.k})
+
+    def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
+        """What is exported ranks by activation: by length only where all decoder rows are equally long."""
+        norms = tensors["W_dec"].double().norm(dim=1)
+        norms = norms[norms > 0]
+        if len(norms) and norms.max() - norms.min() > _SAME_LENGTH * norms.max():
+            raise ValueError(
+                "it ranks features by activation and its decoder rows differ in length; accepted is one length for all"
+            )
+        super().load_exported(tensors)
 
 
 def with_auxk(
