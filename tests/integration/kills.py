@@ -10,6 +10,8 @@ import psutil
 from mlflow import MlflowClient
 from stack_client import FINAL, Live, named
 
+ENDED = FINAL - {"CRASHED"}
+"""A crashed run is started again after half a minute."""
 CONFIGURATION = {"training__tokens": 2_000_000, "training__checkpoint_tokens": 50_000, "training__log_tokens": 100_000}
 
 
@@ -53,12 +55,12 @@ def _killed(live: Live, tree: dict, mlflow: MlflowClient, victims: int, kills: i
     siblings = {submit(f"sibling-{name}0"): f"sibling-{name}0"}
     while True:
         beside = live.flow_run(list(siblings)[-1])
-        if beside["state_type"] in FINAL:
+        if beside["state_type"] in ENDED:
             another = f"sibling-{name}{len(siblings)}"
             siblings[submit(another)] = another
             continue
         states = {run: live.flow_run(run) for run in runs}
-        if all(found["state_type"] in FINAL for found in states.values()):
+        if all(found["state_type"] in ENDED for found in states.values()):
             break
         for run, found in states.items():
             if beside["state_type"] != "RUNNING" or found["state_type"] != "RUNNING" or done[run] == kills:
@@ -71,7 +73,7 @@ def _killed(live: Live, tree: dict, mlflow: MlflowClient, victims: int, kills: i
         assert time.monotonic() - began < 3000, {run: found["state"] for run, found in states.items()}
         time.sleep(0.5)
 
-    seen = {run: live.wait(run, 900) for run in [*runs, *siblings]}
+    seen = {run: live.wait(run, 900, lambda found: found["state_type"] in ENDED) for run in [*runs, *siblings]}
     assert {name: state["pid"] for name, state in live.supervisor.states().items() if name in workers} == workers
     assert [found["state_type"] for found in seen.values()] == ["COMPLETED"] * len(seen), [
         found["state"] for found in seen.values()

@@ -156,7 +156,6 @@ def test_a_schedule_fires_by_itself_and_retrains_what_changed_and_ci_passes_and_
     assert first["state"]["name"] == "Retrained"
     assert second["state"]["name"] == "NothingToDo"
     assert "nothing to do: version 1 of scheduled" in second["state"]["message"]
-    assert second["total_run_time"] < 15
     nightly.write_text(yaml.safe_dump(named(tree, "scheduled", sae__sparsity_coefficient=2.0)))
     changed = live.until(lambda: [run for run in ended() if "sparsity_coefficient" in (run["state"]["message"] or "")], 240)[0]
     assert "sae.sparsity_coefficient 5.0 -> 2.0" in changed["state"]["message"]

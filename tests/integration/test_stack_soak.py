@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 
 import pytest
 import s3fs
@@ -51,6 +52,18 @@ def test_twenty_runs_at_once_complete_one_training_at_a_time(live: Live, tree: d
         assert mlflow.get_model_version_by_alias(f"many-{number}", "champion").version == "1"
     logs = "".join(path.read_text(errors="replace") for path in (live.folder / "log").iterdir())
     assert "database is locked" not in logs
+
+
+def test_an_unchanged_retraining_has_nothing_to_do_within_seconds(live: Live, tree: dict):
+    config = named(tree, "unchanged")
+    live.wait(live.submit("retrain/ci", {"config": config}), 300)
+    found = []
+    for _ in range(5):
+        run = live.wait(live.submit("retrain/ci", {"config": config}), 300)
+        assert run["state"]["name"] == "NothingToDo"
+        begun, ended = (datetime.fromisoformat(run[key]) for key in ("created", "end_time"))
+        found.append((round((ended - begun).total_seconds(), 1), round(run["total_run_time"], 1)))
+    print(f"unchanged retrain, seconds from submission and of them running: {found}")
 
 
 @pytest.mark.parametrize("service", ["prefect", "mlflow", "s3"])
