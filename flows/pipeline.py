@@ -33,6 +33,12 @@ def register(specification: str, open_run: Any) -> Outcome:
     return steps.register(Specification.from_json(specification), open_run)
 
 
+@task(name="interpret", cache_policy=NO_CACHE, **RETRIED)
+def interpret(specification: str) -> None:
+    """Evaluated SAE -> examples of every feature, and their browser."""
+    steps.interpret(Specification.from_json(specification))
+
+
 @flow(name="pipeline", flow_run_name="{config.name}")
 def pipeline(config: RunConfig) -> Summary:
     """From a corpus to a registered SAE; the summary of the run."""
@@ -64,6 +70,8 @@ def line(run: Specification) -> Summary:
             train(sent, open_run.add_points)
         with _timed(seconds, "evaluate"):
             evaluated(run)
+        with _timed(seconds, "interpret"):
+            interpret(sent)
         with _timed(seconds, "register"):
             outcome = register(sent, open_run)
         announce(run, outcome)

@@ -21,6 +21,7 @@ from components.activations.settings import ActivationSettings
 from components.bounds import LONGEST_SECONDS
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
+from components.interpretation.settings import InterpretationSettings
 from components.language_model.settings import LanguageModelSettings
 from components.redaction import redacted
 from components.sae.choice import SAESettings, default_settings
@@ -88,6 +89,7 @@ class RunConfig(Settings):
     sae: SAESettings = Field(default_factory=default_settings)
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    interpretation: InterpretationSettings = InterpretationSettings()
     tracking: TrackingSettings = TrackingSettings()
     execution: ExecutionSettings = Field(default_factory=lambda: ExecutionSettings())
 

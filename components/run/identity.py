@@ -21,10 +21,11 @@ from components.activations.settings import ActivationSettings, ExcludeSettings
 from components.corpus.duplicates import near_duplicates_identity
 from components.corpus.settings import CorpusSettings
 from components.evaluation.settings import EvaluationSettings
+from components.interpretation.settings import InterpretationSettings
 from components.settings import digest as content_digest
 from components.training.settings import TrainingSettings
 
-VERSIONS = {"tokens": 3, "activations": 3, "coder": 3, "evaluation": 3, "evaluation_set": 2, "run": 2}
+VERSIONS = {"tokens": 3, "activations": 3, "coder": 3, "evaluation": 3, "evaluation_set": 2, "run": 2, "interpretation": 1}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ EVALUATION = Fields(
     always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
     without_effect=("batch_sequences",),
 )
+INTERPRETATION = Fields(always=("tokens", "examples", "logits"))
 COMPARED = Fields(always=("tokens", "reference_tokens"))
 """What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
 
@@ -152,6 +154,20 @@ def evaluation_set_identity(
     return identity(
         "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
         counted=counted, settings=COMPARED.of(settings), **excluded(stored),
+    )  # fmt: skip
+
+
+def interpretation_identity(
+    settings: InterpretationSettings,
+    weights_sha256: str,
+    tokens: str,
+    model: Mapping[str, Any],
+    hook_point: str,
+    stored: ActivationSettings,
+) -> dict[str, Any]:
+    return identity(
+        "interpretation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point,
+        settings=INTERPRETATION.of(settings), **excluded(stored),
     )  # fmt: skip
 
 

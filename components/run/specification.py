@@ -20,6 +20,7 @@ from components.corpus.manifest import TokenManifest, read_token_manifest
 from components.corpus.sources import ListedSource, corpus_content, list_corpus
 from components.evaluation.record import EvaluationRecord, read_evaluation
 from components.hardware import resolve_device
+from components.interpretation.record import InterpretationRecord, read_interpretation
 from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
@@ -202,6 +203,21 @@ class Specification(Record):
         if record is None:
             return None
         return read_evaluation(self.sae_url, identity.digest(self.evaluation_identity(record.weights_sha256)))
+
+    # interpretation
+
+    def interpretation_identity(self, weights_sha256: str) -> dict[str, Any]:
+        return identity.interpretation_identity(
+            self.config.interpretation, weights_sha256, self.token_digest, self.model.identity, self.hook_point,
+            self.config.activations,
+        )  # fmt: skip
+
+    def interpretation_record(self) -> InterpretationRecord | None:
+        """Of the trained coder's feature data, None where there is none."""
+        record = self.training_record()
+        if record is None:
+            return None
+        return read_interpretation(self.sae_url, identity.digest(self.interpretation_identity(record.weights_sha256)))
 
     def given_evaluation_url(self, digest: str) -> str:
         """Where the evaluation of an SAE made elsewhere is kept."""

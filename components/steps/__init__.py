@@ -13,14 +13,38 @@ from components.steps.evaluation import (
 )
 from components.steps.extraction import extract
 from components.steps.given import evaluate_given, export_given, import_given
+from components.steps.interpretation import browser_address, interpret, list_features, show_feature
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, train, training_tokens
 
 __all__ = [
-    "comparison", "evaluate", "evaluate_given", "evaluation_job", "evaluation_reference", "export_given", "extract",
-    "finish_evaluation", "finished_run", "import_given", "is_news", "launch_training", "log_results", "measure_baselines",
-    "measure_span", "prepare_tokens", "register", "require_evaluated", "run_address", "summary", "tracked", "train",
+    "browser_address",
+    "comparison",
+    "evaluate",
+    "evaluate_given",
+    "evaluation_job",
+    "evaluation_reference",
+    "export_given",
+    "extract",
+    "finish_evaluation",
+    "finished_run",
+    "import_given",
+    "interpret",
+    "is_news",
+    "launch_training",
+    "list_features",
+    "log_results",
+    "measure_baselines",
+    "measure_span",
+    "prepare_tokens",
+    "register",
+    "require_evaluated",
+    "run_address",
+    "show_feature",
+    "summary",
+    "tracked",
+    "train",
     "training_tokens",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ def evaluate(run: Specification) -> EvaluationRecord:
     present = run.evaluation_record()
     if present is not None:
         return present
-    sae = _own_sae(run.sae_url, run.device)
+    sae = own_sae(run.sae_url, run.device)
     named = run.evaluation_identity(record.weights_sha256)
     return measured_alone(run, lambda _: sae, named, run.sae_url, token_manifest, record.architecture)
 
@@ -86,7 +86,7 @@ def measure_baselines(
 def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> EvaluationRecord:
     """The merged sums of both passes -> the evaluation record beside the SAE."""
     record, _ = require_trained(run)
-    sae = _own_sae(run.sae_url, run.device)
+    sae = own_sae(run.sae_url, run.device)
     found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
     digest, device = identity.digest(named), torch.device(measured.device)
@@ -103,14 +103,15 @@ def require_trained(run: Specification) -> tuple[TrainingRecord, TokenManifest]:
     return record, token_manifest
 
 
-def _own_sae(url: str, device: torch.device) -> AnySAE:
+def own_sae(url: str, device: torch.device) -> AnySAE:
+    """The coder beside its record at `url`."""
     with storage.local_copies(url, (CONFIG_NAME, WEIGHTS_NAME)) as folder:
         return load_saelens(folder, device)
 
 
 def _subject(job: EvaluationJob, device: torch.device, classes: evaluation.TokenClasses | None = None) -> measurements.Subject:
     with LOADING:  # the SAE too: torch's default type is another meanwhile
-        sae, model = _own_sae(job.sae_url, device), kept_model(job.source, device)
+        sae, model = own_sae(job.sae_url, device), kept_model(job.source, device)
     return measurements.Subject(
         sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes
     )
@@ -141,12 +142,17 @@ def measured_alone(
     return written
 
 
+def exclusion_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> Exclusion:
+    """Tokens that do not count, of this configuration."""
+    return resolve_exclusion(
+        run.config.activations.exclude, run.source, model, [run.point], run.token_url, token_manifest, run.device
+    )
+
+
 def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> evaluation.Reference:
     """What this configuration's evaluations take from training text."""
     settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
-    excluded = resolve_exclusion(
-        run.config.activations.exclude, run.source, model, [run.point], run.token_url, token_manifest, run.device
-    )
+    excluded = exclusion_of(run, model, token_manifest)
     return evaluation.reference_statistics(
         model, run.point, text, settings.reference_tokens, settings.batch_sequences, run.device, excluded
     )

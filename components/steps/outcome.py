@@ -8,6 +8,7 @@ from components.evaluation.record import Metrics
 from components.registry.records import Outcome
 from components.run.specification import Specification
 from components.settings import Record
+from components.steps.interpretation import browser_address
 
 
 class Summary(Record):
@@ -62,6 +63,8 @@ def finished_run(run: Specification) -> Outcome | None:
     record = run.training_record()
     if run.dataset_manifest() is None or record is None or run.evaluation_record() is None:
         return None
+    if run.config.interpretation.tokens > 0 and run.interpretation_record() is None:
+        return None
     from components.registry import versions as registry
     from components.tracking import runs, store
 
@@ -83,11 +86,12 @@ def summary(run: Specification, outcome: Outcome, seconds: dict[str, float], reu
 
     measured = run.evaluation_record()
     assert measured is not None
+    browser = {"browser": browser_address(run)} if run.config.interpretation.tokens > 0 else {}
     return Summary(
         name=run.config.name,
         reused=reused,
         digests={"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
-        paths={"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url},
+        paths={"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url, **browser},
         metrics=measured.metrics,
         mlflow_uri=redacted(tracking_uri(run.config.tracking, run.config.storage.root)),
         outcome=outcome,

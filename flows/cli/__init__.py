@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.cli import data, exchange, line, models, ui
+from flows.cli import data, exchange, features, line, models, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
@@ -28,4 +28,5 @@ for command in (line.run, line.plan, line.extract, line.train, line.evaluate, li
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.add_typer(data.app)
+app.add_typer(features.app, name="features")
 app.add_typer(models.models, name="models")

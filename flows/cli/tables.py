@@ -20,6 +20,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
+    if "browser" in summary["paths"]:
+        table.add_row("features", summary["paths"]["browser"])
     table.add_row("model version", f"models:/{summary['registered_model']}/{summary['model_version']}")
     table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
     table.add_row("MLflow run", summary["mlflow_run"])

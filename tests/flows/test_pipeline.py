@@ -73,7 +73,7 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     assert shown["training-progress"] == "100"
     assert not first["reused"]
     assert (first["alias"], first["model_version"]) == ("champion", 1)
-    assert set(first["seconds"]) == {"tokens", "extract", "train", "evaluate", "register", "total"}
+    assert set(first["seconds"]) == {"tokens", "extract", "train", "evaluate", "interpret", "register", "total"}
     again = run(config, {**prefect_environment, "PREFECT_API_URL": "http://127.0.0.1:9/api"})
     assert again["reused"]
     unchanging = ("digests", "paths", "metrics", "mlflow_run", "registered_model", "model_version", "alias", "alias_reason")

@@ -1,0 +1,128 @@
+"""The feature browser: a folder of static files that opens from a disk, a web server or an artifact store, with no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from components import storage
+from components.evaluation.record import About
+from components.interpretation.record import interpretation_url
+
+FOLDER = "browser"
+_WINDOW = 24
+_FEATURES_PER_BLOCK = 64
+_SHOWN_WORDS = 6
+_STATIC = ("index.html", "browser.css", "browser.js")
+_LINE_ENDS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
+
+Decode = Callable[[int], str]
+
+
+def write_browser(sae_url: str, about: About, decode: Decode) -> str:
+    """Put the browser of a coder's feature data beside it; the address of its page. decode: the text of one token."""
+    target, data, rows = storage.join(sae_url, FOLDER), FeatureData(sae_url, decode), []
+    for number, first in enumerate(range(0, data.d_sae, _FEATURES_PER_BLOCK)):
+        block = [data.feature(feature) for feature in range(first, min(first + _FEATURES_PER_BLOCK, data.d_sae))]
+        rows += [feature.pop("row") for feature in block]
+        _put(storage.join(target, "blocks", f"{number:05d}.js"), f"block({number}, {_json(block)});")
+    name = f"{about.name}: {about.architecture}, {about.d_sae:,} features of {about.language_model} at {about.hook_point}"
+    table = {"about": name, "block": _FEATURES_PER_BLOCK, "features": rows}
+    _put(storage.join(target, "table.js"), f"const TABLE = {_json(table)};")
+    for file in _STATIC:
+        source = resources.files("components.interpretation").joinpath("browser", file)
+        storage.put_bytes(source.read_bytes(), storage.join(target, file))
+    return storage.join(target, "index.html")
+
+
+class FeatureData:
+    """What is known of each feature of the coder at `sae_url`, as plain JSON. Memory: the tables."""
+
+    def __init__(self, sae_url: str, decode: Decode) -> None:
+        self._words, url = _Words(decode), interpretation_url(sae_url)
+        with storage.local_copies(url, ("examples.parquet", "features.parquet")) as folder:
+            self._examples = pq.read_table(folder / "examples.parquet").combine_chunks()
+            self._effects: dict[str, list[Any]] = pq.read_table(folder / "features.parquet").to_pydict()
+        with storage.local_copies(sae_url, ("features.parquet",)) as folder:
+            self._measured: dict[str, list[Any]] = pq.read_table(folder / "features.parquet").to_pydict()
+        self.d_sae = len(self._effects["feature"])
+        found = self._examples["feature"].to_numpy()
+        self._starts = np.searchsorted(found, np.arange(self.d_sae + 1)).tolist()
+
+    def feature(self, feature: int) -> dict[str, Any]:
+        """Examples, tokens that it makes likely and unlikely, neighbours, and its `row` of the table."""
+        start, stop = self._starts[feature : feature + 2]
+        examples = self._examples.slice(start, stop - start).to_pylist()
+        likely, unlikely = self._logits(feature)
+        measured, words = self._measured, self._words
+        peaks = dict.fromkeys(words(one["tokens"][one["place"]]) for one in examples if one["kind"] == "strongest")
+        listed = "neighbours" in measured
+        near = zip(measured["neighbours"][feature], measured["neighbour_cosines"][feature], strict=True) if listed else ()
+        return {
+            "examples": [self._example(one) for one in examples],
+            "likely": likely,
+            "unlikely": unlikely,
+            "neighbours": [[other, _short(cosine)] for other, cosine in near],
+            "row": {
+                "feature": feature,
+                "density": _short(measured["density"][feature]),
+                "max": _short(measured["max_activation"][feature]),
+                "mean": _short(measured["mean_activation"][feature]),
+                "sequences": self._effects["sequences"][feature],
+                "tokens": " ".join(list(peaks)[:_SHOWN_WORDS]),
+                "logits": " ".join(word for word, _ in likely[:_SHOWN_WORDS]),
+            },
+        }
+
+    def _logits(self, feature: int) -> tuple[list[list[Any]], list[list[Any]]]:
+        if "logit_tokens" not in self._effects:
+            return [], []
+        ids, effects = self._effects["logit_tokens"][feature], self._effects["logit_effects"][feature]
+        pairs = [[self._words(token), _short(effect)] for token, effect in zip(ids, effects, strict=True)]
+        return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+
+    def _example(self, found: dict[str, Any]) -> dict[str, Any]:
+        first = max(0, found["place"] - _WINDOW)
+        window = slice(first, found["place"] + _WINDOW + 1)
+        return {
+            "kind": found["kind"],
+            "activation": _short(found["activation"]),
+            "document": found["document"],
+            "position": found["position"],
+            "peak": found["place"] - first,
+            "tokens": [self._words(token) for token in found["tokens"][window]],
+            "activations": [_short(value) for value in found["activations"][window]],
+        }
+
+
+class _Words:
+    """The text of tokens, each decoded once."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._known = decode, dict[int, str]()
+
+    def __call__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._decode(token)
+        return self._known[token]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _json(value: Any) -> str:
+    """JSON that is a JavaScript expression too, and holds no `<`."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character, escape in _LINE_ENDS.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def _put(url: str, text: str) -> None:
+    storage.put_bytes(text.encode("utf-8", errors="replace"), url)

@@ -1,0 +1,155 @@
+"use strict";
+// What is shown comes from table.js and blocks/*.js, which call the two functions below: a page from disk may load scripts, not files.
+const PAGE = 100;
+const state = {sort: "density", down: true, query: "", living: true, page: 0};
+const waiting = new Map();
+const blocks = new Map();
+
+function block(number, features) {
+  blocks.set(number, features);
+  for (const resolve of waiting.get(number) || []) resolve(features);
+}
+
+function loaded(number) {
+  if (blocks.has(number)) return Promise.resolve(blocks.get(number));
+  return new Promise((resolve, reject) => {
+    waiting.set(number, [...(waiting.get(number) || []), resolve]);
+    const script = document.createElement("script");
+    script.src = `blocks/${String(number).padStart(5, "0")}.js`;
+    script.onerror = () => reject(new Error(`${script.src} is not there`));
+    document.head.append(script);
+  });
+}
+
+function make(tag, properties, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);  // text is never read as markup
+  return element;
+}
+
+const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u202a-\u202e\u2066-\u2069\u200e\u200f]/g, "�");
+const number = (value) => value === null ? "-" : value === 0 ? "0" : Number(value.toPrecision(4)).toString();
+const COLUMNS = [["feature", "feature"], ["density", "density"], ["max", "largest"], ["mean", "mean"], ["tokens", "fires most on"], ["logits", "makes likely"]];
+
+function chosen() {
+  const query = state.query.trim().toLowerCase();
+  const rows = TABLE.features.filter((row) => (!state.living || row.density > 0)
+    && (!query || String(row.feature) === query || (row.tokens + " " + row.logits).toLowerCase().includes(query)));
+  const sign = state.down ? -1 : 1;
+  const key = state.sort;
+  return rows.sort((a, b) => sign * (typeof a[key] === "string" ? a[key].localeCompare(b[key]) : a[key] - b[key]) || a.feature - b.feature);
+}
+
+function list() {
+  const main = document.getElementById("main");
+  const body = make("tbody");
+  const count = make("span", {className: "faint"});
+  const pager = make("span");
+  function fill() {
+    const rows = chosen();
+    const last = Math.max(0, Math.ceil(rows.length / PAGE) - 1);
+    state.page = Math.min(state.page, last);
+    const part = rows.slice(state.page * PAGE, (state.page + 1) * PAGE);
+    body.replaceChildren(...part.map((row) => make("tr", {},
+      make("td", {className: "number"}, make("a", {href: `#${row.feature}`}, String(row.feature))),
+      ...["density", "max", "mean"].map((name) => make("td", {className: "number"}, number(row[name]))),
+      make("td", {className: "words-cell"}, make("code", {}, shown(row.tokens))),
+      make("td", {className: "words-cell"}, make("code", {}, shown(row.logits))))));
+    count.textContent = `${rows.length.toLocaleString()} of ${TABLE.features.length.toLocaleString()} features`;
+    const turn = (step) => () => { state.page += step; fill(); };
+    pager.replaceChildren(
+      make("button", {onclick: turn(-1), disabled: state.page === 0, ariaLabel: "previous page"}, "‹"),
+      ` ${state.page + 1} of ${last + 1} `,
+      make("button", {onclick: turn(1), disabled: state.page === last, ariaLabel: "next page"}, "›"));
+    for (const head of main.querySelectorAll("th")) {
+      head.setAttribute("aria-sort", head.dataset.key === state.sort ? (state.down ? "descending" : "ascending") : "none");
+    }
+  }
+  const heads = COLUMNS.map(([key, label]) => {
+    const head = make("th", {className: key === "tokens" || key === "logits" ? "" : "number"}, make("button", {onclick: () => {
+      state.down = state.sort === key ? !state.down : key !== "feature" && key !== "tokens" && key !== "logits";
+      state.sort = key;
+      fill();
+    }}, label));
+    head.dataset.key = key;
+    return head;
+  });
+  main.replaceChildren(
+    make("div", {className: "controls"},
+      make("input", {type: "search", placeholder: "a token, or a feature's number", ariaLabel: "search", value: state.query,
+        oninput: (event) => { state.query = event.target.value; state.page = 0; fill(); }}),
+      make("label", {}, make("input", {type: "checkbox", checked: state.living,
+        onchange: (event) => { state.living = event.target.checked; fill(); }}), " only those that fire"),
+      count, pager),
+    make("div", {className: "wide"}, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body)));
+  fill();
+}
+
+function example(found, largest) {
+  const line = make("div", {className: "example", dir: "auto"},
+    make("small", {}, `${number(found.activation)} · document ${found.document}, token ${found.position}`));
+  found.tokens.forEach((token, place) => {
+    const strength = found.activations[place] / largest;
+    const part = make("b", {className: place === found.peak ? "peak" : "", title: number(found.activations[place])}, shown(token));
+    if (strength > 0) part.style.backgroundColor = `color-mix(in srgb, var(--glow) ${Math.round(85 * strength)}%, transparent)`;
+    line.append(part);
+  });
+  return line;
+}
+
+async function feature(id) {
+  const main = document.getElementById("main");
+  const row = TABLE.features[id];
+  if (row === undefined) {
+    main.replaceChildren(make("p", {}, `There is no feature ${id}.`));
+    return;
+  }
+  main.replaceChildren(make("p", {}, "Loading …"));
+  let found;
+  try {
+    found = (await loaded(Math.floor(id / TABLE.block)))[id % TABLE.block];
+  } catch (error) {
+    main.replaceChildren(make("p", {}, `${error.message}: the folder is not whole.`));
+    return;
+  }
+  if (location.hash !== `#${id}`) return;
+  const words = (title, pairs) => make("section", {className: "words"}, make("h2", {}, title),
+    ...pairs.map(([token, value]) => make("span", {}, make("code", {}, shown(token)), number(value))));
+  const kind = (title, name) => {
+    const some = found.examples.filter((one) => one.kind === name);
+    return make("section", {}, make("h2", {}, title), ...(some.length ? some.map((one) => example(one, row.max)) : [make("p", {}, "none")]));
+  };
+  const near = found.neighbours.flatMap(([other, cosine]) => [make("a", {href: `#${other}`}, String(other)), ` (${number(cosine)})  `]);
+  main.replaceChildren(
+    make("h2", {}, `Feature ${id}`),
+    make("p", {className: "faint"}, `fires on ${number(100 * row.density)}% of tokens, in ${row.sequences.toLocaleString()} sequences; `
+      + `largest ${number(row.max)}, mean ${number(row.mean)}`),
+    make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), "   ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? ["   nearest: ", ...near] : [])),
+    make("div", {className: "columns"}, ...(found.likely.length ? [words("Makes likely", found.likely), words("Makes unlikely", found.unlikely)] : [])),
+    kind("Where it fires most", "strongest"),
+    kind("Drawn at random from all sequences in which it fires", "sample"));
+  main.focus({preventScroll: true});
+  scrollTo(0, 0);
+}
+
+function route() {
+  const id = location.hash.slice(1);
+  document.title = id ? `Feature ${id}` : "Features";
+  if (/^\d+$/.test(id)) feature(Number(id)); else list();
+}
+
+document.getElementById("about").textContent = TABLE.about;
+addEventListener("hashchange", route);
+addEventListener("keydown", (event) => {
+  const id = Number(location.hash.slice(1));
+  if (!location.hash.slice(1) || event.target.tagName === "INPUT") return;
+  if (event.key === "ArrowLeft" && id > 0) location.hash = String(id - 1);
+  if (event.key === "ArrowRight" && id + 1 < TABLE.features.length) location.hash = String(id + 1);
+  if (event.key === "Escape") location.hash = "";
+});
+route();

@@ -1,0 +1,146 @@
+"""Feature data: Parquet tables beside the coder, made by one pass over held-out text.
+
+`interpretation/` holds `examples.parquet` (a row per example, in the order of features), `features.parquet` (a row per feature)
+and, put last, `interpretation.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from components import storage
+from components.activations.dataset.forward import counted_tokens
+from components.activations.exclusion import Exclusion
+from components.evaluation.held_out import HeldOut, right_padded
+from components.evaluation.measurements import Autoencoder
+from components.interpretation.examples import Examples, Kept
+from components.interpretation.logits import logit_effects
+from components.interpretation.record import InterpretationRecord
+from components.interpretation.settings import InterpretationSettings
+from components.language_model.hook_points import HookPoint, capture
+from components.progress import progress
+from components.records import put_record
+
+_ENTRIES_AT_ONCE = 1 << 25
+_FEATURES_PER_GROUP = 64
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def find_examples(
+    settings: InterpretationSettings,
+    sae: Autoencoder,
+    d_sae: int,
+    model: nn.Module,
+    point: HookPoint,
+    text: HeldOut,
+    exclusion: Exclusion,
+    batch_sequences: int,
+    device: torch.device,
+) -> tuple[Examples, int, int]:
+    """Examples of every feature, tokens and sequences that were looked at."""
+    length = text.manifest.context_length
+    examples = Examples(settings.examples, d_sae, length, device)
+    at_once = max(1, min(batch_sequences, _ENTRIES_AT_ONCE // (length * d_sae)))
+    limit, tokens, number = exclusion.norm_limits.get(str(point)), 0, 0
+    with progress(logger, "interpret", min(settings.tokens, text.tokens), "tokens") as advance:
+        for block in text.batches(settings.tokens, at_once):
+            block = right_padded(block)
+            counted = torch.tensor(counted_tokens(block, exclusion)).to(device)
+            x = capture(model, [point], {"input_ids": torch.tensor(block.tokens).to(device).long()})[point]
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if limit is not None:
+                counted = counted & (x.norm(dim=-1) <= limit)
+            found = torch.zeros(*counted.shape, d_sae, device=device)
+            features, _ = sae.reconstruct(x[counted])
+            found[counted] = features.dense().float()
+            examples.add(found, torch.arange(number, number + len(block), device=device))
+            number, tokens = number + len(block), tokens + int(counted.sum())
+            advance(int((block.documents >= 0).sum()), "")
+    return examples, tokens, number
+
+
+def write_feature_data(
+    url: str, record: InterpretationRecord, examples: Examples, text: HeldOut, effects: tuple[Tensor, Tensor] | None
+) -> None:
+    """Put both tables and then the record under `url`."""
+    sequences = _Sequences(text, record.requested)
+    d_sae = examples.firing.numel()
+    with (
+        storage.whole_file(storage.join(url, "examples.parquet")) as path,
+        pq.ParquetWriter(path, _EXAMPLES, compression="zstd") as writer,
+    ):
+        for start in range(0, d_sae, _FEATURES_PER_GROUP):
+            block = range(start, min(start + _FEATURES_PER_GROUP, d_sae))
+            rows = [row for feature in block for row in _rows(feature, examples, sequences)]
+            if rows:
+                writer.write_table(pa.Table.from_pylist(rows, schema=_EXAMPLES))
+    columns: dict[str, Any] = {
+        "feature": np.arange(d_sae, dtype=np.int32), "sequences": examples.firing.cpu().numpy()
+    }  # fmt: skip
+    if effects is not None:
+        ids, values = (part.cpu().numpy() for part in effects)
+        columns |= {"logit_tokens": list(ids.astype(np.int32)), "logit_effects": list(values.astype(np.float32))}
+    with storage.whole_file(storage.join(url, "features.parquet")) as path:
+        pq.write_table(pa.table(columns), path, compression="zstd")
+    put_record(record, storage.join(url, "interpretation.json"))
+
+
+_EXAMPLES = pa.schema(
+    {
+        "feature": pa.int32(),
+        "kind": pa.string(),  # strongest, sample
+        "rank": pa.int32(),
+        "activation": pa.float32(),  # the largest of the sequence
+        "place": pa.int32(),  # where that is
+        "document": pa.int64(),
+        "position": pa.int32(),  # of that token in its document
+        "tokens": pa.list_(pa.int32()),  # the whole sequence
+        "activations": pa.list_(pa.float32()),
+    }
+)
+
+
+def _rows(feature: int, examples: Examples, sequences: _Sequences) -> list[dict[str, Any]]:
+    found = []
+    kinds: dict[str, Kept] = {"strongest": examples.strongest, "sample": examples.sample}
+    for kind, kept in kinds.items():
+        for rank in range(int((kept.scores[:, feature] > 0).sum())):
+            activations = kept.activations[rank, feature].cpu().numpy()
+            place = int(activations.argmax())
+            tokens, documents, positions = sequences.of(int(kept.sequences[rank, feature]))
+            found.append(
+                {
+                    "feature": feature, "kind": kind, "rank": rank, "activation": float(activations[place]), "place": place,
+                    "document": int(documents[place]), "position": int(positions[place]), "tokens": tokens,
+                    "activations": activations,
+                }
+            )  # fmt: skip
+    return found
+
+
+class _Sequences:
+    """Held-out sequences by number, as the model saw them."""
+
+    def __init__(self, text: HeldOut, tokens: int) -> None:
+        self._blocks = [right_padded(block) for block in text.batches(tokens, 256)]
+        self._starts = np.cumsum([0, *map(len, self._blocks)])
+
+    def of(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        place = int(np.searchsorted(self._starts, number, side="right")) - 1
+        block, row = self._blocks[place], number - int(self._starts[place])
+        return block.tokens[row], block.documents[row], block.positions[row]
+
+
+def effects_of(model: nn.Module, point: HookPoint, sae: Any, count: int) -> tuple[Tensor, Tensor] | None:
+    """`logit_effects` of a coder's decoder rows, where it has some."""
+    rows = getattr(sae, "W_dec", None)
+    return None if rows is None or count == 0 else logit_effects(model, point, rows, count)

@@ -1,0 +1,94 @@
+"""`sae features`: what the features of an SAE fire on and do, made, listed and shown."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flows.cli.line import checked
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr
+
+app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
+Sort = Annotated[str, typer.Option("--sort", help="density, max_activation, mean_activation or feature; largest first.")]
+
+
+@app.command()
+def make(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Find examples of every feature of CONFIG's evaluated SAE, and write the browser (`sae run` does this, too)."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        run = checked(config, overrides)
+        record = steps.interpret(run)
+        found = {} if record is None else record.model_dump(mode="json", exclude={"identity"})
+        show({**found, "browser": steps.browser_address(run)}, _print_made)
+
+
+@app.command(name="list")
+def list_(
+    config: Config,
+    overrides: Overrides = None,
+    sort: Sort = "density",
+    search: Annotated[
+        str, typer.Option("--search", help="Only those with this in a token they fire most on or make likely.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """List features with the tokens that they fire most on and make likely."""
+    with command(as_json) as show:
+        from components import steps
+
+        rows = steps.list_features(checked(config, overrides), sort, search)[:limit]
+        show({"features": rows}, _print_list)
+
+
+@app.command(name="show")
+def show_(
+    config: Config,
+    feature: Annotated[int, typer.Argument(metavar="FEATURE", help="Its number.", min=0)],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a feature: examples with what fires marked, what it makes likely, its neighbours."""
+    with command(as_json) as show:
+        from components import steps
+
+        show(steps.show_feature(checked(config, overrides), feature), _print_feature)
+
+
+def _print_made(result: dict[str, Any]) -> None:
+    print(result["browser"])
+
+
+def _print_list(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "density", "largest", "fires most on", "makes likely")
+    for row in result["features"]:
+        numbers = (str(row["feature"]), f"{row['density']:.4%}", f"{row['max']:.3g}")
+        table.add_row(*numbers, Text(_shown(row["tokens"])), Text(_shown(row["logits"])))
+    Console().print(table)
+
+
+def _print_feature(result: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    console, row = Console(), result["row"]
+    console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
+    for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
+        console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
+    console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
+    for example in result["examples"]:
+        line = Text(f"{example['activation']:>8.3g} {example['kind']:<10} ", style="dim")
+        for token, activation in zip(example["tokens"], example["activations"], strict=True):
+            line.append(_shown(token), style="bold black on yellow" if activation > 0 else "not dim")
+        console.print(line)
+
+
+def _shown(text: str) -> str:
+    return "".join(character if character.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(character, "�") for character in text)

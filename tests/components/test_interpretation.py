@@ -1,0 +1,180 @@
+"""Feature data and browser, against the full matrix of activations computed here."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from components import steps
+from components.corpus.tokens import read_sequences
+from components.evaluation.record import About
+from components.interpretation import browser
+from components.interpretation.examples import Examples, lots
+from components.interpretation.logits import logit_effects
+from components.language_model.hook_points import HookPoint
+from components.run.config import parse_config
+from components.run.specification import Specification, resolve
+
+CPU = torch.device("cpu")
+
+
+def added(activations: torch.Tensor, batch: int, count: int = 4) -> Examples:
+    """activations `[sequences, length, d_sae]`"""
+    examples = Examples(count, activations.shape[2], activations.shape[1], CPU)
+    for start in range(0, len(activations), batch):
+        block = activations[start : start + batch]
+        examples.add(block, torch.arange(start, start + len(block)))
+    return examples
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_examples_are_those_of_the_whole_matrix_whatever_the_batches(batch: int):
+    random = torch.Generator().manual_seed(0)
+    activations = (torch.randn(40, 6, 12, generator=random) - 1.5).clamp_min(0)
+    activations[:, :, 3] = 0.0  # never fires
+    activations[:, :, 4] = (activations[:, :, 4] > 0).float()  # many ties
+    found = added(activations, batch)
+    largest = activations.amax(dim=1).numpy()
+    for feature in range(12):
+        firing = np.flatnonzero(largest[:, feature] > 0)
+        best = firing[np.argsort(-largest[firing, feature], kind="stable")][:4]
+        kept = found.strongest.scores[:, feature] > 0
+        assert found.strongest.sequences[kept, feature].tolist() == best.tolist()
+        assert torch.equal(found.strongest.activations[kept, feature], activations[best, :, feature])
+        drawn = firing[np.argsort(-lots(torch.arange(40), 12)[firing, feature].numpy())][:4]
+        kept = found.sample.scores[:, feature] > 0
+        assert found.sample.sequences[kept, feature].tolist() == drawn.tolist()
+        assert found.firing[feature] == len(firing)
+
+
+def test_lots_are_uniform_and_know_nothing_of_their_neighbours():
+    drawn = lots(torch.arange(2_000), 50).numpy()
+    assert 0 < drawn.min() < drawn.max() < 1
+    assert np.abs(np.histogram(drawn, bins=10, range=(0, 1))[0] / drawn.size - 0.1).max() < 0.005
+    assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_logit_effects_are_the_derivative_of_the_logits_but_for_the_norms_scale(kind: str):
+    torch.manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        model, norm = LlamaForCausalLM(config).double(), "model.norm"
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)).double()
+        norm = "transformer.ln_f"
+    module = model.get_submodule(norm)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    rows = torch.randn(5, 16, dtype=torch.float64)
+    found = logit_effects(model, HookPoint("resid_post", 0), rows, 3)
+    assert found is not None
+    ids, effects = found
+    weight = module.weight.detach()
+    written = (rows if kind == "llama" else rows - rows.mean(dim=1, keepdim=True)) * weight
+    logits = written @ model.get_output_embeddings().weight.T
+    order = logits.argsort(dim=1)
+    assert torch.equal(ids, torch.cat([order.flip(1)[:, :3], order[:, :3]], dim=1))
+    torch.testing.assert_close(effects.double(), logits.gather(1, ids), rtol=1e-5, atol=1e-5)
+    assert logit_effects(model, HookPoint("mlp_in", 0), rows, 3) is None
+
+
+@pytest.fixture
+def plan(tiny_tree: dict) -> Specification:
+    tiny_tree["interpretation"] = {"tokens": 700, "examples": 3, "logits": 4}
+    tiny_tree["evaluation"] = {"tokens": 900, "reference_tokens": 1_000, "baselines": []}
+    plan = resolve(parse_config(tiny_tree))
+    steps.extract(plan)
+    steps.train(plan)
+    steps.evaluate(plan)
+    return plan
+
+
+def test_the_tables_hold_what_the_coder_does_on_the_text(plan: Specification, monkeypatch: pytest.MonkeyPatch):
+    record = steps.interpret(plan)
+    assert record is not None
+    assert record.tokens == 700
+    folder = Path(plan.sae_url) / "interpretation"
+    rows = pq.read_table(folder / "examples.parquet").to_pylist()
+    assert rows == sorted(rows, key=lambda row: row["feature"])
+    assert len({row["feature"] for row in rows}) == record.living > 0
+
+    from components.interop.saelens import load_saelens
+    from components.language_model.hook_points import capture
+    from components.language_model.loading import load_model
+
+    block = read_sequences(plan.token_url, plan.token_manifest(), "held_out", 0, 10**6)
+    text = {tuple(tokens): number for number, tokens in enumerate(block.tokens.tolist())}
+    x = capture(load_model(plan.source, CPU), [plan.point], {"input_ids": torch.tensor(block.tokens).long()})[plan.point]
+    found = load_saelens(Path(plan.sae_url), CPU).encode(x).dense().reshape(*x.shape[:2], -1)
+    for row in rows:
+        number, place = text[tuple(row["tokens"])], row["place"]
+        expected = found[number, :, row["feature"]]
+        firing = torch.tensor(row["activations"])
+        torch.testing.assert_close(firing[firing > 0], expected[firing > 0], rtol=1e-4, atol=1e-5)
+        assert row["activation"] == pytest.approx(max(row["activations"]))
+        assert row["document"] == block.documents[number, place]
+        assert row["position"] == block.positions[number, place]
+
+    monkeypatch.setattr("components.steps.interpretation.find_examples", lambda *_: pytest.fail("it is there"))
+    assert steps.interpret(plan) == record
+    (Path(plan.sae_url) / "browser" / "index.html").unlink()
+    assert steps.interpret(plan) == record
+    assert (Path(plan.sae_url) / "browser" / "index.html").is_file()
+
+
+def test_batches_change_no_byte(plan: Specification):
+    steps.interpret(plan)
+    tables = {path.name: path.read_bytes() for path in (Path(plan.sae_url) / "interpretation").iterdir()}
+    (Path(plan.sae_url) / "interpretation" / "interpretation.json").unlink()
+    one = plan.config.evaluation.model_copy(update={"batch_sequences": 1})
+    steps.interpret(plan.model_copy(update={"config": plan.config.model_copy(update={"evaluation": one})}))
+    again = {path.name: pq.read_table(path) for path in (Path(plan.sae_url) / "interpretation").glob("*.parquet")}
+    for name, table in again.items():
+        before = pq.read_table(io.BytesIO(tables[name]))
+        assert table.drop_columns([c for c in table.column_names if "activation" in c]) == before.drop_columns(
+            [c for c in before.column_names if "activation" in c]
+        )
+
+
+def test_the_browser_is_whole_speaks_to_nobody_and_text_stays_text(plan: Specification):
+    steps.interpret(plan)
+    hostile = "</script><script>alert(1)</script>\u2028\u202e"
+    about = About(name=hostile, language_model="m", hook_point="resid_post.1", architecture="relu", d_in=32, d_sae=plan.d_sae)
+    browser.write_browser(plan.sae_url, about, lambda token: f"{hostile}{token}")
+    folder = Path(plan.sae_url) / "browser"
+    for path in folder.rglob("*.*"):
+        content = path.read_text()
+        assert not re.search(r"https?://|//[a-z0-9-]+\.[a-z]|fetch\(|XMLHttp|innerHTML|eval\(", content), path
+        if path.parent.name == "blocks" or path.name == "table.js":
+            assert "<" not in content
+            assert "\u2028" not in content
+    table = json.loads((folder / "table.js").read_text().removeprefix("const TABLE = ").removesuffix(";"))
+    assert table["about"].startswith(hostile)
+    assert [row["feature"] for row in table["features"]] == list(range(plan.d_sae))
+    block = json.loads(re.fullmatch(r"block\(0, (.*)\);", (folder / "blocks" / "00000.js").read_text(), re.S)[1])
+    measured = pq.read_table(Path(plan.sae_url) / "features.parquet").to_pylist()
+    for number, feature in enumerate(block):
+        row = table["features"][number]
+        assert row["density"] == pytest.approx(measured[number]["density"], rel=1e-3)
+        strongest = [one["activation"] for one in feature["examples"] if one["kind"] == "strongest"]
+        assert strongest == sorted(strongest, reverse=True)
+        assert all(one["activations"][one["peak"]] == one["activation"] for one in feature["examples"])
+        assert len(feature["likely"]) == len(feature["unlikely"]) == 4
+
+
+def test_none_where_the_configuration_wants_none(plan: Specification):
+    config = plan.config.model_copy(update={"interpretation": plan.config.interpretation.model_copy(update={"tokens": 0})})
+    assert steps.interpret(plan.model_copy(update={"config": config})) is None

@@ -1,0 +1,50 @@
+"""`sae features` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from components import steps
+from components.run.config import parse_config
+from components.run.specification import resolve
+from flows.cli import app
+
+
+@pytest.fixture
+def config(tiny_tree: dict, tmp_path: Path) -> str:
+    tiny_tree["interpretation"] = {"tokens": 500, "examples": 2}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_tree))
+    plan = resolve(parse_config(tiny_tree))
+    steps.extract(plan)
+    steps.train(plan)
+    steps.evaluate(plan)
+    return str(path)
+
+
+def test_features_are_made_listed_and_shown(config: str):
+    def sae(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["features", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    missing = CliRunner().invoke(app, ["features", "list", config])
+    assert missing.exit_code == 2
+    assert "run `sae features make`" in " ".join(missing.output.split())
+    made = json.loads(sae("make", config, "--json"))
+    assert Path(made["browser"]).is_file()
+    rows = json.loads(sae("list", config, "--json", "--limit", "5"))["features"]
+    assert len(rows) == 5
+    assert [row["density"] for row in rows] == sorted((row["density"] for row in rows), reverse=True)
+    feature = rows[0]["feature"]
+    shown = json.loads(sae("show", config, str(feature), "--json"))
+    assert shown["row"] == rows[0]
+    assert shown["examples"][0]["tokens"][shown["examples"][0]["peak"]] in rows[0]["tokens"]
+    assert str(feature) in sae("list", config)
+    assert f"feature {feature}: fires on" in sae("show", config, str(feature))
+    assert CliRunner().invoke(app, ["features", "show", config, "9999"]).exit_code == 2
