@@ -30,6 +30,8 @@ def main() -> None:
     parser.add_argument("--gain", type=float, default=0.1, help="by which share the training text grows")
     lengths = [100_000, 200_000, 400_000, 667_000, 1_000_000, 2_000_000]
     parser.add_argument("--tokens", type=int, nargs="+", default=lengths, help="lengths of the retraining")
+    parser.add_argument("--retraining", action="append", default=[], metavar="FIELD=VALUE", help="of the retrainings alone")
+    parser.add_argument("--only-champion", action="store_true", help="nothing from new weights")
     arguments = parser.parse_args()
     base = [*arguments.overrides, "evaluation.baselines=[]"]
     champion = resolve(load_config(arguments.config, base))
@@ -40,8 +42,8 @@ def main() -> None:
         kinds = {"champion": [f"training.start_from={champion.sae_url}"], "new weights": []}
         if tokens == max(arguments.tokens):
             kinds["new weights, another seed"] = [f"seed={champion.config.seed + 1}"]
-        for kind, fields in kinds.items():
-            changed = [f"corpus.train_tokens={grown}", f"training.tokens={tokens}", *fields]
+        for kind, fields in list(kinds.items())[: 1 if arguments.only_champion else None]:
+            changed = [f"corpus.train_tokens={grown}", f"training.tokens={tokens}", *fields, *arguments.retraining]
             run = resolve(load_config(arguments.config, [*base, *changed]))
             metrics = _measured(run)
             found, _ = stability.compare(_dictionary(run), earlier)
@@ -53,7 +55,7 @@ def _measured(run: Specification) -> dict[str, Any]:
     check(run)
     steps.extract(run)
     steps.train(run)
-    metrics = steps.evaluate(run)["metrics"]
+    metrics = steps.evaluate(run).metrics
     return {name: metrics[name] for name in SHOWN}
 
 

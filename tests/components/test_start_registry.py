@@ -11,7 +11,7 @@ from components.registry.catalogue import show
 from components.registry.gates import Gates
 from components.registry.promotion import promote
 from components.registry.records import Outcome
-from components.registry.versions import lineage_of
+from components.registry.versions import lineage_of, recorded_stability
 from components.run.config import RunConfig, parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -103,3 +103,24 @@ def test_a_champion_that_does_not_fit_is_a_mistake_or_passed_over(short: dict):
         assert lenient.start_said.startswith("from new weights: the champion, models:/")
     with pytest.raises(UserError, match=r"training\.start_from: there is no 'models:/.*/7' in the registry"):
         starting(short, f"models:/{first.registered_model}/7")
+
+
+def test_a_coder_made_elsewhere_is_compared_and_started_from_like_one_of_ours(short: dict, tmp_path: Path):
+    first = resolve(parse_config(short))
+    registered(first)
+    given = tmp_path / "given"
+    given.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (given / name).write_bytes(Path(first.sae_url, name).read_bytes())
+    name = first.registered_model
+    _, _, outcome = steps.import_given(first, str(given))
+    client = connect(first.config.tracking, first.config.storage.root)
+    version = client.get_model_version(name, str(outcome.model_version))
+    # The same coder: it has all of the champion's features.
+    found = recorded_stability(version)
+    assert (found["champion"], found["kept_share"], found["new"]) == ("1", 1.0, 0)
+    warm = starting(short, f"models:/{name}/{outcome.model_version}", tokens=10_000)
+    assert warm.start.location == f"models:/{name}/{outcome.model_version}"
+    steps.train(warm)
+    with pytest.raises(UserError, match=r"training\.start_from: .* accepted is 'topk', which is what sae\.architecture"):
+        starting({**short, "sae": {"architecture": "topk", "d_sae": 64}}, f"models:/{name}/{outcome.model_version}")
