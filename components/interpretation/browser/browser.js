@@ -129,7 +129,7 @@ async function feature(id) {
     make("h2", {}, `Feature ${id}`),
     make("p", {className: "faint"}, `fires on ${number(100 * row.density)}% of tokens, in ${row.sequences.toLocaleString()} sequences; `
       + `largest ${number(row.max)}, mean ${number(row.mean)}`),
-    make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), "   ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? ["   nearest: ", ...near] : [])),
+    make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), " · ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? [" · nearest: ", ...near] : [])),
     make("div", {className: "columns"}, ...(found.likely.length ? [words("Makes likely", found.likely), words("Makes unlikely", found.unlikely)] : [])),
     kind("Where it fires most", "strongest"),
     kind("Drawn at random from all sequences in which it fires", "sample"));
