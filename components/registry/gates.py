@@ -127,9 +127,6 @@ class GateReport:
             "gates": [asdict(result) for result in self.results],
         }
 
-    def as_markdown(self) -> str:
-        return markdown_table(self.as_json())
-
 
 def markdown_table(report: dict[str, Any]) -> str:
     """A report, as `GateReport.as_json` gives it, as a Markdown table."""
