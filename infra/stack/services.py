@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psycopg2
 
 from infra.stack import postgres, seaweed
-from infra.stack.settings import ADMIN, DATABASES, POOLS, REPOSITORY, Stack
+from infra.stack.settings import ADMIN, POOLS, REPOSITORY, Stack
 
 BIN = Path(sys.executable).parent
 
@@ -57,7 +56,7 @@ def services(stack: Stack) -> list[Service]:
             command=postgres.command(stack.postgres_folder, ports.postgres),
             environment={},
             user=postgres.owner(),
-            is_ready=lambda: _databases_are_there(stack),
+            is_ready=lambda: postgres.databases_are_there(ports.postgres, stack.secrets.postgres),
             stop_signal="INT",  # disconnects its clients; TERM would wait for them
             needs=(ports.postgres,),
         ),
@@ -117,14 +116,6 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=3).status_code < 500
     except httpx.HTTPError:
         return False
-
-
-def _databases_are_there(stack: Stack) -> bool:
-    try:
-        postgres.ensure_databases(stack.ports.postgres, stack.secrets.postgres, DATABASES)
-    except psycopg2.OperationalError:
-        return False
-    return True
 
 
 def _has_a_worker(stack: Stack, pool: str) -> bool:
