@@ -296,12 +296,15 @@ def delete(url: str) -> None:
 
 def free_bytes(url: str) -> int | None:
     """What is left on the disk of a local folder (or of its nearest parent that exists); None for an object store."""
-    if not is_local(url):
-        return None
-    folder = local_path(url).absolute()
+    return shutil.disk_usage(nearest_folder(local_path(url))).free if is_local(url) else None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def sweep(url: str) -> None:
