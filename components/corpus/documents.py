@@ -35,13 +35,14 @@ class Document:
         return split_of(self.text if self.conversation is None else self.conversation, held_out_fraction)
 
 
-def split_of(text: str, held_out_fraction: float) -> Split:
-    """`"held_out"` or `"train"`, from the text alone.
+def split_of(content: str | bytes, held_out_fraction: float) -> Split:
+    """`"held_out"` or `"train"`, from a text, or an image's bytes, alone.
 
-    The decision looks at nothing but the text, so that the same document is on the same side for every model,
+    The decision looks at nothing but the content, so that the same document is on the same side for every model,
     corpus mixture, seed and order, and two copies of one text can never stand on both sides.
     """
-    value = int.from_bytes(blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+    raw = content.encode("utf-8") if isinstance(content, str) else content
+    value = int.from_bytes(blake2b(raw, digest_size=8).digest(), "big")
     return "held_out" if value < held_out_fraction * 2.0**64 else "train"
 
 

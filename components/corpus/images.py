@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from typing import Any
 
@@ -19,20 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components import storage
+from components.corpus.documents import split_of
 from components.corpus.files import ListedFile
-from components.corpus.manifest import (
-    SCHEMA_VERSION,
-    SPLITS,
-    Split,
-    TokenManifest,
-    TokenShard,
-    TokenSplit,
-    commit,
-    read_token_manifest,
-)
+from components.corpus.manifest import SCHEMA_VERSION, SPLITS, Split, TokenManifest, TokenSplit, commit, read_token_manifest
 from components.corpus.packing import SPECIAL
 from components.corpus.settings import CorpusSettings
-from components.settings import UserError
+from components.corpus.shards import DocumentTable, ShardWriter, require_tokens
+from components.settings import Record, UserError
 
 _SHARD_BYTES = 64 << 20
 _SHARD_IMAGES = 4096
@@ -40,16 +32,15 @@ _SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageLayout:
-    """What the corpus needs of a model: how every image's sequence looks, arrays `[length]`; `identity` names the
-    processor that makes the pixels and the prompt."""
+class ImageLayout(Record):
+    """What the corpus needs of a model: how every image's sequence looks; `identity` names the processor that makes the
+    pixels and the prompt."""
 
     identity: str
-    tokens: np.ndarray
-    counted: np.ndarray
+    tokens: tuple[int, ...]
+    counted: tuple[bool, ...]
     """False for CLS, registers, BOS and whatever else is the same for every image."""
-    positions: np.ndarray
+    positions: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -78,58 +69,45 @@ def prepare_images(
     }
     seen: set[bytes] = set()
     unreadable: list[str] = []
-    rows: list[tuple[Any, ...]] = []
-    for name, content in _read_images(settings, files, seed):
-        size = _size(content)
-        if size is None:
-            unreadable.append(name)
-            continue
-        fingerprint = sha256(content).digest()
-        split = split_of_bytes(content, settings.held_out_fraction)
-        if fingerprint not in seen and not writers[split].full:
-            seen.add(fingerprint)
-            writers[split].add(len(rows), content)
-            rows.append((len(rows), name, fingerprint.hex(), split, *size, int(layout.counted.sum())))
-        if all(writer.full for writer in writers.values()):
-            break
+    with DocumentTable(url, _DOCUMENT_SCHEMA) as table:
+        for name, content in _read_images(settings, files, seed):
+            size = _size(content)
+            if size is None:
+                unreadable.append(name)
+                continue
+            fingerprint = sha256(content).digest()
+            split = split_of(content, settings.held_out_fraction)
+            if fingerprint not in seen and not writers[split].full:
+                writers[split].add(len(seen), content)
+                table.add(len(seen), name, fingerprint.hex(), split, *size, sum(layout.counted))
+                seen.add(fingerprint)
+            if all(writer.full for writer in writers.values()):
+                break
     if unreadable:
         logger.warning("corpus.paths: left out %d that cannot be read as images, such as %s", len(unreadable), unreadable[0])
     splits = {split: writer.close() for split, writer in writers.items()}
-    for split, entry in splits.items():
-        if entry.tokens == 0:
-            raise UserError(
-                f"corpus: no image is left for the {split} split out of {len(rows)}; use a larger corpus or another "
-                f"corpus.held_out_fraction than {settings.held_out_fraction}"
-            )
-    with storage.whole_file(storage.join(url, "documents.parquet")) as path:
-        columns = [pa.array(column) for column in zip(*rows, strict=True)]
-        pq.write_table(pa.table(columns, schema=_DOCUMENT_SCHEMA), path, compression="zstd")
+    require_tokens(splits, "image", len(seen), settings.held_out_fraction)
     storage.sweep(url)
     made = TokenManifest(
         schema_version=SCHEMA_VERSION,
         digest=digest,
         identity=identity,
         context_length=len(layout),
-        documents=len(rows),
+        documents=len(seen),
         unreadable=len(unreadable),
         splits=splits,
     )
     return commit(url, made)
 
 
-def split_of_bytes(content: bytes, held_out_fraction: float) -> Split:
-    """`"held_out"` or `"train"`, from the image's bytes alone, as `documents.split_of` from a text."""
-    value = int.from_bytes(blake2b(content, digest_size=8).digest(), "big")
-    return "held_out" if value < held_out_fraction * 2.0**64 else "train"
-
-
 class _SplitWriter:
-    """Shards of one split, each put in one piece; full when its budget of counted patches is spent."""
+    """Shards of one split; full when its budget of counted patches is spent."""
 
     def __init__(self, split: Split, url: str, layout: ImageLayout, budget: int) -> None:
-        self.split, self.url, self.layout, self.budget = split, url, layout, budget
-        self.shards: list[TokenShard] = []
+        self.layout, self.budget = layout, budget
         self.tokens = self.sequences = 0
+        self._counted = np.array(layout.counted)
+        self._shards = ShardWriter(split, url)
         self._documents: list[np.ndarray] = []
         self._images: list[bytes] = []
 
@@ -139,7 +117,7 @@ class _SplitWriter:
 
     def add(self, document: int, content: bytes) -> None:
         # The last image is cut where the budget ends, as a text is.
-        counted = self.layout.counted & (np.cumsum(self.layout.counted) <= self.budget - self.tokens)
+        counted = self._counted & (np.cumsum(self._counted) <= self.budget - self.tokens)
         self._documents.append(np.where(counted, document, SPECIAL))
         self._images.append(content)
         self.tokens += int(counted.sum())
@@ -150,29 +128,15 @@ class _SplitWriter:
     def close(self) -> TokenSplit:
         if self._images:
             self._write()
-        return TokenSplit(tokens=self.tokens, sequences=self.sequences, documents=self.sequences, shards=tuple(self.shards))
+        made = tuple(self._shards.made)
+        return TokenSplit(tokens=self.tokens, sequences=self.sequences, documents=self.sequences, shards=made)
 
     def _write(self) -> None:
-        name, count, length = f"{self.split}-{len(self.shards):05d}.parquet", len(self._images), len(self.layout)
-
-        def repeated(values: np.ndarray) -> pa.Array:
-            return pa.FixedSizeListArray.from_arrays(np.tile(values.astype(np.int32), count), length)
-
-        columns = {
-            "tokens": repeated(self.layout.tokens),
-            "documents": pa.FixedSizeListArray.from_arrays(np.concatenate(self._documents).astype(np.int64), length),
-            "positions": repeated(self.layout.positions),
-            "images": pa.array(self._images, pa.large_binary()),
-        }
-        with storage.whole_file(storage.join(self.url, name)) as path:
-            # Image files are compressed already.
-            pq.write_table(pa.table(columns), path, compression={"images": "none"} | dict.fromkeys(_PATCH_COLUMNS, "zstd"))
-            size, checksum = path.stat().st_size, storage.file_sha256(path)
-        self.shards.append(TokenShard(name=name, sequences=count, bytes=size, sha256=checksum))
+        tokens, positions = (np.tile(row, (len(self._images), 1)) for row in (self.layout.tokens, self.layout.positions))
+        self._shards.write(tokens, np.stack(self._documents), positions, images=pa.array(self._images, pa.large_binary()))
         self._documents, self._images = [], []
 
 
-_PATCH_COLUMNS = tuple(f"{name}.list.element" for name in ("tokens", "documents", "positions"))
 _DOCUMENT_SCHEMA = pa.schema(
     {
         "document": pa.int64(),

@@ -9,21 +9,18 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from components import storage
 from components.corpus.documents import Document
 from components.corpus.duplicates import Duplicates, Fingerprint
 from components.corpus.encoder import Encoder
-from components.corpus.manifest import SPLITS, Split, TokenShard, TokenSplit
+from components.corpus.manifest import SPLITS, Split, TokenSplit
 from components.corpus.mixture import Quotas
 from components.corpus.packing import Packer
 from components.corpus.settings import CorpusSettings
+from components.corpus.shards import DocumentTable, ShardWriter
 from components.corpus.sources import ListedSource, read_documents, weights_to_shares
 from components.progress import progress
 
@@ -34,7 +31,6 @@ _CHARACTERS_PER_BATCH = 1_000_000
 # Near the end of a budget batches shrink, so that little is encoded in vain.
 _CHARACTERS_PER_TOKEN = 4
 _FEWEST_CHARACTERS_PER_BATCH = 50_000
-_ROWS_PER_GROUP = 16_384
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +59,9 @@ class Tokenization:
         """The manifest's entry for each split."""
         packers = {split: Packer(self.settings, self.encoder.bos, self.encoder.separator) for split in SPLITS}
         writers = {split: _SplitWriter(split, self.url) for split in SPLITS}
+        schema = _DOCUMENT_SCHEMA if self.settings.mixture else _DOCUMENT_SCHEMA.remove(len(_DOCUMENT_SCHEMA) - 1)
         with (
-            storage.whole_file(storage.join(self.url, "documents.parquet")) as path,
-            _DocumentTable(path, sources=bool(self.settings.mixture)) as table,
+            DocumentTable(self.url, schema) as table,
             closing(Duplicates(self.settings.near_duplicates)) as duplicates,
             progress(logger, "tokenize", sum(self.budgets.values()), "tokens") as advance,
         ):
@@ -136,39 +132,11 @@ class Tokenization:
         logger.warning("corpus: %s ended after %s%s", self.names[source], tokens, rest)
 
 
-class _DocumentTable:
-    """`documents.parquet`, in row groups of a useful size."""
-
-    def __init__(self, path: Path, sources: bool) -> None:
-        self._schema = _DOCUMENT_SCHEMA if sources else _DOCUMENT_SCHEMA.remove(len(_DOCUMENT_SCHEMA) - 1)
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
-        self._rows: list[tuple[Any, ...]] = []
-
-    def __enter__(self) -> _DocumentTable:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flush()
-        self._writer.close()
-
-    def add(self, *row: Any) -> None:
-        self._rows.append(row[: len(self._schema)])
-        if len(self._rows) == _ROWS_PER_GROUP:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            columns = [pa.array(column) for column in zip(*self._rows, strict=True)]
-            self._writer.write_table(pa.table(columns, schema=self._schema))
-            self._rows = []
-
-
 class _SplitWriter:
-    """Shards of one split, each put in one piece."""
+    """Shards of one split, all of the same length but the last."""
 
     def __init__(self, split: Split, url: str) -> None:
-        self.split, self.url = split, url
-        self.shards: list[TokenShard] = []
+        self._shards = ShardWriter(split, url)
         self.tokens = 0
         self.documents = 0
         self._last_document = -1
@@ -188,21 +156,12 @@ class _SplitWriter:
     def close(self) -> TokenSplit:
         if self._count:
             self._write(np.concatenate(self._held))
-        sequences = sum(shard.sequences for shard in self.shards)
-        return TokenSplit(tokens=self.tokens, sequences=sequences, documents=self.documents, shards=tuple(self.shards))
+        made = tuple(self._shards.made)
+        sequences = sum(shard.sequences for shard in made)
+        return TokenSplit(tokens=self.tokens, sequences=sequences, documents=self.documents, shards=made)
 
     def _write(self, sequences: np.ndarray) -> None:
-        name = f"{self.split}-{len(self.shards):05d}.parquet"
-        length = sequences.shape[2]
-        columns = {
-            "tokens": pa.FixedSizeListArray.from_arrays(sequences[:, 0].astype(np.int32).ravel(), length),
-            "documents": pa.FixedSizeListArray.from_arrays(sequences[:, 1].astype(np.int64).ravel(), length),
-            "positions": pa.FixedSizeListArray.from_arrays(sequences[:, 2].astype(np.int32).ravel(), length),
-        }
-        with storage.whole_file(storage.join(self.url, name)) as path:
-            pq.write_table(pa.table(columns), path, compression="zstd")
-            size, sha256 = path.stat().st_size, storage.file_sha256(path)
-        self.shards.append(TokenShard(name=name, sequences=len(sequences), bytes=size, sha256=sha256))
+        self._shards.write(sequences[:, 0], sequences[:, 1], sequences[:, 2])
         found = np.unique(sequences[:, 1][sequences[:, 1] >= 0])
         self.tokens += int((sequences[:, 1] >= 0).sum())
         # Ids of a split arrive in order, so only the first may have been counted with the shard before.

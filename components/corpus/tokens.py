@@ -31,9 +31,9 @@ from components.corpus.manifest import (
 )
 from components.corpus.packing import PADDING, SPECIAL
 from components.corpus.settings import CorpusSettings
+from components.corpus.shards import require_tokens
 from components.corpus.sources import ListedSource, describe, list_corpus
 from components.corpus.tokenization import Tokenization
-from components.settings import UserError
 
 __all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_sequences"]
 
@@ -80,12 +80,7 @@ def prepare_tokens(
     work = Tokenization(settings, encoder, seed, url, list_corpus(settings) if sources is None else sources)
     splits = work.run()
     storage.sweep(url)
-    for split, entry in splits.items():
-        if entry.tokens == 0:
-            raise UserError(
-                f"corpus: no document is left for the {split} split out of {work.documents}; use a larger corpus or another "
-                f"corpus.held_out_fraction than {settings.held_out_fraction}"
-            )
+    require_tokens(splits, "document", work.documents, settings.held_out_fraction)
     made = TokenManifest(
         schema_version=SCHEMA_VERSION,
         digest=digest,

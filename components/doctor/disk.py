@@ -21,7 +21,7 @@ _SPARE_BYTES = 1_000_000_000  # checkpoints, reports, MLflow's database and arti
 
 def folder_checks(root: str) -> Iterator[Check]:
     """What is needed of the folder of a local storage root; nothing is left in it, and it is not made."""
-    folder = _nearest(storage.local_path(root))
+    folder = storage.nearest_folder(storage.local_path(root))
     shown = str(folder) if folder == storage.local_path(root) else f"{folder}, in which a run makes {root}"
     try:
         with tempfile.TemporaryDirectory(prefix=".sae-doctor-", dir=folder) as made:
@@ -45,7 +45,7 @@ def folder_checks(root: str) -> Iterator[Check]:
 
 def space_check(folder: str, needed: int | None, field: str = "storage.root") -> Check:
     """Free bytes on the disk of a local folder against what a run needs there; `needed` is None where nobody knows."""
-    place = _nearest(Path(folder))
+    place = storage.nearest_folder(Path(folder))
     free = shutil.disk_usage(place).free
     found = f"{human_bytes(free)} free for {field} ({place})"
     room = f"Free some space, or point {field} to a larger disk"
@@ -59,11 +59,3 @@ def space_check(folder: str, needed: int | None, field: str = "storage.root") ->
     if free < needed + _SPARE_BYTES:
         return Check("storage", "disk", "warning", found, f"{room}: little is left for checkpoints and MLflow.")
     return Check("storage", "disk", "ok", found)
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from components import storage
-from components.evaluation import report
 from components.evaluation.held_out import HeldOut
 from components.evaluation.job import Span
 from components.evaluation.kept import KeptSpans, parts
@@ -89,5 +88,7 @@ def write_report(url: str, record: EvaluationRecord, features: pa.Table, earlier
 
     earlier: SAEs to compare with, each with `name`, `l0`, `explained_variance` and `loss_recovered`.
     """
+    from components.evaluation import report  # heavy, for its drawings
+
     page = report.render(record, features["density"].to_numpy(), earlier)
     storage.put_bytes(page.encode("utf-8"), storage.join(url, "report.html"))

@@ -7,7 +7,10 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 
+from components.evaluation import charts
+from components.evaluation.charts import Dot
 from components.evaluation.record import EvaluationRecord
 
 _TILES = (
@@ -30,11 +33,6 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
     density `[d_sae]`: share of tokens on which each feature fires. earlier: SAEs to compare with, measured on the same
     tokens, each with `name`, `l0`, `explained_variance` and `loss_recovered`.
     """
-    # Heavy, and only needed here.
-    from jinja2 import Environment, StrictUndefined
-
-    from components.evaluation import charts
-
     source = resources.files("components.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     metrics, breakdown = record.metrics, record.breakdown
@@ -69,8 +67,6 @@ def _tile(metrics: Mapping[str, Any], name: str, label: str, style: str) -> dict
 
 
 def _groups(rows: Sequence[Mapping[str, Any]], name: Callable[[Mapping[str, Any]], str]) -> str:
-    from components.evaluation import charts
-
     return charts.svg(charts.breakdown(rows, [name(row) for row in rows])) if rows else ""
 
 
@@ -79,9 +75,6 @@ def _range(row: Mapping[str, Any]) -> str:
 
 
 def _pareto(metrics: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from components.evaluation import charts
-    from components.evaluation.charts import Dot
-
     panels = []
     for name, label in (("explained_variance", "explained variance"), ("loss_recovered", "loss recovered")):
         dots = [Dot(str(one["name"]), one["l0"], one[name], "muted") for one in earlier if one.get(name) is not None]

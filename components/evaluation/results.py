@@ -58,7 +58,7 @@ def finish(settings: EvaluationSettings, measured: Measured, compared: Measured 
     metrics |= _bounds(measured, metrics)
     metrics["dead_fraction"] = features.dead_fraction
     metrics["evaluation_tokens"] = int(totals.tokens)
-    metrics["evaluation_documents"] = measured.documents
+    metrics["evaluation_documents"] = len(measured.documents)
     return Evaluation(
         metrics=metrics,
         breakdown=_breakdown(measured),

@@ -31,17 +31,8 @@ class SpanSums:
     """The kind of device that measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(SpanSums):
     """The same sums over the whole text; a document that several spans hold parts of is one again."""
-
-    variants: tuple[str, ...]
-    documents: int
-    by_document: Sums
-    by_position: Sums
-    by_class: Sums | None
-    features: FeatureSums | None
-    device: str
 
     def totals(self) -> Totals:
         return Totals(self.by_document.table.sum(axis=0), self.by_document.shifted.sum(axis=0), self.variants)
@@ -60,7 +51,7 @@ def merged(parts: Sequence[SpanSums]) -> Measured:
         np.add.at(by_document.shifted, places, part.by_document.shifted)
     return Measured(
         variants=parts[0].variants,
-        documents=len(groups),
+        documents=groups.documents,
         by_document=by_document,
         by_position=_added([part.by_position for part in parts]),
         by_class=_added([part.by_class for part in parts if part.by_class is not None]) if parts[0].by_class else None,

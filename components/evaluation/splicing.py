@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.language_model.hook_points import HookPoint, module_of, spliced_logits
+from components.language_model.hook_points import HookPoint, locate, spliced_logits
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +120,12 @@ class Splicer:
                     block.forward = forward
 
     def _block(self, layer: int) -> nn.Module:
-        return module_of(self.model, HookPoint("resid_post", layer))
+        return locate(self.model, HookPoint("resid_post", layer))[0]
 
 
 def mlp_output(model: nn.Module, point: HookPoint) -> nn.Module | None:
     """The matrix that turns the MLP's neurons into `mlp_out`, None at other hook points or where its name is not known."""
     if point.kind != "mlp_out":
         return None
-    mlp = module_of(model, point)
+    mlp, _ = locate(model, point)
     return next((getattr(mlp, name) for name in _MLP_OUTPUT_NAMES if hasattr(mlp, name)), None)

@@ -143,11 +143,6 @@ def _search(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     return block.get_submodule(path), reads_input
 
 
-def module_of(model: nn.Module, point: HookPoint) -> nn.Module:
-    """The module whose input or output is the hook point."""
-    return locate(model, point)[0]
-
-
 def depth(model: nn.Module, point: HookPoint) -> float:
     """About which share of the blocks a forward pass runs to reach the hook point; 1 where that is not known."""
     tower, layer, before = point.tower, point.layer, point.kind == "resid_pre"

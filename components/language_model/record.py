@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from components.corpus.images import ImageLayout
 from components.language_model.hook_points import depth, expand_hook_points, reads_images
 from components.language_model.settings import LanguageModelSettings
@@ -48,7 +46,7 @@ class ModelRecord(Record):
     """Hook points that are stored, in the order of the dataset's columns."""
     reads_images: bool
     """Whether the columns are in a vision tower."""
-    image_layout: dict[str, Any] | None = None
+    image_layout: ImageLayout | None = None
 
     @property
     def source(self) -> ModelSource:
@@ -64,10 +62,8 @@ class ModelRecord(Record):
             )
 
     def layout(self) -> ImageLayout:
-        found = self.image_layout
-        assert found is not None
-        arrays = {name: np.array(found[name]) for name in ("tokens", "counted", "positions")}
-        return ImageLayout(identity=found["identity"], **arrays)
+        assert self.image_layout is not None
+        return self.image_layout
 
 
 def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: bool, prompt: str | None) -> ModelRecord:
@@ -97,12 +93,5 @@ def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: boo
             StoredColumn(name=str(point), width=widths[point], depth=depth(source.skeleton, point)) for point in points
         ),
         reads_images=in_tower,
-        image_layout=None
-        if layout is None
-        else {
-            "identity": layout.identity,
-            "tokens": layout.tokens.tolist(),
-            "counted": layout.counted.tolist(),
-            "positions": layout.positions.tolist(),
-        },
+        image_layout=layout,
     )

@@ -10,7 +10,6 @@ import io
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,9 +77,12 @@ def vision_layout(identity: str, length: int, pixels: Tensor, patch: int, name: 
     patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
     if patches > length:
         raise UserError(f"language_model.name: '{name}' gives {length} states for {patches} patches, which is not understood")
-    positions = np.arange(length) - (length - patches)
+    before = length - patches
     return ImageLayout(
-        identity=identity, tokens=np.full(length, -1), counted=positions >= 0, positions=np.maximum(positions, 0)
+        identity=identity,
+        tokens=(-1,) * length,
+        counted=tuple(position >= before for position in range(length)),
+        positions=tuple(max(position - before, 0) for position in range(length)),
     )
 
 
@@ -110,7 +112,7 @@ def prompt_layout(
             f"language_model.name: '{name}' turns images of different sizes into different numbers of tokens; "
             "accepted are models with one fixed image size"
         )
-    tokens = np.asarray(rows[0], dtype=np.int64)
-    positions = np.arange(len(tokens))
-    first = int(np.flatnonzero(tokens == image_token)[0])
-    return ImageLayout(identity=identity, tokens=tokens, counted=positions >= first, positions=positions)
+    tokens = tuple(rows[0].tolist())
+    first, positions = tokens.index(image_token), tuple(range(len(tokens)))
+    counted = tuple(position >= first for position in positions)
+    return ImageLayout(identity=identity, tokens=tokens, counted=counted, positions=positions)

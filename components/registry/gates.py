@@ -127,9 +127,6 @@ class GateReport:
             "gates": [asdict(result) for result in self.results],
         }
 
-    def as_markdown(self) -> str:
-        return markdown_table(self.as_json())
-
 
 def markdown_table(report: dict[str, Any]) -> str:
     """A report, as `GateReport.as_json` gives it, as a Markdown table."""
@@ -182,10 +179,7 @@ def _finite(candidate: dict[str, Any]) -> GateResult:
 def _tokens(gates: Gates, candidate: dict[str, Any]) -> GateResult:
     tokens = int(candidate.get("evaluation_tokens") or 0)
     missing = gates.evaluation_tokens - tokens
-    return GateResult(
-        gate="evaluation_tokens", passed=missing <= 0, measured=f"{tokens:,}", required=f">= {gates.evaluation_tokens:,}",
-        short_by=float(missing) if missing > 0 else None,
-    )  # fmt: skip
+    return _by_distance("evaluation_tokens", missing, f"{tokens:,}", f">= {gates.evaluation_tokens:,}")
 
 
 def _bound(name: str, bound: Bound, value: Any) -> GateResult:
@@ -196,10 +190,13 @@ def _bound(name: str, bound: Bound, value: Any) -> GateResult:
         return GateResult(gate=name, passed=False, measured="not defined" if value is None else str(value), required=required)
     under = bound.at_least - value if bound.at_least is not None else -math.inf
     over = value - bound.at_most if bound.at_most is not None else -math.inf
-    short = max(under, over)
-    return GateResult(
-        gate=name, passed=short <= 0, measured=f"{value:.5g}", required=required, short_by=short if short > 0 else None
-    )
+    return _by_distance(name, max(under, over), f"{value:.5g}", required)
+
+
+def _by_distance(gate: str, short: float, measured: str, required: str) -> GateResult:
+    """short: how much is missing; 0 or less where it passed."""
+    missing = float(short) if short > 0 else None
+    return GateResult(gate=gate, passed=short <= 0, measured=measured, required=required, short_by=missing)
 
 
 def _is_number(value: Any) -> bool:
@@ -234,19 +231,10 @@ def _against(
     margin = margin_of(gates, candidate, champion)
     limit = gates.l0_at_most_times * l0_before
     lowest = before - margin
-    short, over = lowest - recovered, l0 - limit
-    results.append(
-        GateResult(
-            gate="champion.loss_recovered", passed=short <= 0, measured=f"{recovered:.5f}",
-            required=f">= {lowest:.5f} (champion {before:.5f}, margin {margin:.5f})", short_by=short if short > 0 else None,
-        )
-    )  # fmt: skip
-    results.append(
-        GateResult(
-            gate="champion.l0", passed=over <= 0, measured=f"{l0:.4g}",
-            required=f"<= {limit:.4g} ({gates.l0_at_most_times:g} times {l0_before:.4g})", short_by=over if over > 0 else None,
-        )
-    )  # fmt: skip
+    required = f">= {lowest:.5f} (champion {before:.5f}, margin {margin:.5f})"
+    results.append(_by_distance("champion.loss_recovered", lowest - recovered, f"{recovered:.5f}", required))
+    required = f"<= {limit:.4g} ({gates.l0_at_most_times:g} times {l0_before:.4g})"
+    results.append(_by_distance("champion.l0", l0 - limit, f"{l0:.4g}", required))
     if gates.must_improve:
         # Only a gain beyond the margin counts as more loss recovered, so that of two versions at most one beats the other.
         more, fewer = recovered > before + margin, abs(recovered - before) <= margin and l0 < l0_before

@@ -1,7 +1,6 @@
 """Files under a root that is a local path, `file:` or `s3:`: whole or absent, never half-written."""
 
 from components.storage.files import (
-    PROBE_SECONDS,
     delete,
     exists,
     file_sha256,
@@ -15,14 +14,13 @@ from components.storage.files import (
     local_copies,
     local_copy,
     local_path,
+    nearest_folder,
     put_bytes,
-    put_file,
     put_file_once,
     put_json,
     put_json_once,
     read_bytes,
     read_json,
-    read_json_if_present,
     read_range,
     read_ranges,
     require_writable,
@@ -32,11 +30,9 @@ from components.storage.files import (
     sweep,
     whole_file,
 )
-from components.storage.locks import Claim, ClaimLost, claimed, exclusive
+from components.storage.locks import ClaimLost, claimed, exclusive
 
 __all__ = [
-    "PROBE_SECONDS",
-    "Claim",
     "ClaimLost",
     "claimed",
     "delete",
@@ -53,14 +49,13 @@ __all__ = [
     "local_copies",
     "local_copy",
     "local_path",
+    "nearest_folder",
     "put_bytes",
-    "put_file",
     "put_file_once",
     "put_json",
     "put_json_once",
     "read_bytes",
     "read_json",
-    "read_json_if_present",
     "read_range",
     "read_ranges",
     "require_writable",

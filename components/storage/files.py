@@ -110,31 +110,22 @@ def read_ranges(ranges: Sequence[tuple[str, int, memoryview]]) -> None:
     An EOFError that names the file where one is shorter.
     """
 
-    def read(item: tuple[str, int, memoryview]) -> None:
-        url, start, target = item
-        filesystem, path = resolve(url)
-        if isinstance(filesystem, LocalFileSystem):
-            fill(path, [target], start)
+    def read(url: str, start: int, target: memoryview) -> None:
+        if is_local(url):
+            fill(str(local_path(url)), [target], start)
         else:
             target[:] = read_range(url, start, len(target))
 
     if all(is_local(url) for url, _, _ in ranges):
-        for item in ranges:
-            read(item)
+        for part in ranges:
+            read(*part)
         return
     with ThreadPoolExecutor(_PARALLEL_READS) as threads:
-        list(threads.map(read, ranges))
+        list(threads.map(read, *zip(*ranges, strict=True)))
 
 
 def read_json(url: str) -> Any:
     return json.loads(read_bytes(url))
-
-
-def read_json_if_present(url: str) -> Any | None:
-    try:
-        return read_json(url)
-    except FileNotFoundError:
-        return None
 
 
 @contextmanager
@@ -305,20 +296,21 @@ def delete(url: str) -> None:
 
 def free_bytes(url: str) -> int | None:
     """What is left on the disk of a local folder (or of its nearest parent that exists); None for an object store."""
-    if not is_local(url):
-        return None
-    folder = local_path(url).absolute()
+    return shutil.disk_usage(nearest_folder(local_path(url))).free if is_local(url) else None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def sweep(url: str) -> None:
     """Remove what killed processes of this machine left half-written directly under a local folder."""
-    filesystem, path = resolve(url)
-    if not isinstance(filesystem, LocalFileSystem):
-        return  # an upload that was not finished never became an object
-    sweep_folder(Path(path))
+    if is_local(url):  # elsewhere, an upload that was not finished never became an object
+        sweep_folder(local_path(url))
 
 
 def file_sha256(path: Path) -> str:

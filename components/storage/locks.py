@@ -8,12 +8,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
-from fsspec.implementations.local import LocalFileSystem
+from filelock import FileLock, Timeout
 
-from components.storage.files import delete, is_local, join, list_names, put_bytes, put_json_once, read_bytes, resolve
+from components.storage.files import delete, is_local, join, list_names, local_path, put_bytes, put_json_once, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +33,15 @@ def exclusive(url: str) -> Iterator[None]:
 
     The operating system releases it when its holder dies. Under `s3:` there is no such lock, and nothing is held.
     """
-    filesystem, path = resolve(url)
-    if not isinstance(filesystem, LocalFileSystem):
+    if not is_local(url):
         yield
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = local_path(url)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
-    if not _acquired_at_once(lock):
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
         logger.info("waiting for another process that works on %s", path)
         lock.acquire()
     try:
@@ -161,11 +161,3 @@ def _bytes_if_present(url: str) -> bytes:
         return read_bytes(url)
     except FileNotFoundError:
         return b""
-
-
-def _acquired_at_once(lock: BaseFileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    return True

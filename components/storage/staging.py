@@ -51,12 +51,17 @@ def _may_be_written(staged: Path) -> bool:
 
 
 @cache
-def _processes() -> str:
-    """Names the set of processes that a PID of this one's means: of a machine, since it was started, in a PID namespace."""
+def host_identity() -> str:
+    """Names the process table that a process number belongs to: host name, boot and PID namespace."""
     parts = [platform.node()]
     with suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return sha256(" ".join(parts).encode()).hexdigest()[:12]
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text()[:8], os.readlink("/proc/self/ns/pid").strip("pid:[]")]
+    return "/".join(parts)
+
+
+def _processes() -> str:
+    """The same as part of a file's name."""
+    return sha256(host_identity().encode()).hexdigest()[:12]
 
 
 def _started(pid: int) -> str:

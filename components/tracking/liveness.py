@@ -12,12 +12,12 @@ import platform
 import threading
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from components.storage.staging import host_identity
 from components.tracking.settings import FLOW_RUN_TAG
 
 HOST_TAG, PROCESS_TAG, HEARTBEAT_TAG, FAILURE_TAG = "sae.host", "sae.process", "sae.heartbeat", "sae.failure"
@@ -34,15 +34,6 @@ logger = logging.getLogger(__name__)
 _open_here: set[str] = set()
 """Runs that this process has open, each in one thread."""
 _closed_here = threading.Condition()
-
-
-def host_identity() -> str:
-    """Names the process table that a process number belongs to: host name, boot and PID namespace."""
-    boot, namespace = "", ""
-    if Path("/proc/sys/kernel/random/boot_id").exists():
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
-        namespace = os.readlink("/proc/self/ns/pid").strip("pid:[]")
-    return "/".join(part for part in (platform.node(), boot, namespace) if part)
 
 
 def process_identity() -> str:

@@ -24,7 +24,7 @@ from mlflow.utils.rest_utils import http_request
 from components.activations.dataset.manifest import Manifest
 from components.redaction import public, redact_error, redacted, without_secrets
 from components.tracking import liveness
-from components.tracking.buffer import MetricBuffer, Values
+from components.tracking.buffer import MAXIMUM_VALUES, MetricBuffer, Values
 from components.tracking.code import git_tags
 from components.tracking.settings import FLOW_RUN_TAG, TrackingSettings
 from components.tracking.store import connect, is_server, refusal_explained, run_address, tracking_uri
@@ -115,9 +115,11 @@ class TrackedRun:
         numbers = finite_numbers(metrics)
         known = self.client.get_run(self.run_id).data.metrics
         named = {f"{group}/{name}": value for name, value in numbers.items()}
-        fresh = [Metric(name, value, now, 0) for name, value in named.items() if known.get(name) != value]
-        for start in range(0, len(fresh), 1000):
-            self.client.log_batch(self.run_id, metrics=fresh[start : start + 1000])
+        self._log_metrics([Metric(name, value, now, 0) for name, value in named.items() if known.get(name) != value])
+
+    def _log_metrics(self, metrics: Values) -> None:
+        for start in range(0, len(metrics), MAXIMUM_VALUES):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + MAXIMUM_VALUES])
 
     def log_parameters(self, parameters: dict[str, Any]) -> None:
         """Those that the run has not got yet; MLflow keeps the first value of a parameter for good."""
@@ -128,7 +130,8 @@ class TrackedRun:
 
     def log_dataset(self, manifest: Manifest, url: str) -> None:
         """The activation dataset as the run's input; logging the same one again changes nothing."""
-        schema = Schema([ColSpec(_COLUMN_TYPES.get(name, DataType.binary), name) for name in _column_names(manifest)])
+        names = manifest.layout.column_bytes
+        schema = Schema([ColSpec(_COLUMN_TYPES.get(name, DataType.binary), name) for name in names])
         dataset = MetaDataset(
             source=resolve_dataset_source(url), name=url.rstrip("/").rsplit("/", 1)[-1], digest=manifest.digest, schema=schema
         )
@@ -159,8 +162,7 @@ class TrackedRun:
             source = resolve_dataset_source(url)
             dataset = MetaDataset(source=source, name=EVALUATION_SET, digest=evaluation_set)
             self.client.log_inputs(self.run_id, [_input(dataset, "evaluation")])
-        for start in range(0, len(fresh), 1000):
-            self.client.log_batch(self.run_id, metrics=fresh[start : start + 1000])
+        self._log_metrics(fresh)
 
     def log_figures(self, figures: dict[str, Any]) -> None:
         """As `NAME.png` in the run's uppermost folder: only files there does MLflow's compare page show side by side."""
@@ -201,10 +203,6 @@ def _input(dataset: MetaDataset, context: str) -> DatasetInput:
 
 
 _COLUMN_TYPES = {"document": DataType.long, "position": DataType.integer, "token": DataType.integer}
-
-
-def _column_names(manifest: Manifest) -> list[str]:
-    return [line.split(":", 1)[0] for line in manifest.arrow_schema]
 
 
 def _answers(uri: str) -> bool:
@@ -278,9 +276,7 @@ def _open(
 ) -> tuple[Run, Run | None]:
     """The run, RUNNING, and what was there of it before."""
     experiment = client.get_experiment_by_name(settings.experiment)
-    everything = {
-        **tags, **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae",
-    }  # fmt: skip
+    everything = {**tags, **liveness.ownership_tags(), RUN_DIGEST_TAG: run_digest, MLFLOW_SOURCE_NAME: "sae"}
     with _OPENING:
         liveness.close_dead_runs(client, experiment.experiment_id)
         earlier = _first_of(client, experiment.experiment_id, run_digest)

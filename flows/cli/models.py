@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.cli.terminal import AsJson, command
+from flows.cli.terminal import AsJson, command, print_tree
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,7 +66,7 @@ def show(
 
         if config:
             lineage = registry.lineage_of(client, registry.resolve_version(client, version))
-            print_result(lineage.reproduction(), _print_yaml)
+            print_result(lineage.reproduction(), print_tree)
         else:
             print_result(catalogue.show(client, version), _print_version)
 
@@ -140,47 +139,6 @@ def rollback(
         print_result(
             outcome, lambda done: print(f"{name}: version {done['champion']} is champion again, not {done['replaced']}")
         )
-
-
-@models.command()
-def webhook(
-    url: Annotated[str, typer.Argument(metavar="URL", help="https:// address that the MLflow server calls.")],
-    name: Annotated[str, typer.Option("--name", help="Name of the webhook; one of this name is replaced.")] = "sae-promotions",
-    secret_variable: Annotated[
-        str, typer.Option("--secret-variable", help="Environment variable with the secret that signs the calls.")
-    ] = "SAE_WEBHOOK_SECRET",
-    test: Annotated[bool, typer.Option("--test", help="Have it called now, with an invented version.")] = False,
-    root: Root = "data",
-    uri: Uri = None,
-    as_json: AsJson = False,
-) -> None:
-    """Have the MLflow server call an address after every promotion. Exit code 1 where a test does not arrive."""
-    with _on_the_registry(as_json) as print_result:
-        client = _client(root, uri)
-        from components.registry.webhooks import add_webhook
-
-        made = add_webhook(client, name, url, os.environ.get(secret_variable), test)
-        print_result(made, _print_yaml)
-        if test and not made["test"]["delivered"]:
-            raise typer.Exit(1)
-
-
-@models.command()
-def webhooks(
-    remove: Annotated[str | None, typer.Option("--remove", metavar="NAME", help="Remove the one of that name.")] = None,
-    root: Root = "data",
-    uri: Uri = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the webhooks of the MLflow server, or remove one."""
-    with _on_the_registry(as_json) as print_result:
-        client = _client(root, uri)
-        from components.registry.webhooks import list_webhooks, remove_webhook
-
-        if remove is not None:
-            print_result({"name": remove, "removed": remove_webhook(client, remove)}, _print_yaml)
-        else:
-            print_result({"webhooks": list_webhooks(client)}, _print_yaml)
 
 
 @contextmanager
@@ -300,9 +258,3 @@ def _print_promotion(result: dict[str, Any]) -> None:
     state = "is champion" if result["promoted"] else "is not champion"
     print(f"{result['name']} version {result['version']} {state}: {result['reason']}")
     _print_gates(result["report"])
-
-
-def _print_yaml(result: dict[str, Any]) -> None:
-    import yaml
-
-    print(yaml.safe_dump(result, sort_keys=False, allow_unicode=True), end="")

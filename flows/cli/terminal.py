@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
 Overrides = Annotated[
@@ -45,22 +46,13 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
     try:
         with errors_redacted():
             yield show
-    except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(2) from None
-    except FloatingPointError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False)
-        raise typer.Exit(1) from None
+    except (UserError, FloatingPointError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def log_to_stderr(handler: bool = True) -> None:

@@ -23,7 +23,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 from prefect.utilities.urls import url_for
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_fixed
 
-from infra.ci.report import EXIT_CODES, Outcome, Stop, say, without_password
+from components.redaction import without_secrets
+from infra.ci.report import EXIT_CODES, Outcome, Stop, say
 
 AWAY_SECONDS = 180.0
 """How long a server that has answered before may be away."""
@@ -95,7 +96,7 @@ class Server:
 
     def page(self, run: UUID) -> str | None:
         """The flow run's page in the UI."""
-        return without_password(url_for("flow-run", obj_id=run) or "") or None
+        return without_secrets(url_for("flow-run", obj_id=run) or "") or None
 
     def _call(self, patience: float, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Repeat a call while the server is away; Stop 3 where it stays away, refuses us, or is no Prefect API."""
@@ -123,7 +124,7 @@ class Server:
 @contextmanager
 def connect(deployment: str) -> Iterator[Server]:
     """The server of PREFECT_API_URL; Stop 3 where it cannot be reached or lacks the deployment."""
-    address = without_password(PREFECT_API_URL.value() or "")
+    address = without_secrets(PREFECT_API_URL.value() or "")
     if not address:
         # Prefect would start a temporary server of its own, on which there is no deployment.
         raise Stop(3, "PREFECT_API_URL is not set: set it to the API of the Prefect server, such as https://HOST/api")

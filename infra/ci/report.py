@@ -11,7 +11,9 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
+
+from components.redaction import without_secrets
 
 PROMOTED, NOTHING_TO_DO, REFUSED = "Promoted", "NothingToDo", "Refused"
 """The names of the flow's Completed states; every other verdict is a failure."""
@@ -104,19 +106,10 @@ def plain(markdown: str) -> str:
 
 def link(text: str, address: str | None) -> str:
     """A Markdown link, or the text alone where the address is none that a browser should open."""
-    address = without_password(address or "")
+    address = without_secrets(address or "")
     if not re.fullmatch(r"https?://[^\s<>]+", address):
         return markdown_text(text)
     return f"[{markdown_text(text)}]({quote(address, safe=':/?#@!$&*+,;=%~-._')})"
-
-
-def without_password(address: str) -> str:
-    """A URL without the user and password that it may hold; an empty string for what is no URL."""
-    try:
-        parts = urlsplit(address)
-    except ValueError:
-        return ""
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], limit: int = 200) -> str:

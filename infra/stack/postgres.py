@@ -6,13 +6,14 @@ import os
 import pwd
 import shutil
 import subprocess
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
 import psycopg2
 from psycopg2 import sql
 
-from infra.stack.settings import write_private
+from infra.stack.settings import DATABASES, write_private
 
 SUPERUSER = "sae"
 MISSING = "PostgreSQL is not installed: `apt-get install postgresql` (any version from 14 on), or put initdb on the PATH"
@@ -99,18 +100,16 @@ def command(folder: Path, port: int, *more: str) -> list[str]:
     return [str(postgres), "-D", str(folder), *settings, *more]
 
 
-def ensure_databases(port: int, password: str, names: tuple[str, ...]) -> None:
-    """The databases, made where they are not there; raises psycopg2.OperationalError while the server is not up."""
-    connection = psycopg2.connect(
-        host="127.0.0.1", port=port, user=SUPERUSER, password=password, dbname="postgres", connect_timeout=3
-    )
-    connection.autocommit = True
+def databases_are_there(port: int, password: str) -> bool:
+    """Whether the server is up; the databases are made where they are not there."""
+    place = {"host": "127.0.0.1", "port": port, "user": SUPERUSER, "password": password, "dbname": "postgres"}
     try:
-        with connection.cursor() as cursor:
+        with closing(psycopg2.connect(**place, connect_timeout=3)) as connection:
+            connection.autocommit = True
+            cursor = connection.cursor()
             cursor.execute("select datname from pg_database")
-            present = {row[0] for row in cursor.fetchall()}
-            for name in names:
-                if name not in present:
-                    cursor.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-    finally:
-        connection.close()
+            for name in set(DATABASES) - {row[0] for row in cursor.fetchall()}:
+                cursor.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
+    except psycopg2.OperationalError:
+        return False
+    return True

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import yaml
@@ -20,7 +20,7 @@ from prefect.client.schemas.actions import (
     WorkPoolCreate,
     WorkPoolUpdate,
 )
-from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.asyncutils import run_coro_as_sync
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
@@ -111,18 +111,20 @@ def notifications(say: Say) -> None:
 def automations(client: SyncPrefectClient, say: Say) -> None:
     """Those of `infra/automations`: made, or changed to what the file says. One that needs a notification block is left out
     while there is none."""
-    present = {found.name: found for found in _existing()}
+    present = {found.name: found.id for found in client.read_automations()}
     made = []
     for path in sorted(AUTOMATIONS.glob("*.yaml")):
         try:
-            wanted = load_automation(path, lambda name: client.read_deployment_by_name(name).id, _notification_block)
+            wanted = load_automation(
+                path, lambda name: client.read_deployment_by_name(name).id, partial(_notification_block, client)
+            )
         except MissingBlock:
             say(f"automation {path.stem}: left out, as {NOTIFY_VARIABLE} is not set")
             continue
         if wanted.name in present:
-            run_coro_as_sync(_update(present[wanted.name].id, wanted))
+            client.update_automation(present[wanted.name], wanted)
         else:
-            run_coro_as_sync(_create(wanted))
+            client.create_automation(wanted)
         made.append(wanted.name)
     say(f"automations {', '.join(made)}")
 
@@ -143,27 +145,8 @@ def load_automation(path: Path, deployment_id: Callable[[str], UUID], block_id: 
     return AutomationCore.model_validate(tree)
 
 
-def _notification_block() -> UUID:
-    with get_client(sync_client=True) as client:
-        try:
-            return client.read_block_document_by_name(NOTIFICATIONS, "custom-webhook").id
-        except ObjectNotFound:
-            raise MissingBlock from None
-
-
-def _existing() -> list[Automation]:
-    async def read() -> list[Automation]:
-        async with get_client() as client:
-            return await client.read_automations()
-
-    return list(run_coro_as_sync(read()) or [])
-
-
-async def _create(wanted: AutomationCore) -> None:
-    async with get_client() as client:
-        await client.create_automation(wanted)
-
-
-async def _update(known: UUID, wanted: AutomationCore) -> Any:
-    async with get_client() as client:
-        return await client.update_automation(known, wanted)
+def _notification_block(client: SyncPrefectClient) -> UUID:
+    try:
+        return client.read_block_document_by_name(NOTIFICATIONS, "custom-webhook").id
+    except ObjectNotFound:
+        raise MissingBlock from None

@@ -5,19 +5,15 @@ They have the names, settings and order of `infra/compose.yaml`.
 
 from __future__ import annotations
 
-import json
 import sys
-import urllib.error
-import urllib.request
-from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg2
+import httpx
 
 from infra.stack import postgres, seaweed
-from infra.stack.settings import DATABASES, POOLS, REPOSITORY, Stack
+from infra.stack.settings import ADMIN, POOLS, REPOSITORY, Stack
 
 BIN = Path(sys.executable).parent
 
@@ -60,7 +56,7 @@ def services(stack: Stack) -> list[Service]:
             command=postgres.command(stack.postgres_folder, ports.postgres),
             environment={},
             user=postgres.owner(),
-            is_ready=lambda: _databases_are_there(stack),
+            is_ready=lambda: postgres.databases_are_there(ports.postgres, stack.secrets.postgres),
             stop_signal="INT",  # disconnects its clients; TERM would wait for them
             needs=(ports.postgres,),
         ),
@@ -117,35 +113,15 @@ def prepare(stack: Stack) -> None:
 def answers(url: str) -> bool:
     """Whether an HTTP server is there, whatever it says but that it is broken."""
     try:
-        with urllib.request.urlopen(url, timeout=3):
-            return True
-    except urllib.error.HTTPError as error:
-        return error.code < 500
-    except OSError:
+        return httpx.get(url, timeout=3).status_code < 500
+    except httpx.HTTPError:
         return False
-
-
-def basic_auth(login: str) -> str:
-    """The header `Authorization` of `user:password`."""
-    return f"Basic {b64encode(login.encode()).decode()}"
-
-
-def _databases_are_there(stack: Stack) -> bool:
-    try:
-        postgres.ensure_databases(stack.ports.postgres, stack.secrets.postgres, DATABASES)
-    except psycopg2.OperationalError:
-        return False
-    return True
 
 
 def _has_a_worker(stack: Stack, pool: str) -> bool:
-    request = urllib.request.Request(
-        f"{stack.prefect_url}/work_pools/{pool}/workers/filter",
-        data=b"{}",
-        headers={"Content-Type": "application/json", "Authorization": basic_auth(stack.prefect_login)},
-    )
+    place, login = f"{stack.prefect_url}/work_pools/{pool}/workers/filter", (ADMIN, stack.secrets.prefect)
     try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return any(worker["status"] == "ONLINE" for worker in json.load(answer))
-    except OSError:
+        workers = httpx.post(place, json={}, auth=login, timeout=5).raise_for_status().json()
+    except httpx.HTTPError:
         return False
+    return any(worker["status"] == "ONLINE" for worker in workers)

@@ -20,7 +20,6 @@ from components.language_model.hook_points import (
     depth,
     expand_hook_points,
     locate,
-    module_of,
     parse_hook_point,
     spliced_logits,
 )
@@ -148,7 +147,7 @@ def test_the_mlp_input_is_what_the_mlp_maps_to_its_output(named_model):
         return
     into = HookPoint("mlp_in", 1)
     captured = capture(model, [into, HookPoint("mlp_out", 1)], IDS)
-    block = module_of(model, HookPoint("resid_pre", 1))
+    block = locate(model, HookPoint("resid_pre", 1))[0]
     mlp = nn.Sequential(block.fc1, block.activation_fn, block.fc2) if name == "opt" else block.mlp
     out = mlp(captured[into])
     for norm in ("post_feedforward_layernorm", "post_mlp_layernorm"):
@@ -158,7 +157,7 @@ def test_the_mlp_input_is_what_the_mlp_maps_to_its_output(named_model):
 
 def test_the_forward_pass_stops_after_the_last_hook_point(model):
     reached = []
-    handle = module_of(model, HookPoint("resid_post", 2)).register_forward_hook(lambda *_: reached.append(True))
+    handle = locate(model, HookPoint("resid_post", 2))[0].register_forward_hook(lambda *_: reached.append(True))
     capture(model, [HookPoint("resid_post", 0), sublayers(model)[-1]], IDS)
     handle.remove()
     assert not reached

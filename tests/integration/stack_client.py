@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +20,6 @@ from typing import Any
 
 import psutil
 
-from infra.stack.services import basic_auth
 from infra.stack.settings import REPOSITORY, Stack, load
 from infra.stack.supervision import Supervisor
 
@@ -66,10 +66,11 @@ class Live:
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """The Prefect API's answer; it is asked again while the server is away."""
         data = None if body is None else json.dumps(body).encode()
+        login = b64encode(self.stack.prefect_login.encode()).decode()
         for attempt in range(120):
             request = urllib.request.Request(
                 self.stack.prefect_url + path, data=data, method=method,
-                headers={"Content-Type": "application/json", "Authorization": basic_auth(self.stack.prefect_login)},
+                headers={"Content-Type": "application/json", "Authorization": f"Basic {login}"},
             )  # fmt: skip
             try:
                 with urllib.request.urlopen(request, timeout=20) as answer:

@@ -45,26 +45,15 @@ class ActivationLookup:
     def locate(self, documents: Sequence[int], positions: Sequence[int]) -> list[tuple[Shard, int] | None]:
         """(shard, row in it) of each token, None where it is not in the dataset."""
         wanted = np.array(documents, dtype=np.int64), np.array(positions, dtype=np.int32)
-        buckets = bucket_of(*wanted, len(self.manifest.shards), self.manifest.seed)
+        buckets, keys = bucket_of(*wanted, len(self.manifest.shards), self.manifest.seed), _key(*wanted)
         places: list[tuple[Shard, int] | None] = [None] * len(buckets)
         for bucket in np.unique(buckets).tolist():
-            index = _sorted_keys(self.values, bucket)
+            stored, rows = _sorted_keys(self.values, bucket)
             for number in np.flatnonzero(buckets == bucket).tolist():
-                row = index.find(int(wanted[0][number]), int(wanted[1][number]))
-                if row is not None:
-                    places[number] = (self.manifest.shards[bucket], row)
+                place = int(np.searchsorted(stored, keys[number]))
+                if place < len(stored) and stored[place] == keys[number]:
+                    places[number] = (self.manifest.shards[bucket], int(rows[place]))
         return places
-
-
-@dataclass(frozen=True)
-class _Keys:
-    keys: np.ndarray
-    rows: np.ndarray
-
-    def find(self, document: int, position: int) -> int | None:
-        key = _key(np.array([document]), np.array([position]))[0]
-        place = int(np.searchsorted(self.keys, key))
-        return int(self.rows[place]) if place < len(self.keys) and self.keys[place] == key else None
 
 
 def _key(documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -72,7 +61,8 @@ def _key(documents: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=_SHARDS_KEPT)
-def _sorted_keys(values: Values, bucket: int) -> _Keys:
+def _sorted_keys(values: Values, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """The keys of a shard's tokens, sorted, and the row of each."""
     keys = _key(*values.tokens(values.manifest.shards[bucket]))
     rows = np.argsort(keys)
-    return _Keys(keys[rows], rows)
+    return keys[rows], rows

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from components import storage
 from components.activations.dataset.schema import Layout
 from components.activations.exclusion import NOTHING, Exclusion
+from components.records import first_problem
 from components.settings import Settings, UserError, digest
 
 SCHEMA_VERSION = 3
@@ -211,8 +212,7 @@ def _manifest(content: bytes, url: str) -> Manifest:
             raise ValueError("its checksum is not that of what it says")
         return Manifest.model_validate(tree)
     except ValueError as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))} {first['msg']}".strip() if first else error
+        reason = first_problem(error) if isinstance(error, ValidationError) else error
         raise DamagedDatasetError(f"{url} is damaged: {reason}; {_ANEW}") from error
 
 

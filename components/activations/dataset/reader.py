@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.activations.dataset.manifest import Column, Manifest, Shard
+from components.activations.dataset.manifest import Manifest, Shard
 from components.activations.dataset.schema import memory
 from components.activations.dataset.values import Values
 from components.storage.cache import DiskCache
@@ -56,11 +56,6 @@ class ActivationReader:
     @property
     def tokens(self) -> int:
         return self.manifest.tokens
-
-    @property
-    def statistics(self) -> dict[str, Column]:
-        """Of each hook point that is read: width, number format, mean, scale, norms."""
-        return {column.hook_point: column for column in self.manifest.columns if column.hook_point in self.columns}
 
     def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Generator[dict[str, Tensor]]:
         """Batches from row `start` of the stream on, without end; `[batch_size, d_in]` for a hook point.

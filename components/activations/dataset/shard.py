@@ -6,10 +6,10 @@ they are in memory. The manifest holds where they start, so that a read is one r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -68,18 +68,18 @@ def write_shard_file(
 
 def describe_shard_file(path: Path, layout: Layout, name: str) -> Written:
     """The manifest entry and the sums of the shard at `path`, from the file alone."""
-    checksums: dict[str, list[str]] = {column: [] for column in layout.column_bytes}
+    places: dict[str, list[RowGroup]] = {column: [] for column in layout.column_bytes}
     sums = {hook_point: _Sums(width) for hook_point, width in layout.widths.items()}
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path) as file, path.open("rb") as stream:
+        rows = file.metadata.num_rows
         for group in range(file.metadata.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
-            for column, width in layout.column_bytes.items():
+            for number, (column, width) in enumerate(layout.column_bytes.items()):
                 raw = _bytes(table[column], width)
-                checksums[column].append(xxhash.xxh3_64_hexdigest(memory(raw)))
+                places[column].append(_place(stream, file.metadata.row_group(group).column(number), raw))
                 if column in sums:
                     sums[column].add(as_float32(raw, layout.dtype))
-        rows = file.metadata.num_rows
-    groups = {column: tuple(_groups(path, layout, column, checksums[column])) for column in layout.column_bytes}
+    groups = {column: tuple(found) for column, found in places.items()}
     shard = Shard(name=name, rows=rows, bytes=path.stat().st_size, sha256=file_sha256(path), groups=groups)
     return Written(shard=shard, sums={hook_point: added.result() for hook_point, added in sums.items()})
 
@@ -109,23 +109,17 @@ def decoded(raw: bytes | memoryview, size: int, compression: str) -> memoryview:
     return memoryview(pa.decompress(raw, decompressed_size=size, codec=_CODECS[compression])).cast("B")
 
 
-def _groups(path: Path, layout: Layout, column: str, checksums: list[str]) -> Iterator[RowGroup]:
-    """Where each row group's values are, verified against their checksums."""
-    metadata = pq.read_metadata(path)
-    index = list(layout.column_bytes).index(column)
-    with path.open("rb") as stream:
-        for group, checksum in enumerate(checksums):
-            chunk = metadata.row_group(group).column(index)
-            size = metadata.row_group(group).num_rows * layout.column_bytes[column]
-            # A page's header is not compressed: it is what the chunk's uncompressed size has beyond the values.
-            header = chunk.total_uncompressed_size - size
-            place = RowGroup(offset=chunk.data_page_offset + header, bytes=chunk.total_compressed_size - header, xxh3=checksum)
-            stream.seek(place.offset)
-            values = decoded(stream.read(place.bytes), size, _compression(chunk))
-            found = xxhash.xxh3_64_hexdigest(values)
-            if found != checksum:
-                raise OSError(f"{path} does not hold what was written to it: row group {group} of {column}")
-            yield place
+def _place(stream: BinaryIO, chunk: Any, raw: np.ndarray) -> RowGroup:
+    """Where the values of one column of a row group are, and their checksum. chunk: its metadata; raw: what Parquet reads."""
+    # A page's header is not compressed: it is what the chunk's uncompressed size has beyond the values.
+    header = chunk.total_uncompressed_size - raw.nbytes
+    checksum = xxhash.xxh3_64_hexdigest(memory(raw))
+    place = RowGroup(offset=chunk.data_page_offset + header, bytes=chunk.total_compressed_size - header, xxh3=checksum)
+    stream.seek(place.offset)
+    values = decoded(stream.read(place.bytes), raw.nbytes, _compression(chunk))
+    if xxhash.xxh3_64_hexdigest(values) != checksum:
+        raise OSError(f"{stream.name} does not hold what was written to it: values of {chunk.path_in_schema}")
+    return place
 
 
 def _compression(chunk: Any) -> str:

@@ -11,7 +11,8 @@ larger files of the same form; what comes of them is the same, as the order with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,27 +49,16 @@ def write_scattered(columns: Mapping[str, np.ndarray], layout: Layout, buckets: 
     """Write a chunk's rows, given as the bytes of each column `[n, column_bytes]`. Memory: one block of rows beyond it."""
     documents, positions = token_keys(columns)
     bucket = bucket_of(documents, positions, buckets, seed)
-    order = np.argsort(bucket, kind="stable")
-    table = np.zeros(buckets, dtype=_ENTRY)
-    table["rows"] = np.bincount(bucket, minlength=buckets)
-    table["start"] = np.cumsum(table["rows"]) - table["rows"]
     block = np.empty((_BLOCK_ROWS, layout.row_bytes), dtype=np.uint8)
-    with path.open("wb") as stream:
-        stream.write(table.tobytes())
-        for entry in table:
-            state = xxhash.xxh3_64()
-            stop = entry["start"] + entry["rows"]
-            for start in range(entry["start"], stop, _BLOCK_ROWS):
-                rows = order[start : min(start + _BLOCK_ROWS, stop)]
-                offset = 0
-                for name, width in layout.column_bytes.items():
-                    block[: len(rows), offset : offset + width] = columns[name][rows]
-                    offset += width
-                state.update(memory(block[: len(rows)]))
-                stream.write(memory(block[: len(rows)]))
-            entry["xxh3"] = state.intdigest()
-        stream.seek(0)
-        stream.write(table.tobytes())
+    parts = split_columns(block, layout)
+
+    def records(rows: np.ndarray) -> np.ndarray:
+        for name, part in parts.items():
+            part[: len(rows)] = columns[name][rows]
+        return block[: len(rows)]
+
+    with path.open("wb") as stream, _table(stream, np.bincount(bucket, minlength=buckets)) as table:
+        _write_sorted(stream, records, np.argsort(bucket, kind="stable"), table)
 
 
 @dataclass(frozen=True)
@@ -165,34 +155,43 @@ class Scattered:
 
     def merge(self, path: Path, merge_bytes: int) -> None:
         """Write one file with the records of all. Memory: `merge_bytes`, or a bucket where that is more."""
-        table = np.zeros(self.buckets, dtype=_ENTRY)
-        table["rows"] = self.tables["rows"].sum(axis=0)
-        table["start"] = np.cumsum(table["rows"]) - table["rows"]
-        with path.open("wb") as stream:
-            stream.write(table.tobytes())
+        counts = self.tables["rows"]
+        with path.open("wb") as stream, _table(stream, counts.sum(axis=0)) as table:
             first = 0
             while first < self.buckets:
                 within = table["start"][first] + merge_bytes // self.layout.row_bytes
                 stop = max(first + 1, int(np.searchsorted(table["start"] + table["rows"], within, side="right")))
+                buckets = np.repeat(np.tile(np.arange(stop - first), len(counts)), counts[:, first:stop].ravel())
                 records = self.read(first, stop)
-                counts = self.tables["rows"][:, first:stop]
-                buckets = np.repeat(np.tile(np.arange(stop - first), len(counts)), counts.ravel())
-                _write_sorted(stream, records, np.argsort(buckets, kind="stable"), table[first:stop])
+                _write_sorted(stream, records.__getitem__, np.argsort(buckets, kind="stable"), table[first:stop])
                 first = stop
-            stream.seek(0)
-            stream.write(table.tobytes())
 
 
-def _write_sorted(stream: BinaryIO, records: np.ndarray, order: np.ndarray, table: np.ndarray) -> None:
-    """Write records in an order in which the buckets of a table follow each other, and note their checksums in it."""
+@contextmanager
+def _table(stream: BinaryIO, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """The table of a file with so many rows in each bucket, at its beginning; checksums are noted in it meanwhile."""
+    table = np.zeros(len(rows), dtype=_ENTRY)
+    table["rows"] = rows
+    table["start"] = np.cumsum(rows) - rows
+    stream.write(table.tobytes())
+    yield table
+    stream.seek(0)
+    stream.write(table.tobytes())
+
+
+def _write_sorted(stream: BinaryIO, records: Callable[[np.ndarray], np.ndarray], order: np.ndarray, table: np.ndarray) -> None:
+    """Write records in an order in which the buckets of a table follow each other, and note their checksums in it.
+
+    records: those of some rows, uint8 `[n, row_bytes]`.
+    """
     begin = table["start"][0]
     for entry in table:
         state = xxhash.xxh3_64()
         stop = entry["start"] - begin + entry["rows"]
         for start in range(entry["start"] - begin, stop, _BLOCK_ROWS):
-            block = records[order[start : min(start + _BLOCK_ROWS, stop)]]
-            state.update(memory(block))
-            stream.write(memory(block))
+            block = memory(records(order[start : min(start + _BLOCK_ROWS, stop)]))
+            state.update(block)
+            stream.write(block)
         entry["xxh3"] = state.intdigest()
 
 
