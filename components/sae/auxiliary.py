@@ -13,14 +13,16 @@ def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Ten
     pre-activation on each token, without a bias; 0 where no feature is dead.
 
     pre_activations `[n, d_sae]`, dead bool `[d_sae]`, residual `[n, d_out]`, rows `[d_sae, d_out]`. The residual is detached:
-    the living features learn nothing from it. No rectifier: a dead feature is below zero nearly everywhere, and would get no
-    gradient behind one. Which features are dead is not asked of the device: with none the term is multiplied by 0.
+    the living features learn nothing from it. What is written is rectified, as of any feature; the gradient passes the
+    rectifier, since a dead feature is below zero nearly everywhere. (Unrectified, some learn to write with negative
+    activations, and stay dead.) Which features are dead is not asked of the device: with none the term is multiplied by 0.
     """
     error = residual.detach().float()
     k = min(k, pre_activations.shape[1])
     chosen = pre_activations.masked_fill(~dead, -torch.inf).topk(k, dim=1)
     known = chosen.values.isfinite()
     values = torch.where(known, chosen.values, torch.zeros_like(chosen.values))
+    values = values + (torch.relu(values) - values).detach()
     written = SparseFeatures.of_rows(values, chosen.indices, pre_activations.shape[1]).decode(
         rows, rows.new_zeros(rows.shape[1])
     )

@@ -101,7 +101,7 @@ def gated_in_numpy(w: dict[str, np.ndarray], x: np.ndarray, held: dict[str, np.n
     gate = product + w["b_gate"]
     f = np.maximum(product * np.exp(w["r_mag"]) + w["b_mag"], 0) * (gate > 0)
     opened = np.maximum(gate, 0)
-    sparsity = (opened * np.linalg.norm(w["W_dec"], axis=1)).sum(axis=1).mean()
+    sparsity = (opened * np.linalg.norm(held["W_dec"], axis=1)).sum(axis=1).mean()
     return squared(x, f, w) + 2.0 * sparsity + squared(x, opened, held)
 
 
@@ -114,7 +114,7 @@ INDEPENDENT: dict[str, Callable[[dict[str, np.ndarray], np.ndarray], float]] = {
 
 
 def independent(name: str, coder: Coder) -> Callable[[dict[str, np.ndarray], np.ndarray], float]:
-    if name == "gated":  # the decoder of its last term stands still
+    if name == "gated":  # the decoder of penalty and gate stands still
         held = weights(coder)
         return lambda w, x: gated_in_numpy(w, x, held)
     return INDEPENDENT[name]
@@ -225,7 +225,7 @@ def test_dead_features_learn_what_the_living_leave_over_and_the_living_nothing_o
     written = np.zeros_like(e)
     for token in range(50):
         best = sorted((2, 7, 11), key=lambda feature: -z[token, feature])[:2]
-        written[token] = sum(z[token, feature] * w[feature] for feature in best)
+        written[token] = sum(max(z[token, feature], 0) * w[feature] for feature in best)
     expected = 6 * ((e - written) ** 2).sum() / ((e - e.mean(axis=0)) ** 2).sum()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     nobody = auxk_loss(before, torch.zeros(20, dtype=torch.bool), residual, rows, 2)

@@ -31,8 +31,9 @@ class BatchTopKSettings(KSettings):
     k: int = Field(default=32, ge=1)
     """Active features per token, on average over a batch."""
 
-    threshold_decay: float = Field(default=0.99, ge=0, lt=1)
-    """Of the running mean of the weakest activation that was chosen: the part that is kept at each step."""
+    threshold_decay: float = Field(default=0.9, ge=0, lt=1)
+    """Of the running mean of the weakest activation that was chosen: the part that is kept at each step. One of thousands in
+    order hardly varies from batch to batch, and a long memory lags behind."""
 
 
 class BatchTopKSAE(Coder):

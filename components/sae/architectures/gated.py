@@ -16,6 +16,8 @@ from components.sae.settings import CoderSettings
 class GatedSettings(CoderSettings):
     decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
 
+    version = 2  # of 1, the penalty shrank the decoder
+
     architecture: Literal["gated"] = "gated"
     """Gate and magnitude on one encoder (Rajamanoharan et al. 2024)."""
 
@@ -54,14 +56,18 @@ class GatedSAE(Coder):
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         """`E[ ||y - y_hat||^2 + lambda sum_i relu(gate_i) ||W_dec_i|| + ||y - y_hat(relu(gate))||^2 ]`, the last with the
-        decoder held still (section 3.2): it is what teaches the gate."""
+        decoder held still (section 3.2): it is what teaches the gate.
+
+        The penalty does not pull at the decoder norm either. It would shrink it without end: the magnitudes make up for it,
+        and the gate's own reconstruction, which could not, stands still.
+        """
         product = self.pre_activations(x)
         features = self._features(product)
         opened = DenseFeatures(torch.relu(product + self.b_gate))
         reconstruction = reconstruction_loss(y, self.decode(features))
         auxiliary = reconstruction_loss(y, opened.decode(self.W_dec.detach(), self.b_dec.detach()))
         with in_float32(x.device):
-            sparsity = opened.means() @ self.W_dec.norm(dim=1)
+            sparsity = opened.means() @ self.W_dec.detach().norm(dim=1)
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
         return Losses(
             {"reconstruction": reconstruction, "sparsity": sparsity, "gate": auxiliary},

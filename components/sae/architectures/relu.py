@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from components.sae.auxiliary import auxk_loss
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
 from components.sae.features import DenseFeatures
 from components.sae.settings import CoderSettings
@@ -15,6 +16,7 @@ from components.sae.settings import CoderSettings
 
 class ReLUSettings(CoderSettings):
     decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
+    decides_later = ("auxk_coefficient", "auxk")
 
     architecture: Literal["relu"] = "relu"
     """The ReLU encoder and the decoder-norm L1 penalty of Templeton et al. 2024."""
@@ -24,6 +26,13 @@ class ReLUSettings(CoderSettings):
 
     sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of training over which lambda rises linearly from zero."""
+
+    auxk_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the loss by which dead features come back (AuxK), in units of the residual's variance. The paper has none: a
+    rectifier that is never over zero has no gradient."""
+
+    auxk: int | None = Field(default=None, ge=1)
+    """Dead features per token that take part in it; half of the width of what is written where it is not given."""
 
 
 class ReLUSAE(Coder):
@@ -41,17 +50,20 @@ class ReLUSAE(Coder):
         The decoder norm is free: the penalty's gradient flows into it, which is what keeps the coder from shrinking `f` and
         growing `W_dec`.
         """
-        features = self.encode(x)
-        reconstruction = reconstruction_loss(y, self.decode(features))
+        before = self.pre_activations(x)
+        features = DenseFeatures(torch.relu(before))
+        y_hat = self.decode(features)
         with in_float32(x.device):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms
             sparsity = features.means() @ self.W_dec.norm(dim=1)
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
-        return Losses(
-            {"reconstruction": reconstruction, "sparsity": sparsity},
-            {"reconstruction": 1.0, "sparsity": coefficient},
-            features.detach(),
-        )
+        terms = {"reconstruction": reconstruction_loss(y, y_hat), "sparsity": sparsity}
+        weights = {"reconstruction": 1.0, "sparsity": coefficient}
+        if self.settings.auxk_coefficient > 0 and progress.dead is not None:
+            k = self.settings.auxk or max(1, self.d_out // 2)
+            terms["auxk"] = auxk_loss(before, progress.dead, y - y_hat, self.W_dec, k)
+            weights["auxk"] = self.settings.auxk_coefficient
+        return Losses(terms, weights, features.detach())
 
     def exported(self) -> Exported:
         return Exported("standard", dict(self.state_dict()), {})

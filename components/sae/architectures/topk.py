@@ -21,6 +21,8 @@ _SAME_LENGTH = 1e-5
 class KSettings(CoderSettings):
     """What architectures share that choose by rank."""
 
+    version = 2  # of 1, dead features wrote with negative activations in AuxK
+
     decides = (*CoderSettings.decides, "k", "auxk_coefficient", "auxk", "k_start", "k_anneal")
 
     k: int = Field(default=32, ge=1)
