@@ -1,0 +1,223 @@
+"""Do our coders find features that are known to be there? `python benchmarks/synthetic.py --help`.
+
+Activations are sums of true features. Some fire a hundred times more often than others, a few hidden causes make many of
+them fire together, and a part of them are trees in which a child fires only with its parent and never with a sibling: what
+real features are taken to be, and what plain dictionaries are known to get wrong (as in arXiv 2602.14687). All architectures
+read the same batches, in lockstep. Prints one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from components.hardware import keep_freed_memory
+from components.sae.architectures import architectures
+from components.sae.coder import Coder, Column
+from components.training.job import Training
+from components.training.settings import TrainingSettings
+from components.training.step import CoderInTraining, new_coder, take_step
+
+CHILDREN, CHILD_PROBABILITY = 4, 0.2
+"""Of every inner node of a tree; that of each child, given its parent."""
+
+
+@dataclass(frozen=True)
+class World:
+    """True features and how they fire. Trees are laid out as roots, then their children, then theirs; the rest stand alone."""
+
+    d_in: int = 256
+    features: int = 1_024
+    trees: int = 16
+    mean_l0: float = 12.0
+    """Features that fire on a token, on average."""
+    zipf: float = 0.5
+    """The i-th of roots and free features fires with a probability in proportion to `i^-zipf`."""
+    causes: int = 25
+    """Rank of the correlation of what makes features fire."""
+    cause_share: float = 0.1
+    """Part of the variance of a feature's latent that the causes make."""
+    offset: float = 0.5
+    """Norm of the mean that every token has, over that of the rest."""
+    seed: int = 1_000_000
+    """Of the truth: far from those of coders, whose decoder rows would else start as the true features."""
+    directions: Tensor = field(init=False)
+    """Unit rows, `[features, d_in]`."""
+    probability: Tensor = field(init=False)
+    """With which each fires on a token, `[features]`."""
+    _loadings: Tensor = field(init=False)
+    _cuts: Tensor = field(init=False)
+    _mean: Tensor = field(init=False)
+    scale: float = field(init=False)
+    """What activations are multiplied by, so that the mean of `||x||^2` is `d_in`."""
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        found = torch.nn.functional.normalize(torch.randn(self.features, self.d_in, generator=generator), dim=1)
+        children, grandchildren = self.trees * CHILDREN, self.trees * CHILDREN**2
+        alone = self.features - children - grandchildren  # roots among them
+        odds = torch.arange(1, alone + 1, dtype=torch.float64) ** -self.zipf
+        odds = odds[torch.randperm(alone, generator=generator)]
+        # Roots are drawn from the more frequent half, so that their grandchildren fire at all.
+        frequent = odds.argsort(descending=True)[: alone // 2]
+        roots = frequent[torch.randperm(len(frequent), generator=generator)[: self.trees]]
+        others = torch.ones(alone, dtype=torch.bool).index_fill(0, roots, False)
+        root_odds = odds[roots]
+        child_odds = (CHILD_PROBABILITY * root_odds).repeat_interleave(CHILDREN)
+        grandchild_odds = (CHILD_PROBABILITY * child_odds).repeat_interleave(CHILDREN)
+        every = torch.cat([root_odds, child_odds, grandchild_odds, odds[others]])
+        probability = every * (self.mean_l0 / every.sum())
+        loadings = torch.nn.functional.normalize(torch.randn(self.features, self.causes, generator=generator), dim=1)
+        mean = torch.nn.functional.normalize(torch.randn(self.d_in, generator=generator), dim=0)
+        for name, value in {
+            "directions": found,
+            "probability": probability.float(),
+            "_loadings": math.sqrt(self.cause_share) * loadings,
+            "_cuts": torch.special.ndtri(probability).float(),
+            "_mean": mean * self.offset * math.sqrt(self.mean_l0),
+            "scale": 1.0,
+        }.items():
+            object.__setattr__(self, name, value)
+        x, _ = self.tokens(16_384, torch.Generator().manual_seed(self.seed + 1))
+        object.__setattr__(self, "scale", math.sqrt(self.d_in / x.square().sum(dim=1).mean().item()))
+
+    def tokens(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Activations `[count, d_in]`, scaled, and what each true feature adds to them in that unit, `[count, features]`."""
+        causes = torch.randn(count, self.causes, generator=generator)
+        own = torch.randn(count, self.features, generator=generator) * math.sqrt(1 - self.cause_share)
+        fires = own.addmm_(causes, self._loadings.T) < self._cuts
+        start, nodes = 0, self.trees
+        for _ in range(2):  # children, then theirs: one of the siblings, or none, where the parent fires
+            parents = fires[:, start : start + nodes]
+            chosen = (torch.rand(count, nodes, generator=generator) / CHILD_PROBABILITY).long()
+            of_parent = torch.arange(CHILDREN) == chosen[:, :, None]
+            start, nodes = start + nodes, nodes * CHILDREN
+            fires[:, start : start + nodes] = (of_parent & parents[:, :, None]).reshape(count, nodes)
+        strength = fires * (1 + 0.3 * torch.randn(count, self.features, generator=generator)).clamp_min(0.1)
+        strength *= self.scale
+        return strength @ self.directions + self.scale * self._mean, strength
+
+
+RECIPES: dict[str, tuple[dict[str, Any], float]] = {
+    "relu": ({"sparsity_coefficient": 3.0}, 4e-3),
+    "gated": ({"sparsity_coefficient": 3.0}, 4e-3),
+    "jumprelu": ({"sparsity_coefficient": 2.0}, 4e-3),
+    "topk": ({}, 4e-3),
+    "batchtopk": ({}, 4e-3),
+    "matryoshka": ({}, 4e-3),
+}
+"""Settings that are not the architecture's defaults, and the learning rate. Where there is a k, it is the true L0."""
+
+
+def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict[str, tuple[CoderInTraining, float]]:
+    """Each coder after the same tokens, and the CPU seconds that its own steps took."""
+    column, members, seconds = (Column("x", world.d_in),), {}, dict.fromkeys(names, 0.0)
+    for name in names:
+        options, rate = RECIPES[name]
+        kind = architectures()[name].Settings
+        options = {"k": round(world.mean_l0)} | options if "k" in kind.model_fields else options
+        options = options | {key: value for key, value in arguments.set if key in kind.model_fields}
+        settings = TrainingSettings(
+            tokens=arguments.tokens, batch_size=arguments.batch, learning_rate=arguments.learning_rate or rate,
+            learning_rate_warmup=0.02, dead_after_tokens=arguments.tokens // 10,
+        )  # fmt: skip
+        job = Training(
+            url="", digest="", identity={}, settings=settings, coder=kind(d_sae=world.features, **options), dataset_url="",
+            reads=("x",), writes=("x",), seed=arguments.seed, metadata={},
+        )  # fmt: skip
+        members[name] = (new_coder(job, column, column, torch.device("cpu")), settings)
+    generator, mean = torch.Generator().manual_seed(arguments.seed + 2), torch.zeros(world.d_in)
+    for _ in range(-(-arguments.tokens // arguments.batch)):
+        x, _ = world.tokens(arguments.batch, generator)
+        for name, (member, settings) in members.items():
+            started = time.process_time()
+            take_step(member, settings, x, x, mean, measured=False)
+            seconds[name] += time.process_time() - started
+    return {name: (member, seconds[name]) for name, (member, _) in members.items()}
+
+
+@torch.no_grad()
+def measure(world: World, coder: Coder, tokens: int, seed: int) -> dict[str, Any]:
+    """What of the truth a coder has found, on tokens that it was not trained on.
+
+    `mean_max_cosine`: mean over true features of the largest cosine with a decoder row. `mcc`: the same under the best
+    one-to-one assignment. `f1`: of "the assigned feature fires" against "the true one fires", mean over true features, by
+    frequency quarters too. `shrinkage`: 1 - what the assigned feature writes over what the true one does, where both fire.
+    """
+    norms = coder.W_dec.norm(dim=1)
+    cosine = world.directions @ torch.nn.functional.normalize(coder.W_dec, dim=1).T
+    best = cosine.amax(dim=1)
+    truth, found = (torch.from_numpy(side) for side in linear_sum_assignment(-cosine.numpy()))
+    assigned = torch.empty(world.features, dtype=torch.long).index_copy_(0, truth, found)
+    generator = torch.Generator().manual_seed(seed)
+    both, ours, theirs, written, added = torch.zeros(5, world.features, dtype=torch.float64)
+    fired = torch.zeros(coder.d_sae, dtype=torch.long)
+    errors, total, square, active, left = 0.0, torch.zeros(world.d_in, dtype=torch.float64), 0.0, 0, tokens
+    while left > 0:
+        count = min(left, 4_096)
+        x, strength = world.tokens(count, generator)
+        features, y = coder.reconstruct(x)
+        values = features.dense()
+        fired += features.fired()
+        active += int(features.active().sum())
+        errors += (x - y).double().square().sum().item()
+        total += x.double().sum(dim=0)
+        square += x.double().square().sum().item()
+        mine = values[:, assigned] * norms[assigned]
+        on, true = mine > 0, strength > 0
+        both += (on & true).sum(dim=0)
+        ours += on.sum(dim=0)
+        theirs += true.sum(dim=0)
+        written += (mine * true).sum(dim=0)
+        added += (strength * on).sum(dim=0)
+        left -= count
+    f1 = 2 * both / (ours + theirs).clamp_min(1)
+    quarters = world.probability.argsort(descending=True).chunk(4)
+    hit = f1 > 0.5
+    return {
+        "mean_max_cosine": best.mean().item(),
+        "mean_max_cosine_by_frequency": [round(best[part].mean().item(), 3) for part in quarters],
+        "mean_max_cosine_weighted": ((best * world.probability).sum() / world.probability.sum()).item(),
+        "mcc": cosine[truth, found].mean().item(),
+        "f1": f1.mean().item(),
+        "f1_by_frequency": [round(f1[part].mean().item(), 3) for part in quarters],
+        "shrinkage": (1 - written[hit].sum() / added[hit].sum()).item() if bool(hit.any()) else None,
+        "dead_fraction": (fired == 0).double().mean().item(),
+        "l0": active / tokens,
+        "explained_variance": 1 - errors / (square - total.square().sum().item() / tokens),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("architectures", nargs="*", default=[])
+    parser.add_argument("--large", action="store_true", help="16,384 features in 768 dimensions, L0 34: slow")
+    parser.add_argument("--tokens", type=int, default=300_000)
+    parser.add_argument("--batch", type=int, default=1_024)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--set", action="append", default=[], type=setting, metavar="FIELD=JSON")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    world = World(d_in=768, features=16_384, trees=128, mean_l0=34.0) if arguments.large else World()
+    for name, (trained, seconds) in train(world, arguments.architectures or list(RECIPES), arguments).items():
+        found = measure(world, trained.coder, 50_000, seed=arguments.seed + 3)
+        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
+        print(json.dumps({"architecture": name, **shown, "cpu_seconds": round(seconds, 1)}), flush=True)
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, json.loads(value)
+
+
+if __name__ == "__main__":
+    main()
