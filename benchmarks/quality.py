@@ -1,0 +1,205 @@
+"""Which architecture explains most at equal L0, ours and the peers': `python benchmarks/quality.py quickstart --help`.
+
+Everything reads the same batches of the configuration's activations (`sae extract` makes them), has the same number of
+features, and is measured by our own evaluation on held-out documents. Each architecture is trained at three sparsities for
+every seed; values at equal L0 are interpolated between those. What is trained is kept under the storage root and used again.
+Prints a Markdown table and writes a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from components import storage
+from components.evaluation.evaluate import HeldOut, evaluate, reference_statistics
+from components.evaluation.settings import EvaluationSettings
+from components.interop.formats import given_sae
+from components.language_model.loading import load_model
+from components.run.config import load_config
+from components.run.specification import Specification, resolve
+from components.sae.architectures import architectures
+from components.settings import digest
+from components.training.job import Training
+from components.training.loop import train_together
+
+SPARSITIES: dict[str, tuple[str, tuple[float, ...], float, dict[str, Any]]] = {
+    "relu": ("sparsity_coefficient", (1.2, 2.0, 3.0), 4e-3, {}),
+    "gated": ("sparsity_coefficient", (2.5, 4.0, 6.0), 4e-3, {}),
+    "jumprelu": ("sparsity_coefficient", (0.15, 0.3, 0.6), 4e-3, {}),
+    "topk": ("k", (8, 12, 20), 4e-3, {}),
+    "batchtopk": ("k", (8, 12, 20), 4e-3, {}),
+    "matryoshka": ("k", (8, 12, 20), 4e-3, {}),
+}
+"""Of ours: the field that decides sparsity, its values, the learning rate, other settings that are not the defaults."""
+
+PEERS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "saelens standard": ("l1_coefficient", (1.2, 2.0, 3.0), {}),
+    "saelens jumprelu": (
+        "l0_coefficient", (0.15, 0.3, 0.6),
+        {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.1,
+         "pre_act_loss_coefficient": 3e-6},
+    ),
+    "saelens topk": ("k", (8, 12, 20), {}),
+    "saelens batchtopk": ("k", (8, 12, 20), {}),
+    "saelens matryoshka": ("k", (8, 12, 20), {"matryoshka_widths": [0.25, 0.5, 1.0]}),
+}  # fmt: skip
+"""Of the peers (`quality_peers.py`): the same. JumpReLU as its documentation has it for Anthropic's form."""
+
+RATES = {"theirs": {"learning_rate": 3e-4, "batch_size": 4_096}, "ours": {"learning_rate": 4e-3, "batch_size": 1_024}}
+"""How peers are trained: by the defaults of SAELens, and as ours are."""
+
+AT_L0 = (8.0, 12.0, 16.0)
+MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_fraction")
+
+
+def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: int) -> dict[tuple[str, float], str]:
+    """Where the artifact of each architecture at each sparsity is, trained in lockstep if it was not there."""
+    jobs: dict[tuple[str, float], Training] = {}
+    base = plan.training()
+    for name in names:
+        field, values, rate, more = SPARSITIES[name]
+        kind = architectures()[name].Settings
+        settings = base.settings.model_copy(
+            update={"tokens": tokens, "learning_rate": rate, "checkpoint_tokens": tokens, "dead_after_tokens": tokens // 10}
+        )
+        for value in values:
+            coder = kind.model_validate({"d_sae": plan.d_sae, field: value, **more})
+            identity = {"coder": coder.identity(plan.d_in), "training": settings.model_dump(), "seed": seed}
+            key = digest(identity)
+            jobs[name, value] = dataclasses.replace(
+                base, url=storage.join(root, key), digest=key, identity=identity, settings=settings, coder=coder, seed=seed
+            )
+    if jobs:
+        train_together(list(jobs.values()), torch.device("cpu"))
+    return {key: job.url for key, job in jobs.items()}
+
+
+def theirs(
+    plan: Specification, root: str, names: list[str], how: str, seed: int, tokens: int, peers: Path
+) -> dict[tuple[str, float], str]:
+    """The same of peers, trained by their own library on our batches in a process that sees it."""
+    found, missing = {}, {}
+    for name in names:
+        field, values, more = PEERS[name]
+        for value in values:
+            work = {
+                "architecture": name.partition(" ")[2], "options": {field: value, **more}, **RATES[how], "tokens": tokens,
+                "seed": seed, "d_sae": plan.d_sae, "dataset_url": plan.dataset_url, "hook_point": plan.hook_point,
+            }  # fmt: skip
+            folder = storage.join(root, f"saelens-{digest(work)}")
+            if not (Path(folder) / "cfg.json").is_file():
+                missing[folder] = work
+            found[f"{name}, {how}", value] = folder
+    if missing:
+        path = os.pathsep.join([str(peers), str(Path(__file__).parents[1])])
+        command = [sys.executable, str(Path(__file__).with_name("quality_peers.py")), json.dumps(missing)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    return found
+
+
+def measured(plan: Specification, urls: dict[tuple[str, float], str], tokens: int) -> dict[tuple[str, float], dict[str, float]]:
+    """What our evaluation says of each, kept beside it."""
+    settings = EvaluationSettings(tokens=tokens, baselines=(), neighbours=0)
+    manifest, device = plan.token_manifest(), torch.device("cpu")
+    assert manifest is not None
+    text, model = HeldOut(url=plan.token_url, manifest=manifest), load_model(plan.source, device)
+    reference = reference_statistics(model, plan.point, text, settings.reference_tokens, settings.batch_sequences, device)
+    found = {}
+    for key, url in urls.items():
+        kept = Path(url) / f"quality-{tokens}.json"
+        if not kept.is_file():
+            sae = given_sae(Path(url), url).load(device, reference.mean_norm)
+            metrics = evaluate(settings, sae, sae.d_sae, model, plan.point, text, reference, device).metrics
+            kept.write_text(json.dumps({name: metrics[name] for name in MEASURED}))
+        found[key] = json.loads(kept.read_text())
+        print(json.dumps({"what": key, **found[key]}), file=sys.stderr, flush=True)
+    return found
+
+
+def interpolated(points: list[dict[str, float]], l0: float, metric: str) -> float:
+    """A metric at an L0 between those of `points`, not a number outside: what is lost, in logarithms of both."""
+    points = sorted(points, key=lambda point: point["l0"])
+    x = np.log([point["l0"] for point in points])
+    lost = np.log([1 - point[metric] for point in points])
+    return float(1 - np.exp(np.interp(np.log(l0), x, lost, left=np.nan, right=np.nan)))
+
+
+Runs = dict[str, dict[int, list[dict[str, float]]]]
+"""By architecture and seed: one point for each sparsity."""
+
+
+def table(runs: Runs) -> str:
+    """At equal L0, mean over seeds and half of what lies between the largest and the smallest."""
+    columns = [(metric, l0) for metric in ("explained_variance", "loss_recovered") for l0 in AT_L0]
+    head = ["architecture", *(f"{metric} at {l0:g}" for metric, l0 in columns), "L0", "dead_fraction"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, seeds in runs.items():
+        cells = []
+        for metric, l0 in columns:
+            values = [interpolated(points, l0, metric) for points in seeds.values()]
+            cells.append(f"{np.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}")
+        first = next(iter(seeds.values()))
+        dead = max(point["dead_fraction"] for points in seeds.values() for point in points)
+        lines.append(
+            f"| {name} | " + " | ".join([*cells, ", ".join(f"{point['l0']:.1f}" for point in first), f"{dead:.3f}"]) + " |"
+        )
+    return "\n".join(lines).replace("nan ± nan", "-")
+
+
+def picture(runs: Runs, path: str) -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    for axis, metric in zip(axes, ("explained_variance", "loss_recovered"), strict=True):
+        for name, seeds in runs.items():
+            points = sorted((point["l0"], 1 - point[metric]) for points in seeds.values() for point in points)
+            axis.plot(*zip(*points, strict=True), "--x" if " " in name else "-o", label=name, ms=4)
+        axis.set(xlabel="L0", ylabel=f"1 - {metric}", xscale="log", yscale="log")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides")
+    parser.add_argument("--ours", nargs="*", default=list(SPARSITIES), choices=list(SPARSITIES))
+    parser.add_argument("--theirs", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in; without it, ours alone")
+    parser.add_argument("--rates", nargs="*", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--evaluation-tokens", type=int, default=50_000)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--picture", default="quality.png")
+    arguments = parser.parse_args()
+    plan = resolve(load_config(arguments.config, arguments.overrides))
+    assert plan.dataset_manifest() is not None, "run `sae extract` first"
+    root = storage.join(plan.config.storage.root, "quality")
+    runs: Runs = defaultdict(dict)
+    for seed in range(arguments.seeds):
+        urls = ours(plan, root, arguments.ours, seed, arguments.tokens)
+        if arguments.peers:
+            for how in arguments.rates:
+                urls |= theirs(plan, root, arguments.theirs, how, seed, arguments.tokens, arguments.peers)
+        for (name, _), metrics in measured(plan, urls, arguments.evaluation_tokens).items():
+            runs[name].setdefault(seed, []).append(metrics)
+    print(table(runs))
+    picture(runs, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
