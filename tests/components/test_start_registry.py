@@ -80,6 +80,8 @@ def test_whoever_asks_again_gets_the_same_although_it_has_become_champion(short:
     promote(client, first.registered_model, str(outcome.model_version), Gates(evaluation_tokens=1), force="a test")
     again = starting(short, "champion", tokens=40_000)
     assert again.sae_digest == run.sae_digest
+    assert steps.finished_run(again) is None  # its features have not been looked at
+    steps.interpret(again)
     assert steps.finished_run(again).model_version == outcome.model_version
     assert again.start_said.startswith(f"from models:/{first.registered_model}/1, as version 2")
     # another one goes on from the new champion

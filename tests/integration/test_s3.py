@@ -49,6 +49,7 @@ def line(tree: dict) -> tuple[Specification, dict]:
     steps.extract(plan)
     steps.train(plan)
     steps.evaluate(plan)
+    steps.interpret(plan)
     with steps.tracked(plan, {}) as run:
         return plan, steps.register(plan, run)
 
