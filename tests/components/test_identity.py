@@ -39,7 +39,7 @@ TYPICAL: dict[str, dict[str, Any]] = {
 
 
 def configs() -> dict[str, RunConfig]:
-    shipped = {name: load_config(name) for name in ("quickstart", "gpt2")}
+    shipped = {name: load_config(name) for name in ("quickstart", "paper", "gpt2")}
     return shipped | {name: parse_config(tree) for name, tree in TYPICAL.items()}
 
 
