@@ -13,7 +13,7 @@ from components.steps.evaluation import (
 )
 from components.steps.extraction import extract
 from components.steps.given import evaluate_given, export_given, import_given
-from components.steps.interpretation import browser_address, interpret, list_features, show_feature
+from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.tokens import prepare_tokens
@@ -42,7 +42,7 @@ __all__ = [
     "register",
     "require_evaluated",
     "run_address",
-    "show_feature",
+    "search_features", "show_feature", "steer",
     "summary",
     "tracked",
     "train",

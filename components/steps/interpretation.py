@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from components import storage
 from components.evaluation.held_out import HeldOut
 from components.evaluation.record import About
+from components.interpretation import search, steering
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
 from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
 from components.interpretation.record import InterpretationRecord, interpretation_url
-from components.language_model.loading import kept_model, load_tokenizer
+from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
@@ -75,6 +78,66 @@ def show_feature(run: Specification, feature: int) -> dict[str, Any]:
     if not 0 <= feature < data.d_sae:
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {data.d_sae - 1}")
     return data.feature(feature)
+
+
+def search_features(run: Specification, texts: list[str], against: list[str], limit: int) -> list[dict[str, Any]]:
+    """Features that fire on these texts more than on the others (where there are some), the most telling first: `difference` of
+    the mean largest activations, in how many `texts` and `against` each fires, and the token of each text on which it does
+    most. They need no feature data."""
+    if run.training_record() is None:
+        raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
+    encoder, decode = load_encoder(run.source), _decode(run)
+    ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.encode([*texts, *against])]
+    for text, tokens in zip([*texts, *against], ids, strict=True):
+        if not tokens:
+            raise UserError(f"--text: {text!r} holds no token")
+    bos = None if run.config.corpus.bos == "none" else encoder.bos
+    model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
+    found = search.firing(model, run.point, sae, ids, bos, run.device)
+    ours, theirs = found[: len(texts)], found[len(texts) :]
+    difference = search.contrast(ours, theirs)
+    rows = []
+    for feature in difference.argsort(descending=True, stable=True)[:limit].tolist():
+        if difference[feature] <= 0:
+            break
+        firing = [(text[:, feature], tokens) for text, tokens in zip(ours, ids, strict=False) if text[:, feature].max() > 0]
+        rows.append(
+            {
+                "feature": feature,
+                "difference": float(f"{difference[feature]:.4g}"),
+                "texts": len(firing),
+                "against": sum(bool(text[:, feature].max() > 0) for text in theirs),
+                "tokens": [decode(tokens[int(activations.argmax())]) for activations, tokens in firing],
+            }
+        )
+    return rows
+
+
+def steer(run: Specification, feature: int, scale: float, prompt: str, count: int) -> dict[str, Any]:
+    """What the model writes after the prompt as it is, and with a feature held at `scale` times its largest activation."""
+    if run.evaluation_record() is None:
+        raise UserError(f"sae: the artifact {run.sae_url} is not evaluated yet; run `sae evaluate` first")
+    model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
+    if not 0 <= feature < sae.d_sae:
+        raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
+    with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
+        largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
+    encoder, decode = load_encoder(run.source), _decode(run)
+    room = run.model.longest_text or run.config.corpus.context_length
+    bos = [] if run.config.corpus.bos == "none" else [encoder.bos]
+    ids = [*bos, *encoder.encode([prompt])[0]]
+    if not ids or len(ids) + count > room:
+        raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
+    held = steering.clamped(sae, feature, scale * largest)
+    plain = steering.continued(model, run.point, lambda _: None, ids, count, run.device)
+    steered = steering.continued(model, run.point, held, ids, count, run.device)
+    return {
+        "feature": feature,
+        "held_at": scale * largest,
+        "prompt": prompt,
+        "plain": "".join(map(decode, plain)),
+        "steered": "".join(map(decode, steered)),
+    }
 
 
 def _data(run: Specification) -> FeatureData:

@@ -60,6 +60,59 @@ def show_(
         show(steps.show_feature(checked(config, overrides), feature), _print_feature)
 
 
+@app.command()
+def search(
+    config: Config,
+    texts: Annotated[list[str], typer.Option("--text", help="A text that they should fire on. Repeatable.")],
+    against: Annotated[list[str] | None, typer.Option("--against", help="A text that they should not. Repeatable.")] = None,
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find features by what they fire on: `--text "raise ValueError(x)" --against "return x"`."""
+    with command(as_json) as show:
+        from components import steps
+
+        show({"features": steps.search_features(checked(config, overrides), texts, against or [], limit)}, _print_found)
+
+
+@app.command()
+def steer(
+    config: Config,
+    feature: Annotated[int, typer.Argument(metavar="FEATURE", help="Its number.", min=0)],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the model continues.")],
+    scale: Annotated[float, typer.Option("--scale", help="Times its largest activation; 0 takes it away.")] = 5.0,
+    tokens: Annotated[int, typer.Option("--tokens", help="To be written, the most likely one each time.", min=1)] = 40,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold a feature at a value while the language model writes, beside what it writes without."""
+    with command(as_json) as show:
+        from components import steps
+
+        show(steps.steer(checked(config, overrides), feature, scale, prompt, tokens), _print_steered)
+
+
+def _print_steered(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("as it is", f"feature {result['feature']} held at {result['held_at']:.4g}", title=Text(result["prompt"]))
+    table.add_row(Text(result["plain"]), Text(result["steered"]))
+    Console().print(table)
+
+
+def _print_found(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "difference", "fires on", "of the others", "most on")
+    for row in result["features"]:
+        numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["texts"]), str(row["against"]))
+        table.add_row(*numbers, Text("  ".join(map(_shown, row["tokens"]))))
+    Console().print(table)
+
+
 def _print_made(result: dict[str, Any]) -> None:
     print(result["browser"])
 

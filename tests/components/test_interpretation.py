@@ -19,9 +19,11 @@ from components.evaluation.record import About
 from components.interpretation import browser
 from components.interpretation.examples import Examples, lots
 from components.interpretation.logits import logit_effects
+from components.interpretation.steering import clamped
 from components.language_model.hook_points import HookPoint
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 
 CPU = torch.device("cpu")
 
@@ -173,6 +175,37 @@ def test_the_browser_is_whole_speaks_to_nobody_and_text_stays_text(plan: Specifi
         assert strongest == sorted(strongest, reverse=True)
         assert all(one["activations"][one["peak"]] == one["activation"] for one in feature["examples"])
         assert len(feature["likely"]) == len(feature["unlikely"]) == 4
+
+
+def test_search_gives_what_the_coder_does_on_the_texts(plan: Specification):
+    from components.interop.saelens import load_saelens
+    from components.language_model.loading import load_encoder, load_model
+
+    texts, against = ["alpha beta 7", "gamma"], ["delta epsilon"]
+    encoder, model, sae = load_encoder(plan.source), load_model(plan.source, CPU), load_saelens(Path(plan.sae_url), CPU)
+    largest = []
+    for ids in encoder.encode([*texts, *against]):
+        states = model(torch.tensor([[encoder.bos, *ids]]), output_hidden_states=True).hidden_states[2]  # resid_post.1
+        largest.append(sae.encode(states[0, 1:]).dense().amax(dim=0))
+    expected = (largest[0] + largest[1]) / 2 - largest[2]
+    found = steps.search_features(plan, texts, against, 5)
+    assert [row["feature"] for row in found] == expected.argsort(descending=True)[: len(found)].tolist()
+    for row in found:
+        assert row["difference"] == pytest.approx(expected[row["feature"]].item(), rel=1e-3)
+        assert row["texts"] == sum(bool(text[row["feature"]] > 0) for text in largest[:2])
+        assert row["against"] == int(largest[2][row["feature"]] > 0)
+
+
+def test_steering_adds_what_is_missing_along_the_decoder_row_and_keeps_the_error():
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=20), 8)
+    sae.initialise(1)
+    x = torch.randn(2, 3, 8)
+    before = torch.relu(x @ sae.W_enc + sae.b_enc)[..., 4]
+    found = clamped(sae, 4, 2.5)(x)
+    torch.testing.assert_close(found, x + (2.5 - before)[..., None] * sae.W_dec[4])
+    where = before > 0
+    own = clamped(sae, 4, before[where][0].item())(x[where][:1][None])
+    torch.testing.assert_close(own[0], x[where][:1])
 
 
 def test_none_where_the_configuration_wants_none(plan: Specification):

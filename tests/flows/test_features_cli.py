@@ -45,6 +45,17 @@ def test_features_are_made_listed_and_shown(config: str):
     shown = json.loads(sae("show", config, str(feature), "--json"))
     assert shown["row"] == rows[0]
     assert shown["examples"][0]["tokens"][shown["examples"][0]["peak"]] in rows[0]["tokens"]
+    texts = ("--text", "alpha 7", "--text", "alpha 9", "--against", "zebra")
+    found = json.loads(sae("search", config, *texts, "--json"))["features"]
+    assert found
+    assert [row["difference"] for row in found] == sorted((row["difference"] for row in found), reverse=True)
+    assert all(0 < row["texts"] <= 2 and row["against"] <= 1 and len(row["tokens"]) == row["texts"] for row in found)
+    assert str(found[0]["feature"]) in sae("search", config, *texts)
+    assert CliRunner().invoke(app, ["features", "search", config, "--text", ""]).exit_code == 2
+    steered = json.loads(sae("steer", config, str(feature), "--prompt", "alpha", "--tokens", "4", "--json"))
+    assert steered["held_at"] == pytest.approx(5 * rows[0]["max"], rel=1e-3)
+    assert steered["plain"] != steered["steered"]
+    assert CliRunner().invoke(app, ["features", "steer", config, "0", "--prompt", "a " * 200]).exit_code == 2
     assert str(feature) in sae("list", config)
     assert f"feature {feature}: fires on" in sae("show", config, str(feature))
     assert CliRunner().invoke(app, ["features", "show", config, "9999"]).exit_code == 2
