@@ -26,6 +26,10 @@ _METRICS = {
 }
 
 
+_DESCRIPTION_LENGTH = 5_000  # a VARCHAR of MLflow's; SQLite alone takes more
+_REST = "\n\nThe whole card is `MODEL_CARD.md` in the run's folder `sae`.\n"
+
+
 class _Decided(Protocol):
     @property
     def alias(self) -> str: ...
@@ -148,6 +152,14 @@ counted by the mean length that it adds. `stability/stability.parquet` in the ML
 | without a partner | {found["new"]} (new) | {found["vanished"]} (vanished) |
 
 """
+
+
+def shortened(card: str) -> str:
+    """As much of the card, in whole lines, as MLflow's table takes for a version's description."""
+    if len(card) <= _DESCRIPTION_LENGTH:
+        return card
+    kept = card[: _DESCRIPTION_LENGTH - len(_REST)].rpartition("\n")[0]
+    return kept + _REST
 
 
 def _with_revision(model: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
 
-from components.registry.card import model_card
+from components.registry.card import model_card, shortened
 from components.registry.gates import GateResult, Gates
 from components.registry.history import CHAMPION, ensure_model
 from components.registry.model_files import FILES_TAG, list_files, stored_difference
@@ -97,7 +97,7 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
         if decision.alias != CHAMPION:
             client.set_registered_model_alias(name, CHALLENGER, number)
         card = model_card(candidate.name, number, candidate.metrics, candidate.lineage, tagged, decision)
-        client.update_model_version(name, number, card)
+        client.update_model_version(name, number, shortened(card))
         run.log_text(card, f"sae/{CARD_NAME}")
         client.set_model_version_tag(name, number, DONE_TAG, "true")
         logger.info("register: %s version %s is %s: %s", name, number, decision.alias, decision.reason)

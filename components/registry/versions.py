@@ -94,6 +94,9 @@ def version_or_none(client: MlflowClient, name: str, version: str) -> ModelVersi
 
 
 def champion_of(client: MlflowClient, name: str) -> ModelVersion | None:
+    """None where there is none, or no such model: a server with users refuses to look into one that is not there."""
+    if not client.search_registered_models(f"name = '{name}'", max_results=1):
+        return None
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException as error:

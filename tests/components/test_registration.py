@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from components.interop.saelens import saelens_files
 from components.registry import model_files, registration
+from components.registry.card import shortened
 from components.registry.gates import Gates
 from components.registry.promotion import check_files
 from components.registry.pyfunc_sae import SAE
@@ -173,3 +174,13 @@ def test_the_stored_code_refuses_what_it_does_not_compute(tmp_path: Path, field:
     (name,) = field
     with pytest.raises(ValueError, match=f"{name} is .*accepted is"):
         loaded(tmp_path, weights("W_enc b_enc W_dec b_dec"), **{"architecture": "standard", **field})
+
+
+def test_a_long_card_is_cut_between_lines_for_the_version_and_whole_in_the_run():
+    card = "# name\n" + "".join(f"- line {number}\n" for number in range(1_000))
+    short = shortened(card)
+    assert len(short) <= 5_000
+    assert short.endswith("`MODEL_CARD.md` in the run's folder `sae`.\n")
+    lines = short.split("\n\nThe whole")[0].splitlines()
+    assert lines == card.splitlines()[: len(lines)]
+    assert shortened("short") == "short"
