@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,12 +11,13 @@ from components.settings import Settings
 
 class ExcludeSettings(Settings):
     norms_above: float | None = Field(default=None, gt=1)
-    """Tokens whose activation norm is over so many times the median (10 is usual)."""
+    """Tokens whose activation norm is over so many times the median (10 is usual); of several hook points that are stored, at
+    any of them (an evaluation looks at its own one)."""
 
-    positions: tuple[int, ...] = ()
+    positions: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Places in the sequence as the model sees it; 0 is the first one, where most models have their attention sink."""
 
-    token_ids: tuple[int, ...] = ()
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Tokens, whatever they stand beside."""
 
 

@@ -32,6 +32,8 @@ def estimate(run: Specification) -> dict[str, Any]:
     # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
     window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * d_in * DTYPES[settings.dtype].itemsize
     training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 4 * window_bytes
+    interpreted = config.interpretation
+    example_bytes = 2 * 4 * (interpreted.examples + config.evaluation.batch_sequences) * d_sae * config.corpus.context_length
     return {
         "name": config.name,
         "device": str(run.device),
@@ -67,6 +69,8 @@ def estimate(run: Specification) -> dict[str, Any]:
             "extraction": 4 * model_parameters + max(4 * chunk_bytes, shuffled_bytes),
             "training": training_bytes,
             "evaluation": 4 * model_parameters + 2 * logit_bytes,
+            # strongest and sampled sequences, each with what is merged into them
+            **({"interpretation": 4 * model_parameters + 2 * example_bytes} if interpreted.tokens else {}),
         },
         "registered_model": run.registered_model,
     }  # fmt: skip

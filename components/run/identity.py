@@ -124,17 +124,20 @@ def excluded(settings: ActivationSettings) -> dict[str, Any]:
     return {} if settings.exclude == ExcludeSettings() else {"exclude": settings.exclude.model_dump(mode="json")}
 
 
-def evaluation_identity(
-    settings: EvaluationSettings,
+def coder_on_text_identity(
+    settings: EvaluationSettings | InterpretationSettings,
     weights_sha256: str,
     tokens: str,
     model: Mapping[str, Any],
     hook_point: str,
     stored: ActivationSettings,
 ) -> dict[str, Any]:
-    fields = EVALUATION.of(settings)
+    """Of an evaluation or an interpretation: what a coder does on held-out text in a language model."""
+    kind, fields = (
+        ("evaluation", EVALUATION) if isinstance(settings, EvaluationSettings) else ("interpretation", INTERPRETATION)
+    )
     return identity(
-        "evaluation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields,
+        kind, weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields.of(settings),
         **excluded(stored),
     )  # fmt: skip
 
@@ -154,20 +157,6 @@ def evaluation_set_identity(
     return identity(
         "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
         counted=counted, settings=COMPARED.of(settings), **excluded(stored),
-    )  # fmt: skip
-
-
-def interpretation_identity(
-    settings: InterpretationSettings,
-    weights_sha256: str,
-    tokens: str,
-    model: Mapping[str, Any],
-    hook_point: str,
-    stored: ActivationSettings,
-) -> dict[str, Any]:
-    return identity(
-        "interpretation", weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point,
-        settings=INTERPRETATION.of(settings), **excluded(stored),
     )  # fmt: skip
 
 

@@ -19,8 +19,10 @@ from components.corpus import sources as corpus_sources
 from components.corpus.manifest import TokenManifest, read_token_manifest
 from components.corpus.sources import ListedSource, corpus_content, list_corpus
 from components.evaluation.record import EvaluationRecord, read_evaluation
+from components.evaluation.settings import EvaluationSettings
 from components.hardware import resolve_device
 from components.interpretation.record import InterpretationRecord, read_interpretation
+from components.interpretation.settings import InterpretationSettings
 from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
@@ -188,14 +190,7 @@ class Specification(Record):
     # evaluation
 
     def evaluation_identity(self, weights_sha256: str) -> dict[str, Any]:
-        return identity.evaluation_identity(
-            self.config.evaluation,
-            weights_sha256,
-            self.token_digest,
-            self.model.identity,
-            self.hook_point,
-            self.config.activations,
-        )
+        return self._on_text_identity(self.config.evaluation, weights_sha256)
 
     def evaluation_record(self) -> EvaluationRecord | None:
         """The evaluation of the trained coder, None where either is missing."""
@@ -207,10 +202,12 @@ class Specification(Record):
     # interpretation
 
     def interpretation_identity(self, weights_sha256: str) -> dict[str, Any]:
-        return identity.interpretation_identity(
-            self.config.interpretation, weights_sha256, self.token_digest, self.model.identity, self.hook_point,
-            self.config.activations,
-        )  # fmt: skip
+        return self._on_text_identity(self.config.interpretation, weights_sha256)
+
+    def _on_text_identity(self, settings: EvaluationSettings | InterpretationSettings, weights_sha256: str) -> dict[str, Any]:
+        return identity.coder_on_text_identity(
+            settings, weights_sha256, self.token_digest, self.model.identity, self.hook_point, self.config.activations
+        )
 
     def interpretation_record(self) -> InterpretationRecord | None:
         """Of the trained coder's feature data, None where there is none."""

@@ -27,6 +27,7 @@ from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import measured_alone, reference_of
+from components.steps.registration import model_tags
 from components.steps.stability import stability_tags
 from components.steps.tokens import prepare_tokens
 from components.tracking.settings import TrackingSettings
@@ -49,7 +50,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
     """As `evaluate_given`, and then into the registry as one of ours, by the same gates: address, metrics, outcome."""
     from components.registry import registration
     from components.registry.gates import load_gates
-    from components.registry.versions import find_version
+    from components.registry.versions import find_version, outcome_of
 
     gates = load_gates(run.config.tracking.gates)
     with opened(run.config.tracking, run.config.storage.root, sae) as given:
@@ -93,21 +94,10 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
                 **({} if registered else stability_tags(open_run, run.registered_model, folder)),
                 **run.code,
             },
-            model_tags={
-                "sae.language_model": run.config.language_model.name,
-                "sae.hook_point": run.hook_point,
-                "sae.purpose": run.config.tracking.purpose or "general",
-            },
+            model_tags=model_tags(run),
         )
-        version, decision = registration.register(open_run, candidate, gates)
-    outcome = Outcome(
-        mlflow_run=open_run.run_id,
-        registered_model=version.name,
-        model_version=int(version.version),
-        alias=decision.alias,
-        alias_reason=decision.reason,
-    )
-    return url, present.metrics, outcome
+        version, _ = registration.register(open_run, candidate, gates)
+    return url, present.metrics, outcome_of(version)
 
 
 def export_given(settings: TrackingSettings, root: str, sae: str, target: str, format_name: str) -> dict[str, Any]:

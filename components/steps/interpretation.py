@@ -32,6 +32,7 @@ def interpret(run: Specification) -> InterpretationRecord | None:
     if present is not None and storage.exists(browser_address(run)):
         return present
     if present is None:
+        storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
         present = _feature_data(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
     _write_browser(run, measured.about)
     return present
@@ -61,14 +62,14 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
     return record
 
 
-def list_features(run: Specification, sort: str, search: str) -> list[dict[str, Any]]:
+def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, Any]]:
     """A row per feature that fires, as the browser's table has it, largest `sort` first."""
     keys = {"density": "density", "max_activation": "max", "mean_activation": "mean", "feature": "feature"}
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
     data = _data(run)
     rows = [data.feature(feature)["row"] for feature in range(data.d_sae)]
-    found = [row for row in rows if row["density"] > 0 and search.lower() in f"{row['tokens']} {row['logits']}".lower()]
+    found = [row for row in rows if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']}".lower()]
     return sorted(found, key=lambda row: row[keys[sort]], reverse=sort != "feature")
 
 

@@ -128,22 +128,21 @@ def register(run: Specification, open_run: Any) -> Outcome:
                 **flow_run,
                 **run.code,
             },
-            model_tags={
-                "sae.language_model": run.config.language_model.name,
-                "sae.hook_point": run.hook_point,
-                "sae.purpose": run.config.tracking.purpose or "general",
-            },
+            model_tags=model_tags(run),
         )
-        version, decision = registration.register(open_run, candidate, gates)
-    outcome = Outcome(
-        mlflow_run=open_run.run_id,
-        registered_model=version.name,
-        model_version=int(version.version),
-        alias=decision.alias,
-        alias_reason=decision.reason,
-    )
+        version, _ = registration.register(open_run, candidate, gates)
+    outcome = registry.outcome_of(version)
     open_run.set_tags({f"sae.{key}": value for key, value in outcome.model_dump(exclude={"mlflow_run"}).items()})
     return outcome
+
+
+def model_tags(run: Specification) -> dict[str, str]:
+    """Of the registered model, if this is its first version."""
+    return {
+        "sae.language_model": run.config.language_model.name,
+        "sae.hook_point": run.hook_point,
+        "sae.purpose": run.config.tracking.purpose or "general",
+    }
 
 
 def _earlier_versions(run: Specification, client: Any, measured: EvaluationRecord) -> list[dict[str, Any]]:
