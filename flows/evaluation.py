@@ -16,11 +16,10 @@ from components.evaluation.reference import Reference
 from components.evaluation.results import active_features
 from components.evaluation.span_totals import SpanSums, merged
 from components.hardware import resolve_device
-from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.specification import Specification, resolve
+from components.run.specification import Specification
 from flows.mapping import RETRIED, devices, finished, task_runner
-from flows.runs import begin
+from flows.runs import begin_with
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
 
@@ -56,9 +55,7 @@ def evaluate(config: RunConfig, sae: str | None = None) -> tuple[str, Evaluation
     sae: an SAE made elsewhere instead of the one that this configuration trains, see `steps.evaluate_given`; this process
     alone measures it.
     """
-    begin()
-    run = resolve(config)
-    check(run)
+    run = begin_with(config)
     return steps.evaluate_given(run, sae) if sae is not None else evaluated(run)
 
 

@@ -10,11 +10,10 @@ from components.activations.dataset import extraction
 from components.activations.dataset.job import Extraction
 from components.corpus.manifest import TokenManifest
 from components.hardware import resolve_device
-from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.specification import Specification, resolve
+from components.run.specification import Specification
 from flows.mapping import RETRIED, devices, finished, shares, task_runner
-from flows.runs import begin
+from flows.runs import begin_with
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
 
@@ -40,10 +39,7 @@ def shuffle(work: Extraction, buckets: range) -> None:
 @flow(name="extract", flow_run_name="{config.name}")
 def extract(config: RunConfig) -> int:
     """From a corpus to an activation dataset; the number of stored tokens."""
-    begin()
-    run = resolve(config)
-    check(run, only_data=True)
-    return extracted(run)
+    return extracted(begin_with(config, only_data=True))
 
 
 @flow(name="chunks-and-shards", flow_run_name="{name}")

@@ -12,16 +12,15 @@ from prefect.cache_policies import NO_CACHE
 
 from components import steps
 from components.registry.records import Outcome
-from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.specification import Specification, resolve
+from components.run.specification import Specification
 from components.steps.outcome import Summary
 from flows import artifacts
 from flows.evaluation import evaluated
 from flows.extraction import extracted, prepare_tokens
 from flows.mapping import RETRIED
 from flows.promotion import announce
-from flows.runs import begin, lineage_tags
+from flows.runs import begin, begin_with, lineage_tags
 from flows.training import require_training_limit, train
 
 # Every step keeps its result under a digest of all that decides it; Prefect's own cache would only hide that.
@@ -42,10 +41,7 @@ def interpret(specification: str) -> None:
 @flow(name="pipeline", flow_run_name="{config.name}")
 def pipeline(config: RunConfig) -> Summary:
     """From a corpus to a registered SAE; the summary of the run."""
-    begin()
-    run = resolve(config)
-    check(run)
-    return line(run)
+    return line(begin_with(config))
 
 
 @flow(name="pipeline", flow_run_name="{name}")

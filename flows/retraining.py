@@ -11,13 +11,11 @@ from prefect.states import Completed, Failed
 
 from components.bounds import Days
 from components.run import staleness
-from components.run.checks import check
 from components.run.config import RunConfig, load_config
-from components.run.specification import resolve
 from components.settings import UserError
 from flows import artifacts
 from flows.pipeline import line
-from flows.runs import begin
+from flows.runs import begin, begin_with
 
 NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refused", "Retrained"
 """Names of the states in which these flows complete."""
@@ -30,9 +28,7 @@ def retrain(config: RunConfig, force: bool = False, max_age_days: Days | None = 
     max_age_days: an SAE that is older is trained anew. commit: of the change that asks for it, a tag of the runs.
     Completes as `NothingToDo`, `Promoted` or `Refused`, with the reason.
     """
-    begin()
-    run = resolve(config, champion_must_fit=False)
-    check(run)
+    run = begin_with(config, champion_must_fit=False)
     # The same after a crash, when the run is started again and goes on with its SAE.
     word = str(flow_run.get_root_flow_run_id()).split("-")[0] if force else None
     due = staleness.verdict(run, word, max_age_days)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
+from components.run.checks import check
+from components.run.config import RunConfig
+from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.tracking.settings import FLOW_RUN_TAG
 
@@ -29,3 +32,11 @@ def begin() -> None:
             f"this flow run has been started {count} times and never came to an end; memory is the usual reason "
             "(`sae plan` says how much a run takes). Start a new one once it is mended: it continues where this one stopped"
         )
+
+
+def begin_with(config: RunConfig, only_data: bool = False, champion_must_fit: bool = True) -> Specification:
+    """`begin`, and the configuration resolved and checked, see `components.run.checks.check`."""
+    begin()
+    run = resolve(config, champion_must_fit=champion_must_fit)
+    check(run, only_data=only_data, attended=deployment.get_id() is None)
+    return run

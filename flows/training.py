@@ -16,14 +16,13 @@ from prefect.exceptions import ObjectNotFound
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from components import steps
-from components.run.checks import check
 from components.run.config import RunConfig
-from components.run.specification import Specification, resolve
+from components.run.specification import Specification
 from components.settings import UserError
 from components.training.job import Point
 from flows.mapping import RETRIED
 from flows.progress import training_progress
-from flows.runs import begin, lineage_tags
+from flows.runs import begin_with, lineage_tags
 
 LEASE_SECONDS = 120
 """How long the turn of a machine that died is kept from the next training."""
@@ -95,9 +94,7 @@ def _acquired(limit: str) -> AbstractContextManager[None]:
 @flow(name="train", flow_run_name="{config.name}")
 def train_sae(config: RunConfig) -> dict[str, Any]:
     """Activation dataset -> SAE artifact, in the MLflow run that `pipeline` would go on with."""
-    begin()
-    run = resolve(config)
-    check(run)
+    run = begin_with(config)
     require_training_limit(run.config.execution.training_limit)
     with steps.tracked(run, lineage_tags()) as open_run:
         weights = train(run.to_json(), open_run.add_points)

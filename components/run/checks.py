@@ -10,11 +10,12 @@ from components.run.specification import Specification
 from components.settings import UserError
 
 
-def check(run: Specification, only_data: bool = False, evaluated: bool = True) -> None:
+def check(run: Specification, only_data: bool = False, evaluated: bool = True, attended: bool = True) -> None:
     """Raise a UserError for anything that would stop the run later: device, inputs, root.
 
     only_data: activations are made and nothing is trained on them, so held-out documents are as good as others.
     evaluated: the SAE is spliced into the model, which must give next-token logits.
+    attended: somebody waits for the answer. A run that nobody watches is as patient with an object store here as later.
     """
     config = run.config
     reason = without_evaluation(run)
@@ -24,7 +25,8 @@ def check(run: Specification, only_data: bool = False, evaluated: bool = True) -
     _check_text(run)
     if config.activations.split != "train" and not only_data:
         raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
-    storage.require_writable(config.storage.root, "storage.root")
+    seconds = storage.PROBE_SECONDS if attended else storage.PATIENCE_SECONDS
+    storage.require_writable(config.storage.root, "storage.root", seconds)
     check_later_steps(config, run.d_sae, run.registered_model, evaluated and not only_data)
 
 

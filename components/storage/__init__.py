@@ -1,6 +1,7 @@
 """Files under a root that is a local path, `file:` or `s3:`: whole or absent, never half-written."""
 
 from components.storage.files import (
+    PROBE_SECONDS,
     delete,
     exists,
     file_sha256,
@@ -31,8 +32,11 @@ from components.storage.files import (
     whole_file,
 )
 from components.storage.locks import ClaimLost, claimed, exclusive
+from components.storage.retries import PATIENCE_SECONDS
 
 __all__ = [
+    "PATIENCE_SECONDS",
+    "PROBE_SECONDS",
     "ClaimLost",
     "claimed",
     "delete",

@@ -321,11 +321,11 @@ def file_sha256(path: Path) -> str:
     return state.hexdigest()
 
 
-def require_writable(url: str, field: str) -> None:
-    """Raise a UserError naming `field` unless a file can be written and removed under `url`."""
+def require_writable(url: str, field: str, seconds: float = PROBE_SECONDS) -> None:
+    """Raise a UserError naming `field` unless a file can be written and removed under `url`, tried for `seconds`."""
     probe = join(url, ".write-probe")
     try:
-        with patience(PROBE_SECONDS):
+        with patience(seconds):
             put_bytes(b"", probe)
             delete(probe)
     except Exception as error:  # each file system has its own exceptions; all mean the same to the user

@@ -119,7 +119,11 @@ def close_dead_runs(client: MlflowClient, experiment_id: str) -> list[str]:
     while True:
         page = client.search_runs([experiment_id], "attributes.status = 'RUNNING'", max_results=500, page_token=token)
         for run in page:
-            cause = cause_of_death(run)
+            if cause_of_death(run) is None:
+                continue
+            # Asked again: a run that ended well since the search has no writer either.
+            run = client.get_run(run.info.run_id)
+            cause = cause_of_death(run) if run.info.status == "RUNNING" else None
             if cause is None:
                 continue
             found = f"{cause}; closed by {platform.node()} at {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -78,6 +78,22 @@ def test_after_kill_9_the_next_run_of_any_pipeline_closes_it_and_its_own_continu
     assert "sae.failure" not in client.get_run(run_id).data.tags
 
 
+def test_a_run_that_ends_while_another_looks_for_dead_ones_stays_finished(root: str, monkeypatch: pytest.MonkeyPatch):
+    ending = tracked_run(TrackingSettings(), root, "ending", "ending", {}, {})
+    run = ending.__enter__()
+    client, search = run.client, MlflowClient.search_runs
+
+    def search_and_wait(*arguments, **named):
+        found = search(*arguments, **named)
+        ending.__exit__(None, None, None)  # between the search and the look at what it found
+        return found
+
+    monkeypatch.setattr(MlflowClient, "search_runs", search_and_wait)
+    assert liveness.close_dead_runs(client, run.experiment_id) == []
+    monkeypatch.undo()
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+
+
 def test_a_run_of_another_host_is_dead_only_after_a_long_silence(root: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(liveness, "host_identity", lambda: "elsewhere/boot/1")
     with tracked_run(TrackingSettings(), root, "far", "far", {}, {}) as run:

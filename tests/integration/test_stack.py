@@ -22,7 +22,7 @@ from kills import killed_beside_siblings
 from mlflow import MlflowClient
 from stack_client import FINAL, NOTIFY_SECRET, Live, named, trainings
 
-from components import steps
+from components import steps, storage
 from components.run.config import parse_config
 from components.run.specification import resolve
 from infra.stack import postgres
@@ -201,8 +201,11 @@ def test_a_cancelled_run_ends_its_training_and_leaves_a_checkpoint(live: Live, t
 
 def test_servers_that_are_killed_come_back_and_no_run_notices_nor_two_of_the_same(live: Live, tree: dict, mlflow: MlflowClient):
     names = ("outage", "twin", "twin")
+    live.supervisor.stop_service("s3")
     runs = [live.submit("pipeline/quickstart", {"config": named(tree, name)}) for name in names]
-    live.wait(runs[0], 120, lambda found: found["state_type"] == "RUNNING")
+    live.until(lambda: "trying again" in live.logs(runs[0]), 120)
+    time.sleep(storage.PROBE_SECONDS + 3)  # longer than somebody at a terminal is left without an answer
+    live.supervisor.start_service("s3")
     for service in ("s3", "mlflow", "prefect"):
         live.kill(service)
         time.sleep(1)
