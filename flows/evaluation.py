@@ -71,7 +71,9 @@ def _evaluate(name: str, specification: str) -> EvaluationRecord:
     job = steps.evaluation_job(run)
     record = run.evaluation_record()
     if record is None:
-        alone = run.config.execution.runner == "threads" and run.config.execution.workers == 1
+        execution = run.config.execution
+        # a crosscoder is measured column by column, by one worker
+        alone = (execution.runner == "threads" and execution.workers == 1) or len(run.writes) > 1
         record = measure_alone(specification) if alone else _by_workers(run, job)
     return record
 

@@ -15,9 +15,11 @@ RANDOM_SEED = 0
 
 @dataclass(frozen=True)
 class Rows:
-    """Counted tokens of a batch: activations `[n, d_in]`, and MLP neurons `[n, d_mlp]` where they were kept."""
+    """Counted tokens of a batch: activations where they are replaced, `[n, d]`, and what the coder reads, which an autoencoder
+    does there too, `[n, d_in]`; MLP neurons `[n, d_mlp]` where they were kept."""
 
     x: Tensor
+    read: Tensor
     neurons: Tensor | None
 
 

@@ -43,14 +43,18 @@ def evaluate(
     device: torch.device,
     classes: TokenClasses | None = None,
     kept: KeptSpans | None = None,
+    reads: tuple[HookPoint, ...] = (),
 ) -> Evaluation:
     """Everything that is measured of one SAE, by one worker.
 
     reference: its mean is the one of `ce_loss_mean`, its exclusion holds for what is measured. classes: of the model's
     tokenizer; no breakdown by class without it. kept: where spans outlive an interruption.
+    reads: what the SAE reads where that is not `point`.
     Memory: the logits of `settings.batch_sequences` sequences.
     """
-    subject = Subject(sae=sae, d_sae=d_sae, model=model, point=point, text=held_out, device=device, classes=classes)
+    subject = Subject(
+        sae=sae, d_sae=d_sae, model=model, point=point, text=held_out, device=device, classes=classes, reads=reads
+    )
     excluded = reference.exclusion
 
     def passed(kind: str, cut: Callable[..., list[Span]], measure: Callable[[Span], SpanSums]) -> list[SpanSums]:

@@ -25,6 +25,8 @@ class EvaluationJob:
     exclude: ExcludeSettings
     source: ModelSource
     point: HookPoint
+    reads: tuple[HookPoint, ...]
+    """See `Subject`."""
     text: HeldOut
     sae_url: str
     kept_url: str

@@ -28,11 +28,11 @@ _MEASURED = ("sae", "zero", "mean")
 
 
 class Autoencoder(Protocol):
-    """Anything with features and reconstructions, every coder first of all; decoder rows `W_dec` `[d_sae, d_in]` are read
+    """Anything with features and reconstructions, every coder first of all; decoder rows `W_dec` `[d_sae, d_out]` are read
     where there are some."""
 
     def reconstruct(self, x: Tensor) -> tuple[Features, Tensor]:
-        """`[n, d_in]` -> features of n tokens, and `[n, d_in]`."""
+        """`[n, d_in]` -> features of n tokens, and what is written, `[n, d_out]`."""
         ...
 
 
@@ -44,10 +44,13 @@ class Subject:
     d_sae: int
     model: nn.Module
     point: HookPoint
+    """Where activations are replaced by what the SAE writes."""
     text: HeldOut
     device: torch.device
     classes: TokenClasses | None = None
     """Of the model's tokenizer; no breakdown by class without it."""
+    reads: tuple[HookPoint, ...] = ()
+    """What the SAE reads, side by side; nothing where that is `point`."""
 
     def reconstructed(self, x: Tensor) -> tuple[Features, Tensor]:
         with torch.no_grad():
@@ -68,12 +71,12 @@ def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, ex
     mean = mean.to(subject.device)
 
     def counting(rows: Rows) -> Reconstruction:
-        encoded, x_hat = subject.reconstructed(rows.x)
+        encoded, x_hat = subject.reconstructed(rows.read)
         return Reconstruction(x_hat, features.add(encoded))
 
     variants: dict[str, Variant] = dict(zip(_MEASURED, (counting, baselines.zero, baselines.constant(mean)), strict=True))
     measurement = Measurement(
-        Splicer(subject.model, subject.point),
+        Splicer(subject.model, subject.point, subject.reads),
         variants,
         frozenset({"sae"}),
         mean,
@@ -99,7 +102,7 @@ def measure_baselines(settings: EvaluationSettings, subject: Subject, reference:
     count = max(1, round(l0))
 
     def plain(rows: Rows) -> Reconstruction:
-        features, x_hat = subject.reconstructed(rows.x)
+        features, x_hat = subject.reconstructed(rows.read)
         return Reconstruction(x_hat, features.active())
 
     def variant(name: str) -> Variant:
@@ -116,7 +119,7 @@ def measure_baselines(settings: EvaluationSettings, subject: Subject, reference:
 
     compared = _compared(settings)
     measurement = Measurement(
-        Splicer(subject.model, subject.point, keep_neurons="neurons" in compared),
+        Splicer(subject.model, subject.point, subject.reads, keep_neurons="neurons" in compared),
         {name: variant(name) for name in compared},
         frozenset(compared),
         reference.mean,

@@ -16,7 +16,7 @@ from components.activations.dataset.forward import counted_tokens
 from components.activations.exclusion import NOTHING, Exclusion
 from components.corpus.tokens import read_sequences
 from components.evaluation.held_out import HeldOut, right_padded
-from components.language_model.hook_points import HookPoint, capture
+from components.language_model.hook_points import HookPoint, capture, parse_hook_point
 
 _SAMPLE_ROWS = 4_096
 
@@ -55,7 +55,7 @@ def reference_statistics(
     exclusion: Exclusion = NOTHING,
 ) -> Reference:
     """Statistics over about `tokens` tokens of the train split."""
-    limit = exclusion.norm_limits.get(str(point))
+    limits = {parse_hook_point(name): limit for name, limit in exclusion.norm_limits.items()}
     split = text.manifest.splits["train"]
     chosen = min(split.sequences, -(-tokens * split.sequences // split.tokens))
     numbers = np.arange(chosen) * split.sequences // chosen
@@ -68,9 +68,11 @@ def reference_statistics(
         ]
         ids = torch.tensor(np.concatenate([block.tokens for block in blocks])).to(device).long()
         counted = torch.tensor(np.concatenate([counted_tokens(block, exclusion) for block in blocks])).to(device)
-        x = capture(model, [point], {"input_ids": ids})[point][counted]
-        if limit is not None:
-            x = x[x.to(torch.promote_types(x.dtype, torch.float32)).norm(dim=1) <= limit]
+        captured = capture(model, list(dict.fromkeys([point, *limits])), {"input_ids": ids})
+        for limited, limit in limits.items():
+            wide = captured[limited].to(torch.promote_types(captured[limited].dtype, torch.float32))
+            counted &= wide.norm(dim=-1) <= limit
+        x = captured[point][counted]
         rows = x.double()
         count += len(rows)
         norms.append(rows.norm(dim=1).cpu())

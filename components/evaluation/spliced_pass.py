@@ -43,7 +43,6 @@ class Measurement:
         """shift `[d_in]`: any vector near the mean; it only keeps the variance from cancelling. exclusion:
         tokens that do not count."""
         self.splicer, self.variants, self.exclusion, self.classes = splicer, variants, exclusion, classes
-        self._limit = exclusion.norm_limits.get(str(splicer.point))
         self._with_kl = [name in with_kl for name in variants]
         self._shift = shift.double()
         # the first one may have begun in an earlier span, where its group is another
@@ -65,13 +64,15 @@ class Measurement:
         x, clean = self.splicer.clean(tokens)
         counted = torch.tensor(counted_tokens(block, self.exclusion)).to(device)
         wide = torch.promote_types(x.dtype, torch.float32)
-        if self._limit is not None:
-            counted = counted & (x.to(wide).norm(dim=-1) <= self._limit)
+        for point, activation in {self.splicer.point: x, **self.splicer.read}.items():
+            limit = self.exclusion.norm_limits.get(str(point))
+            if limit is not None:
+                counted = counted & (activation.to(wide).norm(dim=-1) <= limit)
         rows = x[counted].to(wide)
         if len(rows) == 0:
             return 0
-        neurons = self.splicer.neurons
-        given = Rows(rows, None if neurons is None else neurons[counted])
+        neurons, read = self.splicer.neurons, [self.splicer.read[point][counted].to(wide) for point in self.splicer.reads]
+        given = Rows(rows, torch.cat(read, dim=1) if read else rows, None if neurons is None else neurons[counted])
         rebuilt = [variant(given) for variant in self.variants.values()]
         # Positions that are not counted (BOS, above all) keep their own activation in every variant.
         spliced = x.expand(len(rebuilt), *x.shape).clone()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from components.language_model.hook_points import HookPoint, locate, spliced_logits
+from components.language_model.hook_points import HookPoint, hooked, locate, spliced_logits
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,12 @@ class Splicer:
     the first batch and run in full.
     """
 
-    def __init__(self, model: nn.Module, point: HookPoint, keep_neurons: bool = False) -> None:
-        """keep_neurons: also keep what the MLP's last matrix reads, for `mlp_out` alone."""
-        self.model, self.point = model, point
+    def __init__(self, model: nn.Module, point: HookPoint, reads: Sequence[HookPoint] = (), keep_neurons: bool = False) -> None:
+        """reads: other places whose activations a clean pass keeps in `read`. keep_neurons: also keep what the MLP's last
+        matrix reads, for `mlp_out` alone."""
+        self.model, self.point, self.reads = model, point, tuple(reads)
+        self.read: dict[HookPoint, Tensor] = {}
+        """Activations `[batch, length, d]` of the last clean pass at `reads`."""
         self.neurons: Tensor | None = None
         """MLP neurons `[batch, length, d_mlp]` of the last clean pass."""
         self.neuron_output = mlp_output(model, point) if keep_neurons else None
@@ -44,7 +48,7 @@ class Splicer:
         """tokens `[batch, length]`, padded on the right -> activations `[batch, length, d_in]` at the hook point and
         logits `[batch, length, vocabulary]`."""
         seen: list[Tensor] = []
-        with self._watching():
+        with self._watching(len(tokens)):
             logits = spliced_logits(self.model, self.point, seen.append, tokens)
         self._tokens = tokens
         if not self._checked:
@@ -83,18 +87,25 @@ class Splicer:
             self._first = 0
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """While open, a clean pass leaves behind the stream that enters the first block to be run again, and neurons."""
+    def _watching(self, batch: int) -> Iterator[None]:
+        """While open, a clean pass leaves behind the stream that enters the first block to be run again, what `reads` names,
+        and neurons."""
         handles = []
         if self._first > 0:
             handles.append(self._block(self._first - 1).register_forward_hook(self._keep_stream))
         if self.neuron_output is not None:
             handles.append(self.neuron_output.register_forward_pre_hook(self._keep_neurons))
         try:
-            yield
+            with ExitStack() as hooks:
+                for point in self.reads:
+                    hooks.enter_context(hooked(self.model, point, partial(self._keep_read, point), batch))
+                yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _keep_read(self, point: HookPoint, activation: Tensor) -> None:
+        self.read[point] = activation.clone()  # what runs next may add to this very tensor in place
 
     def _keep_stream(self, _module: nn.Module, _arguments: Any, output: Any) -> None:
         self._in_tuple = isinstance(output, tuple)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from components.interop.names import READS, Kind, columns_of
 from components.sae.architectures.gated import GatedSAE, GatedSettings
 from components.sae.architectures.jumprelu import JumpReLUSAE, JumpReLUSettings
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
@@ -35,7 +36,6 @@ _CLASSES: dict[str, tuple[type[Coder], tuple[str, ...]]] = {
     "jumprelu": (JumpReLUSAE, ("b_enc", "threshold")),
     "gated": (GatedSAE, ("b_gate", "b_mag", "r_mag")),
 }
-ARCHITECTURES = tuple(_CLASSES)
 _PER_TOKEN = ("constant_norm_rescale", "layer_norm")
 NORMALIZATIONS = ("none", "expected_average_only_in", *_PER_TOKEN)
 _LAYER_NORM_EPSILON = 1e-5
@@ -78,18 +78,25 @@ def coder_of(config: dict[str, Any], tensors: Mapping[str, Tensor], device: torc
 
     mean_norm: mean of `||x||` over activations at the hook point, for `expected_average_only_in`.
     """
-    architecture, d_in, d_sae = config["architecture"], config["d_in"], config["d_sae"]
-    kind, encoder = _CLASSES[architecture]
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)} | dict.fromkeys(encoder, (d_sae,))
+    what = Kind.parse(config["architecture"])
+    assert what is not None
+    reads, writes = columns_of(config)
+    d_in, d_out = (sum(column.width for column in columns) for columns in (reads, writes))
+    kind, encoder = _CLASSES[what.reads]
+    d_sae = config["d_sae"]
+    shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    shapes |= dict.fromkeys(encoder, (d_sae,))
+    if what.skip:
+        shapes["W_skip"] = (d_out, d_in)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         wrong = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
-        raise ValueError(f"{', '.join(wrong)} is not what a {architecture} SAE of {d_in} x {d_sae} has")
+        raise ValueError(f"{', '.join(wrong)} is not what a {what} {'SAE ' * (not what.writes)}of {d_in} x {d_sae} has")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError("the weights hold values that are not finite")
     folded = _folded(config, {name: tensor.double() for name, tensor in tensors.items()}, mean_norm)
     # The type is given since another thread that loads a model changes the default one meanwhile.
-    coder = kind.autoencoder(_settings(config), d_in).float()
+    coder = kind(_settings(config, what), reads, writes, d_sae).float()
     coder.load_state_dict(folded)
     normalization, centred = config.get("normalize_activations") or "none", is_centred(config)
     per_token = normalization in _PER_TOKEN or centred
@@ -107,15 +114,16 @@ def model_options(config: dict[str, Any]) -> dict[str, Any]:
     return (config.get("metadata") or {}).get("model_from_pretrained_kwargs") or {}
 
 
-def _settings(config: dict[str, Any]) -> Any:
-    match config["architecture"]:
+def _settings(config: dict[str, Any], what: Kind) -> Any:
+    size: dict[str, Any] = {"d_sae": config["d_sae"], "skip": what.skip}
+    match what.reads:
         case "topk":
-            return TopKSettings(d_sae=config["d_sae"], k=config["k"], rank_by="activation")
+            return TopKSettings(k=config["k"], rank_by="activation", **size)
         case "jumprelu":
-            return JumpReLUSettings(d_sae=config["d_sae"])
+            return JumpReLUSettings(**size)
         case "gated":
-            return GatedSettings(d_sae=config["d_sae"])
-    return ReLUSettings(d_sae=config["d_sae"])
+            return GatedSettings(**size)
+    return ReLUSettings(**size)
 
 
 def _folded(config: dict[str, Any], tensors: dict[str, Tensor], mean_norm: float | None) -> dict[str, Tensor]:
@@ -126,7 +134,7 @@ def _folded(config: dict[str, Any], tensors: dict[str, Tensor], mean_norm: float
         tensors["W_enc"] = tensors["W_enc"] * norms
         tensors["b_enc"] = tensors["b_enc"] * norms
         tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    if config.get("apply_b_dec_to_input", True):
+    if config.get("apply_b_dec_to_input", config["architecture"] in READS):
         moved = tensors["b_dec"] @ tensors["W_enc"]
         if config["architecture"] == "gated":
             tensors["b_gate"] = tensors["b_gate"] - moved

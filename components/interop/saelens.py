@@ -11,7 +11,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from components.interop.coders import (
-    ARCHITECTURES,
     NORMALIZATIONS,
     AnySAE,
     NormalizedSAE,
@@ -22,10 +21,20 @@ from components.interop.coders import (
     require_sizes,
     require_values,
 )
+from components.interop.names import (
+    AUTOENCODER,
+    CROSSCODER,
+    READS,
+    TRANSCODER,
+    Kind,
+    kind_of,
+    placed,
+)
 
 CONFIG_NAME, WEIGHTS_NAME = "cfg.json", "sae_weights.safetensors"
 # The oldest SAELens whose format this is; its loader refuses files that name none or an older one.
 _FORMAT_VERSION = "6.0.0"
+ACCEPTED = f"{', '.join(READS)}, or transcoder, skip_transcoder or crosscoder, alone or behind topk_, jumprelu_ or gated_"
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
@@ -37,9 +46,10 @@ def saelens_files(sae: AnySAE, metadata: dict[str, Any]) -> dict[str, bytes]:
     coder, normalization = (sae.coder, sae.normalization) if isinstance(sae, NormalizedSAE) else (sae, "none")
     exported = coder.exported()
     config = {
-        "architecture": exported.architecture,
+        "architecture": str(kind_of(coder)),
         "d_in": coder.d_in,
         "d_sae": coder.d_sae,
+        **placed(coder),
         **exported.options,
         "dtype": "float32",
         "device": "cpu",
@@ -69,7 +79,6 @@ def read_config(folder: Path, address: str = "") -> dict[str, Any]:
     if not isinstance(metadata, dict) or not isinstance(options, dict | None):
         raise ValueError(f"{path} is no configuration of an SAE: a mapping of fields is accepted")
     accepted: dict[str, tuple[Any, ...]] = {
-        "architecture": ARCHITECTURES,
         "normalize_activations": (*NORMALIZATIONS, None),
         "reshape_activations": ("none", None),
         "dtype": (*_DTYPES, *(f"torch.{name}" for name in _DTYPES), None),
@@ -81,14 +90,20 @@ def read_config(folder: Path, address: str = "") -> dict[str, Any]:
         "finetuning_scaling_factor": (False, None),
         "hook_head_index": (None,),
     }
-    if "transcoder" in str(config.get("architecture")):
-        raise ValueError(f"{path}: architecture is '{config['architecture']}'; there are no transcoders here yet, only SAEs")
+    kind = Kind.parse(str(config.get("architecture")))
+    if kind is None:
+        raise ValueError(f"{path}: architecture is '{config.get('architecture')}'; accepted is {ACCEPTED}")
+    if kind.writes != AUTOENCODER:  # as SAELens has it
+        accepted |= {"normalize_activations": ("none", None), "apply_b_dec_to_input": (False, None)}
     require_values(path, config, accepted)
     if metadata.get("hook_head_index") is not None:
         raise ValueError(f"{path}: it reads one attention head; SAEs of a whole hook point are accepted")
-    require_sizes(path, config, "d_in", "d_sae", *(("k",) if config["architecture"] == "topk" else ()))
-    if config["architecture"] == "topk":
+    sizes = ["d_in", "d_sae", *["k"] * (kind.reads == "topk"), *["d_out"] * (kind.writes == TRANSCODER)]
+    require_sizes(path, config, *sizes)
+    if kind.reads == "topk":
         require_k(path, config["k"], config["d_sae"])
+    if kind.writes == CROSSCODER:
+        require_columns(path, config)
     return config
 
 
@@ -100,3 +115,14 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     if scaling is not None and bool((scaling == 1).all()):  # left over from fine-tuning that was none
         del tensors["scaling_factor"]
     return tensors
+
+
+def require_columns(path: Path, config: dict[str, Any]) -> None:
+    found = config.get("columns")
+    right = (
+        isinstance(found, list)
+        and len(found) > 1
+        and all(isinstance(one, list) and [type(part) for part in one] == [str, int] and one[1] > 0 for one in found)
+    )
+    if not right or sum(width for _, width in found or ()) != config["d_in"]:
+        raise ValueError(f"{path}: columns is {found!r}; accepted are pairs of hook point and width, in all d_in wide")

@@ -1,6 +1,8 @@
 """sparsify (EleutherAI): a folder per hook point with `cfg.json` and `sae.safetensors`, written and read; TopK alone.
 
-`f = TopK(relu((x - b_dec) W^T + b))`, `x_hat = f W_dec + b_dec`, with `encoder.weight` and `W_dec` both `[d_sae, d_in]`.
+`f = TopK(relu((x - b_dec) W^T + b))`, `x_hat = f W_dec + b_dec`, with `encoder.weight` and `W_dec` both `[d_sae, d_in]`. A
+transcoder (`transcode`) reads x itself, and may have `W_skip` (`skip_connection`): `+ x W_skip^T`. It writes as many dimensions
+as it reads; its folder is named after a module, whose input it reads and whose output it writes.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from components.interop.coders import (
     require_sizes,
     require_values,
 )
+from components.interop.names import CROSSCODER, TRANSCODER, Kind, kind_of
 
 CONFIG_NAME, WEIGHTS_NAME = "cfg.json", "sae.safetensors"
 
@@ -34,8 +37,8 @@ def read_config(folder: Path, address: str) -> dict[str, Any]:
     accepted: dict[str, tuple[Any, ...]] = {
         "activation": ("topk", None),
         "signed": (False, None),  # of earlier versions
-        "transcode": (False, None),
-        "skip_connection": (False, None),
+        "transcode": (True, False, None),
+        "skip_connection": (True, False, None) if found.get("transcode") else (False, None),
     }
     require_values(path, found, accepted)
     require_sizes(path, found, "d_in", "k", *(() if found.get("num_latents") else ("expansion_factor",)))
@@ -44,13 +47,19 @@ def read_config(folder: Path, address: str) -> dict[str, Any]:
     require_k(path, found["k"], sizes["num_latents"])
     name = address.rstrip("/").rsplit("/", 1)[-1]
     metadata = found.get("metadata")  # ours; sparsify passes over it
+    if not isinstance(metadata, dict):
+        metadata = {"hook_name": name if _is_module(name) else None}
+        if found.get("transcode") and _is_module(name):
+            metadata = {"hook_name": f"{name}:in", "hook_name_out": name}
+    transcodes = bool(found.get("transcode"))
     return {
-        "architecture": "topk",
+        "architecture": str(Kind("topk", TRANSCODER, bool(found.get("skip_connection"))) if transcodes else Kind("topk")),
+        **({"d_out": found["d_in"]} if transcodes else {}),
         "d_in": found["d_in"],
         "d_sae": sizes["num_latents"],
         "k": found["k"],
-        "apply_b_dec_to_input": True,
-        "metadata": metadata if isinstance(metadata, dict) else {"hook_name": name if _is_module(name) else None},
+        "apply_b_dec_to_input": not transcodes,
+        "metadata": metadata,
     }
 
 
@@ -67,15 +76,19 @@ def sparsify_files(sae: AnySAE, metadata: dict[str, Any]) -> dict[str, bytes]:
     """The folder's files by name. A ValueError for what sparsify has no form for."""
     if isinstance(sae, NormalizedSAE):
         raise ValueError("format: sparsify has no normalisation of tokens; accepted for such an SAE is saelens")
-    exported = sae.exported()
-    if exported.architecture != "topk":
-        raise ValueError(f"format: sparsify has no '{exported.architecture}' SAEs, only topk; accepted for it is saelens")
+    exported, kind = sae.exported(), kind_of(sae)
+    if kind.reads != "topk" or kind.writes == CROSSCODER or sae.d_out != sae.d_in:
+        what = f"'{kind}' of {sae.d_in} to {sae.d_out}" if sae.d_out != sae.d_in else f"'{kind}'"
+        raise ValueError(f"format: sparsify has no {what}, only topk of one width; accepted for it is saelens")
+    transcodes = kind.writes == TRANSCODER
     values = {name: value.detach().double().cpu() for name, value in exported.tensors.items()}
     tensors = {
         "encoder.weight": values["W_enc"].T,
-        "encoder.bias": values["b_enc"] + values["b_dec"] @ values["W_enc"],  # it takes b_dec from the input, ours does not
+        # of an autoencoder it takes b_dec from the input, ours does not
+        "encoder.bias": values["b_enc"] if transcodes else values["b_enc"] + values["b_dec"] @ values["W_enc"],
         "W_dec": values["W_dec"],
         "b_dec": values["b_dec"],
+        **({"W_skip": values["W_skip"]} if kind.skip else {}),
     }
     config = {
         "activation": "topk",
@@ -84,8 +97,8 @@ def sparsify_files(sae: AnySAE, metadata: dict[str, Any]) -> dict[str, bytes]:
         "num_latents": sae.d_sae,
         "k": exported.options["k"],
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": kind.skip,
+        "transcode": transcodes,
         "d_in": sae.d_in,
         "metadata": metadata,
     }

@@ -7,6 +7,7 @@ and, put last, `interpretation.json`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,25 +41,28 @@ def find_examples(
     sae: Autoencoder,
     d_sae: int,
     model: nn.Module,
-    point: HookPoint,
+    points: Sequence[HookPoint],
     text: HeldOut,
     exclusion: Exclusion,
     batch_sequences: int,
     device: torch.device,
 ) -> tuple[Examples, int, int]:
-    """Examples of every feature, tokens and sequences that were looked at."""
+    """Examples of every feature, tokens and sequences that were looked at. points: what the coder reads, side by side."""
     length = text.manifest.context_length
     examples = Examples(settings.examples, d_sae, length, device)
     at_once = max(1, min(batch_sequences, _ENTRIES_AT_ONCE // (length * d_sae)))
-    limit, tokens, number = exclusion.norm_limits.get(str(point)), 0, 0
+    tokens, number = 0, 0
     with progress(logger, "interpret", min(settings.tokens, text.tokens), "tokens") as advance:
         for block in text.batches(settings.tokens, at_once):
             block = right_padded(block)
             counted = torch.tensor(counted_tokens(block, exclusion)).to(device)
-            x = capture(model, [point], {"input_ids": torch.tensor(block.tokens).to(device).long()})[point]
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            if limit is not None:
-                counted = counted & (x.norm(dim=-1) <= limit)
+            captured = capture(model, points, {"input_ids": torch.tensor(block.tokens).to(device).long()})
+            columns = [captured[point].to(torch.promote_types(captured[point].dtype, torch.float32)) for point in points]
+            for point, column in zip(points, columns, strict=True):
+                limit = exclusion.norm_limits.get(str(point))
+                if limit is not None:
+                    counted = counted & (column.norm(dim=-1) <= limit)
+            x = torch.cat(columns, dim=-1)
             found = torch.zeros(*counted.shape, d_sae, device=device)
             features, _ = sae.reconstruct(x[counted])
             found[counted] = features.dense().float()

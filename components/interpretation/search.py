@@ -8,19 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from components.evaluation.measurements import Autoencoder
-from components.language_model.hook_points import HookPoint, capture
+from components.language_model.hook_points import HookPoint, capture_beside
 
 
 @torch.no_grad()
 def firing(
-    model: nn.Module, point: HookPoint, sae: Autoencoder, texts: Sequence[Sequence[int]], bos: int | None, device: torch.device
+    model: nn.Module,
+    points: Sequence[HookPoint],
+    sae: Autoencoder,
+    texts: Sequence[Sequence[int]],
+    bos: int | None,
+    device: torch.device,
 ) -> list[Tensor]:
     """For each text, given as token ids, the features of its tokens, `[length, d_sae]`; of a token that stands for the
     beginning of a sequence none."""
     found = []
     for ids in texts:
         begun = [*([] if bos is None else [bos]), *ids]
-        x = capture(model, [point], {"input_ids": torch.tensor([begun], device=device)})[point][0]
+        x = capture_beside(model, points, {"input_ids": torch.tensor([begun], device=device)})[0]
         features, _ = sae.reconstruct(x[len(begun) - len(ids) :].to(torch.promote_types(x.dtype, torch.float32)))
         found.append(features.dense().float().cpu())
     return found

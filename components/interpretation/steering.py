@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from components.evaluation.measurements import Autoencoder
-from components.language_model.hook_points import HookPoint, spliced_logits
+from components.language_model.hook_points import HookPoint, hooked, spliced_logits
+from components.settings import UserError
+
+Replace = Callable[[Tensor, Tensor], Tensor | None]
+"""What a coder reads `[batch, length, d_in]` and what it writes to `[batch, length, d_out]` -> another in place of the second,
+or None to leave it."""
 
 
-def clamped(sae: Autoencoder, feature: int, value: float) -> Callable[[Tensor], Tensor]:
-    """Activations `[batch, length, d_in]` -> the same with the feature at `value` on every token. What the coder does not
-    reconstruct stays (the paper's error term): only `(value - f) W_dec` is added."""
+def clamped(sae: Autoencoder, feature: int, value: float) -> Replace:
+    """The feature at `value` on every token. What the coder does not reconstruct stays (the paper's error term): only
+    `(value - f) W_dec` is added."""
     row: Tensor = sae.W_dec[feature]  # type: ignore[attr-defined]
 
-    def replace(x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).to(row.dtype)
-        features, _ = sae.reconstruct(flat)
-        change = value - features.dense()[:, feature]
-        return (flat + change[:, None] * row).reshape(x.shape).to(x.dtype)
+    def replace(x: Tensor, y: Tensor) -> Tensor:
+        features, _ = sae.reconstruct(x.reshape(-1, x.shape[-1]).to(row.dtype))
+        change = (value - features.dense()[:, feature]).reshape(*y.shape[:-1], 1)
+        return (y.to(row.dtype) + change * row).to(y.dtype)
 
     return replace
 
 
 @torch.no_grad()
 def continued(
-    model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], ids: Sequence[int], count: int,
-    device: torch.device,
+    model: nn.Module, point: HookPoint, replace: Replace, ids: Sequence[int], count: int, device: torch.device,
+    reads: Sequence[HookPoint] = (),
 ) -> list[int]:  # fmt: skip
-    """The `count` most likely next tokens, one after the other, with the activation passed through `replace` at all of them."""
+    """The `count` most likely next tokens, one after the other, with the activation at `point` passed through `replace` at all
+    of them. reads: what the coder reads where that is not `point`; the model must come by there first."""
     tokens = list(ids)
     for _ in range(count):
-        logits = spliced_logits(model, point, replace, torch.tensor([tokens], device=device))
+        read: dict[HookPoint, Tensor] = {}
+
+        def here(y: Tensor, read: dict[HookPoint, Tensor] = read) -> Tensor | None:
+            missing = [str(one) for one in reads if one not in read and one != point]
+            if missing:
+                raise UserError(f"sae: it reads {', '.join(missing)}, which comes after '{point}', and cannot steer there")
+            return replace(torch.cat([read.get(one, y) for one in reads], dim=-1) if reads else y, y)
+
+        with ExitStack() as hooks:
+            for one in reads:
+                if one != point:
+                    hooks.enter_context(hooked(model, one, partial(_keep, read, one), 1))
+            logits = spliced_logits(model, point, here, torch.tensor([tokens], device=device))
         tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(ids) :]
+
+
+def _keep(read: dict[HookPoint, Tensor], point: HookPoint, activation: Tensor) -> None:
+    read[point] = activation.clone()

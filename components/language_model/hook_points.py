@@ -206,7 +206,7 @@ def capture(model: nn.Module, points: Sequence[HookPoint], inputs: Mapping[str, 
     runner = model if "input_ids" in inputs else vision_tower(model) or model
     with ExitStack() as hooks:
         for point in points:
-            hooks.enter_context(_hooked(model, point, keep(point), len(first)))
+            hooks.enter_context(hooked(model, point, keep(point), len(first)))
         with suppress(_Stop):
             runner(**inputs, **_without_cache(runner))
     if remaining:
@@ -215,13 +215,19 @@ def capture(model: nn.Module, points: Sequence[HookPoint], inputs: Mapping[str, 
     return captured
 
 
+def capture_beside(model: nn.Module, points: Sequence[HookPoint], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The activations at several hook points as one, `[batch, length, d_in of all]`."""
+    captured = capture(model, points, inputs)
+    return captured[points[0]] if len(points) == 1 else torch.cat([captured[point] for point in points], dim=-1)
+
+
 @torch.no_grad()
 def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], tokens: Tensor) -> Tensor:
     """Logits `[batch, length, vocabulary]` with the activation at `point` passed through `replace`.
 
     `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is.
     """
-    with _hooked(model, point, replace, len(tokens)):
+    with hooked(model, point, replace, len(tokens)):
         return model(input_ids=tokens, use_cache=False).logits
 
 
@@ -230,7 +236,9 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 @contextmanager
-def _hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None], batch: int) -> Iterator[None]:
+def hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None], batch: int) -> Iterator[None]:
+    """While open, the activation at `point`, `[batch, length, d_in]`, goes through `function`, which gives another, or None to
+    leave it. batch: how many sequences a forward pass has."""
     module, reads_input = locate(model, point)
 
     def shaped(activation: Any) -> Any:

@@ -53,13 +53,11 @@ class ModelRecord(Record):
         """From which it is loaded."""
         return ModelSource(self.settings, self.location, self.commit)
 
-    def require_stored(self, hook_point: str) -> None:
+    def require_stored(self, hook_point: str, field: str) -> None:
         """A UserError for a hook point that is not among the columns."""
         names = [column.name for column in self.columns]
         if hook_point not in names:
-            raise UserError(
-                f"training.hook_point: '{hook_point}' is not in activations.hook_points, which has {', '.join(names)}"
-            )
+            raise UserError(f"{field}: '{hook_point}' is not in activations.hook_points, which has {', '.join(names)}")
 
     def layout(self) -> ImageLayout:
         assert self.image_layout is not None

@@ -39,13 +39,24 @@ class _Decided(Protocol):
     def report(self) -> dict[str, Any]: ...
 
 
+def _what(configuration: dict[str, Any]) -> tuple[str, str]:
+    """What a configuration makes, and where."""
+    training = configuration["training"]
+    if training.get("crosscoder"):
+        return "A crosscoder", ", ".join(training["crosscoder"])
+    place = training.get("hook_point") or configuration["activations"]["hook_points"][0]
+    if training.get("target"):
+        return "A transcoder", f"{place} to {training['target']}"
+    return "A sparse autoencoder", place
+
+
 def model_card(
     name: str, version: str, metrics: dict[str, Any], lineage: Lineage, tags: dict[str, str], decision: _Decided
 ) -> str:
     """tags: of the version. metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
     configuration = lineage.configuration
     corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
-    hook_point = training.get("hook_point") or configuration["activations"]["hook_points"][0]
+    what, hook_point = _what(configuration)
     text = corpus.get("dataset") or corpus["source"]
     imported = lineage.imported
     place = {"language model": _with_revision(model), "hook point": hook_point}
@@ -73,8 +84,8 @@ def model_card(
     measured = f"{metrics['evaluation_tokens']:,} held-out tokens" if "evaluation_tokens" in metrics else "held-out tokens"
     return f"""# {name}, version {version}
 
-A sparse autoencoder on the activations of `{model["name"]}` at `{hook_point}`: float32 activations `[n, d_in]` in, features
-`[n, d_sae]` and their reconstruction `[n, d_in]` out. It is for studying what the language model represents; a feature's
+{what} on the activations of `{model["name"]}` at `{hook_point}`: float32 activations `[n, d_in]` in, features
+`[n, d_sae]` and what they write `[n, d_out]` out. It is for studying what the language model represents; a feature's
 meaning is a hypothesis until it is tested by an intervention.
 
 ## Recipe

@@ -20,7 +20,9 @@ def estimate(run: Specification) -> dict[str, Any]:
     held_out = tokens.splits["held_out"].tokens if tokens else config.corpus.held_out_tokens
     row_bytes = TOKEN_BYTES + sum(run.widths.values()) * DTYPES[config.activations.dtype].itemsize
     steps = config.training.steps
-    sae_parameters = 2 * d_in * d_sae + d_in + d_sae
+    d_out = sum(column.width for column in run.written_columns)
+    read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
+    sae_parameters = (d_in + d_out) * d_sae + d_out + d_sae + d_in * d_out * config.sae.skip
     model_parameters = run.model.parameters
     share = max(column.depth for column in run.model.columns)
     evaluated = min(config.evaluation.tokens, held_out)
@@ -30,7 +32,7 @@ def estimate(run: Specification) -> dict[str, Any]:
     shuffled_bytes = settings.shuffle_workers * (min(stored, settings.rows_per_shard) + 4 * settings.rows_per_group) * row_bytes
     logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * run.model.vocabulary * 4
     # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
-    window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * d_in * DTYPES[settings.dtype].itemsize
+    window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
     training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 4 * window_bytes
     interpreted = config.interpretation
     example_bytes = 2 * 4 * (interpreted.examples + config.evaluation.batch_sequences) * d_sae * config.corpus.context_length
@@ -58,7 +60,7 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "training": {
             "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
-            "steps": steps, "starts": run.start_said, "flops": 5 * 2 * d_in * d_sae * steps * config.training.batch_size,
+            "steps": steps, "starts": run.start_said, "flops": 5 * (d_in + d_out) * d_sae * steps * config.training.batch_size,
         },
         "evaluation": {
             "exists": run.evaluation_record() is not None, "impossible": without_evaluation(run), "tokens": evaluated,

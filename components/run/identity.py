@@ -64,7 +64,7 @@ TRAINING = Fields(
         "tokens", "batch_size", "learning_rate", "learning_rate_warmup", "learning_rate_decay", "adam_betas",
         "clip_gradient_norm", "autocast", "dead_after_tokens",
     ),
-    resolved=("hook_point", "start_from"),
+    resolved=("hook_point", "target", "crosscoder", "start_from"),
     without_effect=("checkpoint_tokens", "log_tokens"),
 )  # fmt: skip
 EVALUATION = Fields(
@@ -124,20 +124,25 @@ def excluded(settings: ActivationSettings) -> dict[str, Any]:
     return {} if settings.exclude == ExcludeSettings() else {"exclude": settings.exclude.model_dump(mode="json")}
 
 
+def placed(reads: Sequence[str], writes: Sequence[str]) -> dict[str, Any]:
+    """Where a coder reads and writes, as fields of an identity."""
+    return {"hook_point": reads[0]} if len(reads) == 1 and reads == writes else {"reads": list(reads), "writes": list(writes)}
+
+
 def coder_on_text_identity(
     settings: EvaluationSettings | InterpretationSettings,
     weights_sha256: str,
     tokens: str,
     model: Mapping[str, Any],
-    hook_point: str,
+    place: Mapping[str, Any],
     stored: ActivationSettings,
 ) -> dict[str, Any]:
-    """Of an evaluation or an interpretation: what a coder does on held-out text in a language model."""
+    """Of an evaluation or an interpretation: what a coder does on held-out text in a language model. place: see `placed`."""
     kind, fields = (
         ("evaluation", EVALUATION) if isinstance(settings, EvaluationSettings) else ("interpretation", INTERPRETATION)
     )
     return identity(
-        kind, weights=weights_sha256, tokens=tokens, model=dict(model), hook_point=hook_point, settings=fields.of(settings),
+        kind, weights=weights_sha256, tokens=tokens, model=dict(model), settings=fields.of(settings), **place,
         **excluded(stored),
     )  # fmt: skip
 
@@ -146,7 +151,7 @@ def evaluation_set_identity(
     settings: EvaluationSettings,
     tokens: Mapping[str, Any],
     model: Mapping[str, Any],
-    hook_point: str,
+    place: Mapping[str, Any],
     counted: int,
     stored: ActivationSettings,
 ) -> dict[str, Any]:
@@ -155,8 +160,8 @@ def evaluation_set_identity(
     settled = {name: value for name, value in tokens["settings"].items() if name != "train_tokens"}
     text = {**tokens, "settings": settled}
     return identity(
-        "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), hook_point=hook_point,
-        counted=counted, settings=COMPARED.of(settings), **excluded(stored),
+        "evaluation_set", metrics=VERSIONS["evaluation"], text=content_digest(text), model=dict(model), counted=counted,
+        settings=COMPARED.of(settings), **place, **excluded(stored),
     )  # fmt: skip
 
 

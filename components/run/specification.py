@@ -30,7 +30,8 @@ from components.run import identity
 from components.run.config import RunConfig
 from components.run.repetition import asked_for
 from components.run.start import CHAMPION, Wanted, find_start
-from components.settings import Record
+from components.sae.coder import Column
+from components.settings import Record, UserError
 from components.settings import digest as content_digest
 from components.storage.cache import CachePlace
 from components.tracking.code import git_tags
@@ -48,8 +49,10 @@ class Specification(Record):
     model: ModelRecord
     sources: tuple[ListedSource, ...]
     """Of the corpus, in the order of its settings."""
-    hook_point: str
-    """That the coder is trained on."""
+    reads: tuple[str, ...]
+    """Hook points that the coder reads."""
+    writes: tuple[str, ...]
+    """Those that it writes: the same, but for a transcoder."""
     token_identity: dict[str, Any]
     token_digest: str
     dataset_identity: dict[str, Any]
@@ -82,8 +85,27 @@ class Specification(Record):
         return [parse_hook_point(column.name) for column in self.model.columns]
 
     @property
+    def hook_point(self) -> str:
+        """Where the coder is, for people and in names."""
+        return "+".join(self.reads) + ("" if self.reads == self.writes else f"-to-{self.writes[0]}")
+
+    @property
     def point(self) -> HookPoint:
-        return parse_hook_point(self.hook_point)
+        """Where what it writes is put in the model; of a crosscoder, its last hook point."""
+        return parse_hook_point(self.writes[-1])
+
+    @property
+    def read_points(self) -> tuple[HookPoint, ...]:
+        """What is read where that is not `point` alone."""
+        return () if self.reads == self.writes[-1:] else tuple(map(parse_hook_point, self.reads))
+
+    @property
+    def read_columns(self) -> tuple[Column, ...]:
+        return tuple(Column(name, self.widths[name]) for name in self.reads)
+
+    @property
+    def written_columns(self) -> tuple[Column, ...]:
+        return tuple(Column(name, self.widths[name]) for name in self.writes)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -91,7 +113,7 @@ class Specification(Record):
 
     @property
     def d_in(self) -> int:
-        return self.widths[self.hook_point]
+        return sum(column.width for column in self.read_columns)
 
     @property
     def d_sae(self) -> int:
@@ -155,19 +177,24 @@ class Specification(Record):
             settings=self.config.training,
             coder=self.config.sae,
             dataset_url=self.dataset_url,
-            reads=(self.hook_point,),
-            writes=(self.hook_point,),
+            reads=self.reads,
+            writes=self.writes,
             seed=self.config.seed,
             start=self.start,
             metadata={
                 "model_name": self.config.language_model.name,
-                "hook_name": self.hook_point,
+                **self.placement,
                 "context_size": len(self.model.layout()) if self.of_images else corpus.context_length,
                 "prepend_bos": corpus.bos != "none",
                 "dataset_path": corpus.title,
             },
             cache=None if settings.cache is None else CachePlace(folder=settings.cache, limit=settings.cache_bytes),
         )
+
+    @property
+    def placement(self) -> dict[str, str]:
+        """As SAELens says it."""
+        return {"hook_name": self.reads[0], **({} if self.reads == self.writes else {"hook_name_out": self.writes[0]})}
 
     def repeated(self, rerun: str | None) -> Specification:
         """The same run with another word in `rerun`: on the same activations, another coder."""
@@ -179,8 +206,8 @@ class Specification(Record):
             config=self.config,
             registered_model=self.registered_model,
             source=self.source,
-            point=self.point,
-            d_in=self.d_in,
+            reads=self.read_columns,
+            writes=self.written_columns,
             base=self.base_digest,
         )
         found = find_start(wanted, start_from, must_fit)
@@ -206,7 +233,7 @@ class Specification(Record):
 
     def _on_text_identity(self, settings: EvaluationSettings | InterpretationSettings, weights_sha256: str) -> dict[str, Any]:
         return identity.coder_on_text_identity(
-            settings, weights_sha256, self.token_digest, self.model.identity, self.hook_point, self.config.activations
+            settings, weights_sha256, self.token_digest, self.model.identity, self._placed, self.config.activations
         )
 
     def interpretation_record(self) -> InterpretationRecord | None:
@@ -224,11 +251,15 @@ class Specification(Record):
         """Where an evaluation that is going on keeps what it has measured."""
         return f"{self.given_evaluation_url(digest)}.spans"
 
+    @property
+    def _placed(self) -> dict[str, Any]:
+        return identity.placed(self.reads, self.writes)
+
     def evaluation_set(self, tokens: int) -> str:
         """The digest of what two coders must share to be compared; tokens: that were measured."""
         config = self.config
         found = identity.evaluation_set_identity(
-            config.evaluation, self.token_identity, self.model.identity, self.hook_point, tokens, config.activations
+            config.evaluation, self.token_identity, self.model.identity, self._placed, tokens, config.activations
         )
         return identity.digest(found)
 
@@ -287,11 +318,7 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     config = config.model_copy(update={"corpus": corpus_sources.pinned(config.corpus), "language_model": pinned})
     source = ModelSource(pinned, found.location, found.commit)
     model = resolve_model(source, config.activations.hook_points, images, config.corpus.prompt)
-    wanted = config.training.hook_point
-    hook_point = (
-        model.columns[0].name if wanted is None else str(expand_hook_points([wanted], source, "training.hook_point")[0])
-    )
-    model.require_stored(hook_point)
+    reads, writes = _columns(config, model, source)
     sources = list_corpus(config.corpus)
     tokens = identity.token_identity(config.corpus, corpus_content(config.corpus, sources), model.tokenizer, config.seed)
     token_digest = identity.digest(tokens)
@@ -303,7 +330,8 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
         code=git_tags(),
         model=model,
         sources=sources,
-        hook_point=hook_point,
+        reads=reads,
+        writes=writes,
         token_identity=tokens,
         token_digest=token_digest,
         dataset_identity=stored,
@@ -314,13 +342,38 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     return resolved.starting_from(config.training.start_from, champion_must_fit)
 
 
+def _columns(config: RunConfig, model: ModelRecord, source: ModelSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the coder reads and writes; a UserError where that is no column."""
+
+    def column(name: str, field: str) -> str:
+        found = str(expand_hook_points([name], source, field)[0])
+        model.require_stored(found, field)
+        return found
+
+    training = config.training
+    several = tuple(column(name, "training.crosscoder") for name in training.crosscoder)
+    if several:
+        if training.hook_point or training.target:
+            raise UserError("training.crosscoder: it is given beside training.hook_point or training.target; give one")
+        if len(set(several)) != len(several) or len(several) == 1:
+            raise UserError(f"training.crosscoder: {list(several)} is not accepted: two or more different hook points")
+        reads = writes = several
+    else:
+        wanted = training.hook_point
+        reads = (model.columns[0].name if wanted is None else column(wanted, "training.hook_point"),)
+        writes = reads if training.target is None else (column(training.target, "training.target"),)
+    if config.sae.skip and reads == writes:
+        raise UserError("sae.skip: true is accepted for a transcoder, which training.target makes of it")
+    return reads, writes
+
+
 def _named(specification: Specification, config: RunConfig, start: Mapping[str, str] | None) -> Specification:
     """With the coder's identity. start: `Start.identity` of what training continues from."""
-    point = (specification.hook_point,)
     coder = config.sae.identity(specification.d_in)
     found = identity.coder_identity(
-        config.training, coder, specification.dataset_digest, point, point, config.seed, config.rerun, start
-    )
+        config.training, coder, specification.dataset_digest, specification.reads, specification.writes, config.seed,
+        config.rerun, start,
+    )  # fmt: skip
     return specification.model_copy(update={"config": config, "sae_identity": found, "sae_digest": identity.digest(found)})
 
 

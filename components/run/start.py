@@ -14,8 +14,8 @@ import torch
 
 from components import storage
 from components.evaluation.given import other_model, other_place
+from components.interop.names import kind_of
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, read_config
-from components.language_model.hook_points import HookPoint
 from components.language_model.source import ModelSource
 from components.redaction import redacted
 from components.run.repetition import BASE_TAG, RERUN_TAG
@@ -44,17 +44,20 @@ class Wanted:
     config: RunConfig
     registered_model: str
     source: ModelSource
-    point: HookPoint
-    d_in: int
+    reads: tuple[Column, ...]
+    writes: tuple[Column, ...]
     base: str
     """`Specification.base_digest`."""
 
     @property
     def coder(self) -> Coder:
         """Without weights."""
-        settings, column = self.config.sae, Column(str(self.point), self.d_in)
         with torch.device("meta"):
-            return architectures()[settings.architecture](settings, (column,), (column,), settings.features(self.d_in))
+            return self.new_coder()
+
+    def new_coder(self) -> Coder:
+        settings, width = self.config.sae, sum(column.width for column in self.reads)
+        return architectures()[settings.architecture](settings, self.reads, self.writes, settings.features(width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,10 +179,8 @@ def _in_folder(wanted: Wanted, location: str) -> tuple[Start, str | None]:
 
 def _untrainable(wanted: Wanted, folder: Path, location: str) -> str | None:
     """Of a coder made elsewhere nothing is known but its tensors: they are tried now, and not after the extraction."""
-    settings, column = wanted.config.sae, Column(str(wanted.point), wanted.d_in)
-    kind = architectures()[settings.architecture]
     try:
-        as_trained(kind(settings, (column,), (column,), settings.features(wanted.d_in)), folder, [1.0], [1.0])
+        as_trained(wanted.new_coder(), folder, [1.0] * len(wanted.reads), [1.0] * len(wanted.writes))
     except ValueError as error:
         return str(error).replace(str(folder), redacted(location))
     return None
@@ -210,16 +211,16 @@ def misfit(wanted: Wanted, folder: Path) -> str | None:
     written, known = coder.exported(), _own_architecture(folder / _RECORD)
     if known is not None and known != architecture:
         return f"its architecture is '{known}'; sae.architecture is '{architecture}', and the same is accepted"
-    if config["architecture"] != written.architecture:
+    if config["architecture"] != str(kind_of(coder)):
         return (
-            f"its architecture is '{config['architecture']}' in SAELens' terms; accepted is '{written.architecture}', which is "
+            f"its architecture is '{config['architecture']}' in SAELens' terms; accepted is '{kind_of(coder)}', which is "
             f"what sae.architecture '{architecture}' is there"
         )
     if set(written.tensors) != set(coder.state_dict()) and type(coder).load_exported is Coder.load_exported:
         return f"sae.architecture '{architecture}' has no `load_exported`, by which its export could be read back"
     if config["d_sae"] != coder.d_sae:
         return f"it has {config['d_sae']} features; sae.d_sae or sae.expansion_factor asks for {coder.d_sae}, which is accepted"
-    place = other_place(config, wanted.point, wanted.d_in, wanted.source)
+    place = other_place(config, wanted.reads, wanted.writes, wanted.source)
     return place or other_model(config, wanted.config.language_model.name)
 
 

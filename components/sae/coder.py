@@ -71,14 +71,15 @@ class Exported:
     """A coder in terms of SAELens: the form in which it leaves the project."""
 
     architecture: str
-    """`standard`, `topk`, `jumprelu` or `gated`."""
+    """`standard`, `topk`, `jumprelu` or `gated`: how features are read, whatever they write."""
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     """Further fields of `cfg.json`, such as `k`."""
 
 
 class Coder(nn.Module, ABC):
-    """W_enc `[d_in, d_sae]`, b_enc `[d_sae]`, W_dec `[d_sae, d_out]`, b_dec `[d_out]` (the layout of SAELens)."""
+    """W_enc `[d_in, d_sae]`, b_enc `[d_sae]`, W_dec `[d_sae, d_out]`, b_dec `[d_out]`; with an affine path beside the features
+    W_skip `[d_out, d_in]` (the layout of SAELens)."""
 
     Settings: ClassVar[type[CoderSettings]]
     scaled_like_features: ClassVar[tuple[str, ...]] = ("b_enc",)
@@ -94,6 +95,10 @@ class Coder(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.unit: Tensor | None = None
+        """By what each dimension that is written is multiplied where lengths are taken, `[d_out]`; None for 1. Columns that
+        were scaled differently in training differ in it afterwards."""
+        self.W_skip: nn.Parameter | None = nn.Parameter(torch.zeros(d_out, d_in)) if settings.skip else None
 
     @classmethod
     def autoencoder(cls, settings: CoderSettings, width: int, name: str = "activations") -> Self:
@@ -131,6 +136,11 @@ class Coder(nn.Module, ABC):
         """`x W_enc + b_enc`: `[n, d_in]` -> `[n, d_sae]`."""
         return torch.nn.functional.linear(x, self.W_enc.T, self.b_enc)
 
+    def row_norms(self, rows: Tensor | None = None) -> Tensor:
+        """`||W_dec_i||`, times which a feature's activation is the length of what it writes, `[d_sae]`; or of other rows."""
+        rows = self.W_dec if rows is None else rows
+        return (rows if self.unit is None else rows * self.unit.to(rows)).norm(dim=1)
+
     @abstractmethod
     def encode(self, x: Tensor) -> Features:
         """Activations `[..., d_in]` -> features of all tokens, leading dimensions in one."""
@@ -139,10 +149,21 @@ class Coder(nn.Module, ABC):
         """Features of `n` tokens -> what they write, `[n, d_out]`."""
         return features.decode(self.W_dec, self.b_dec)
 
+    def skipped(self, y: Tensor, x: Tensor, held: bool = False) -> Tensor:
+        """What features write, `[n, d_out]`, and the affine path from what is read, `[n, d_in]`, where there is one. held:
+        without its gradient."""
+        if self.W_skip is None:
+            return y
+        return y + torch.nn.functional.linear(x, self.W_skip.detach() if held else self.W_skip)
+
+    def write(self, features: Features, x: Tensor) -> Tensor:
+        """All that is written for these features of `x`: `[n, d_out]`."""
+        return self.skipped(self.decode(features), x)
+
     def reconstruct(self, x: Tensor) -> tuple[Features, Tensor]:
-        """Features and what they write, in units of the activations: `[n, d_in]` -> `[n, d_out]`."""
+        """Features and what is written, in units of the activations: `[n, d_in]` -> `[n, d_out]`."""
         features = self.encode(x)
-        return features, self.decode(features)
+        return features, self.write(features, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., d_in]` -> `[..., d_out]`."""
@@ -174,12 +195,13 @@ class Coder(nn.Module, ABC):
         for each column), with unit decoder rows.
 
         Scales and decoder norms go into the encoder: a feature's activation is then the length of what it adds to what is
-        written, which is what the paper reads (`f_i * ||W_dec_i||`). Computed in float64.
+        written, which is what the paper reads (`f_i * ||W_dec_i||`). Computed in float64. Of several columns with scales of
+        their own the length is the one that training saw, see `unit`: what was ranked by it stays so.
         """
-        reads, writes = _per_dimension(self.reads, scale_in), _per_dimension(self.writes, scale_out)
+        reads, writes = per_dimension(self.reads, scale_in), per_dimension(self.writes, scale_out)
         common = scale_out[0]
-        rows = self.W_dec.double().cpu() * (common / writes)
-        norm = rows.norm(dim=1)
+        rows = self.W_dec.double().cpu()
+        norm = self.row_norms(rows)
         norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         gain = norm / common
         result = type(self)(self.settings, self.reads, self.writes, self.d_sae)
@@ -187,17 +209,22 @@ class Coder(nn.Module, ABC):
             name: value.double().cpu() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
         tensors["W_enc"] = tensors["W_enc"] * reads[:, None] * gain
-        tensors["W_dec"] = rows / norm[:, None]
+        tensors["W_dec"] = rows * (common / writes) / norm[:, None]
         tensors["b_dec"] = tensors["b_dec"] / writes
+        if self.W_skip is not None:
+            tensors["W_skip"] = tensors["W_skip"] * reads / writes[:, None]
         for name in self.scaled_like_features:
             tensors[name] = tensors[name] * gain
         for name in self.scaled_like_outputs:
             tensors[name] = tensors[name] / common
         result.load_state_dict(tensors)
+        unit = (writes if self.unit is None else self.unit * writes) / common
+        result.unit = None if torch.allclose(unit, torch.ones_like(unit), rtol=1e-12) else unit
         return result.train(self.training)
 
 
-def _per_dimension(columns: Sequence[Column], scales: Sequence[float]) -> Tensor:
+def per_dimension(columns: Sequence[Column], scales: Sequence[float]) -> Tensor:
+    """A number for each column -> one for each dimension, float64."""
     return torch.cat(
         [torch.full((column.width,), scale, dtype=torch.float64) for column, scale in zip(columns, scales, strict=True)]
     )

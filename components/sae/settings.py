@@ -21,7 +21,7 @@ class CoderSettings(Bounded):
     """Raised when the same settings and data would no longer give the same weights."""
     decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")
     """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
-    decides_later: ClassVar[tuple[str, ...]] = ()
+    decides_later: ClassVar[tuple[str, ...]] = ("skip",)
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
     architecture: str
@@ -35,6 +35,9 @@ class CoderSettings(Bounded):
 
     decoder_init_norm: float = Field(default=0.1, gt=0)
     """Norm of each decoder row at the start; its direction is random."""
+
+    skip: bool = False
+    """For a transcoder: an affine path beside the features, `x W_skip^T` (Paulo et al. 2025, arXiv 2501.18823)."""
 
     @model_validator(mode="after")
     def _one_size(self) -> CoderSettings:

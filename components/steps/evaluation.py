@@ -14,15 +14,18 @@ from components.activations.exclusion import Exclusion
 from components.corpus.manifest import TokenManifest
 from components.evaluation import evaluate as evaluation
 from components.evaluation import measurements, results
+from components.evaluation.columns import OneColumn, together
 from components.evaluation.job import EvaluationJob, Span
 from components.evaluation.kept import KeptSpans
 from components.evaluation.record import About, EvaluationRecord
 from components.evaluation.span_totals import Measured, SpanSums
 from components.interop.coders import AnySAE
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, load_saelens
+from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.loading import LOADING, kept_model, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
+from components.sae.coder import Coder
 from components.settings import UserError
 from components.training.job import TrainingRecord
 
@@ -46,6 +49,7 @@ def evaluation_job(run: Specification) -> EvaluationJob:
         exclude=run.config.activations.exclude,
         source=run.model.source,  # without what is cached
         point=run.point,
+        reads=run.read_points,
         text=evaluation.HeldOut(url=run.token_url, manifest=token_manifest),
         sae_url=run.sae_url,
         kept_url=run.kept_spans_url(identity.digest(run.evaluation_identity(record.weights_sha256))),
@@ -55,7 +59,8 @@ def evaluation_job(run: Specification) -> EvaluationJob:
 def evaluation_reference(job: EvaluationJob, device: torch.device) -> evaluation.Reference:
     """What an evaluation takes from training text, once for all spans; on the CPU."""
     settings, model = job.settings, kept_model(job.source, device)
-    excluded = resolve_exclusion(job.exclude, job.source, model, [job.point], job.text.url, job.text.manifest, device)
+    places = [job.point, *job.reads]
+    excluded = resolve_exclusion(job.exclude, job.source, model, places, job.text.url, job.text.manifest, device)
     found = evaluation.reference_statistics(
         model, job.point, job.text, settings.reference_tokens, settings.batch_sequences, device, excluded
     )
@@ -113,7 +118,7 @@ def _subject(job: EvaluationJob, device: torch.device, classes: evaluation.Token
     with LOADING:  # the SAE too: torch's default type is another meanwhile
         sae, model = own_sae(job.sae_url, device), kept_model(job.source, device)
     return measurements.Subject(
-        sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes
+        sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes, reads=job.reads
     )
 
 
@@ -127,34 +132,42 @@ def measured_alone(
     name: str | None = None,
 ) -> EvaluationRecord:
     """Evaluate the SAE that `load` gives and write what was found to `url`. named: the evaluation's identity."""
-    settings, device = run.config.evaluation, run.device
-    model = kept_model(run.source, device)
+    device, model = run.device, kept_model(run.source, run.device)
     text = evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
-    reference = reference_of(run, model, token_manifest)
-    sae = load(reference)
     classes = evaluation.TokenClasses(load_tokenizer(run.source))
     digest = identity.digest(named)
-    kept = KeptSpans(run.kept_spans_url(digest))
-    found = evaluation.evaluate(settings, sae, sae.d_sae, model, run.point, text, reference, device, classes, kept)
+    kept_url = run.kept_spans_url(digest)
+    found: dict[str, evaluation.Evaluation] = {}
+    for number, column in enumerate(run.writes):  # of all coders but a crosscoder, one
+        point = parse_hook_point(column)
+        reference = reference_of(run, model, token_manifest, point)
+        sae = load(reference)
+        one = OneColumn(sae, number) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
+        kept = KeptSpans(kept_url if one is sae else storage.join(kept_url, str(number)))
+        found[column] = evaluation.evaluate(
+            run.config.evaluation, one, sae.d_sae, model, point, text, reference, device, classes, kept, run.read_points
+        )
     about = _about(run, sae, url, architecture, name)
-    written = evaluation.write_evaluation(url, digest, named, found, device, about)
-    kept.forget()
+    whole = together(found) if len(found) > 1 else found[run.writes[0]]
+    written = evaluation.write_evaluation(url, digest, named, whole, device, about)
+    KeptSpans(kept_url).forget()
     return written
 
 
 def exclusion_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> Exclusion:
     """Tokens that do not count, of this configuration."""
     return resolve_exclusion(
-        run.config.activations.exclude, run.source, model, [run.point], run.token_url, token_manifest, run.device
-    )
+        run.config.activations.exclude, run.source, model, [run.point, *run.read_points], run.token_url, token_manifest,
+        run.device,
+    )  # fmt: skip
 
 
-def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> evaluation.Reference:
-    """What this configuration's evaluations take from training text."""
+def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest, point: HookPoint) -> evaluation.Reference:
+    """What this configuration's evaluations take from training text at a hook point."""
     settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
     excluded = exclusion_of(run, model, token_manifest)
     return evaluation.reference_statistics(
-        model, run.point, text, settings.reference_tokens, settings.batch_sequences, run.device, excluded
+        model, point, text, settings.reference_tokens, settings.batch_sequences, run.device, excluded
     )
 
 

@@ -59,13 +59,15 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
         coder = _load(
             given,
             torch.device("cpu"),
-            reference_of(run, kept_model(run.source, run.device), prepare_tokens(run)).mean_norm if needs_norm else None,
+            reference_of(run, kept_model(run.source, run.device), prepare_tokens(run), run.point).mean_norm
+            if needs_norm
+            else None,
         )
         imported = Imported(address=redacted(sae), format=given.format.name, content_sha256=given.content_digest())
         metadata = given.metadata
     if isinstance(coder, NormalizedSAE):
         raise UserError("--sae: it normalises each token first; registered models read activations as the model makes them")
-    files = saelens_files(coder, {"model_name": run.config.language_model.name, **metadata, "hook_name": run.hook_point})
+    files = saelens_files(coder, {"model_name": run.config.language_model.name, **metadata, **run.placement})
     with _tracked(run, url, present, sae) as open_run, storage.local_copies(url, evaluation.FILES) as folder:
         weights_sha256 = sha256(files[WEIGHTS_NAME]).hexdigest()
         lineage = Lineage(
@@ -170,7 +172,7 @@ def _load(given: GivenSAE, device: torch.device, mean_norm: float | None) -> Any
 
 def _measured(run: Specification, given: GivenSAE, sae: str, another_model: bool) -> tuple[str, EvaluationRecord]:
     """Where the evaluation is kept, and its record."""
-    require_same_place(given.config, run.point, run.d_in, run.source)
+    require_same_place(given.config, run.read_columns, run.written_columns, run.source)
     if not another_model:
         require_same_model(given.config, run.config.language_model.name)
     named = run.evaluation_identity(given.content_digest())

@@ -7,8 +7,10 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from components import storage
+from components.evaluation.columns import OneColumn
 from components.evaluation.held_out import HeldOut
 from components.evaluation.record import About
+from components.interop.coders import AnySAE
 from components.interpretation import search, steering
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
 from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
@@ -16,6 +18,7 @@ from components.interpretation.record import InterpretationRecord, interpretatio
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
+from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import exclusion_of, own_sae
 
@@ -46,8 +49,8 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
     settings, device = run.config.interpretation, run.device
     model, sae = kept_model(run.source, device), own_sae(run.sae_url, device)
     excluded = exclusion_of(run, model, text.manifest)
-    size = run.config.evaluation.batch_sequences
-    examples, tokens, sequences = find_examples(settings, sae, sae.d_sae, model, run.point, text, excluded, size, device)
+    size, points = run.config.evaluation.batch_sequences, run.read_points or (run.point,)
+    examples, tokens, sequences = find_examples(settings, sae, sae.d_sae, model, points, text, excluded, size, device)
     named = run.interpretation_identity(weights_sha256)
     record = InterpretationRecord(
         digest=identity.digest(named),
@@ -57,9 +60,14 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
         sequences=sequences,
         living=int((examples.firing > 0).sum()),
     )
-    effects = effects_of(model, run.point, sae, settings.logits)
+    effects = effects_of(model, run.point, written_at(run, sae), settings.logits)
     write_feature_data(interpretation_url(run.sae_url), record, examples, text, effects)
     return record
+
+
+def written_at(run: Specification, sae: AnySAE) -> AnySAE | OneColumn:
+    """The coder, as far as it writes to `run.point`."""
+    return OneColumn(sae, -1) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
 
 
 def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, Any]]:
@@ -94,7 +102,7 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
             raise UserError(f"--text: {text!r} holds no token")
     bos = None if run.config.corpus.bos == "none" else encoder.bos
     model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
-    found = search.firing(model, run.point, sae, ids, bos, run.device)
+    found = search.firing(model, run.read_points or (run.point,), sae, ids, bos, run.device)
     ours, theirs = found[: len(texts)], found[len(texts) :]
     difference = search.contrast(ours, theirs)
     rows = []
@@ -129,9 +137,9 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
     ids = [*bos, *encoder.encode([prompt])[0]]
     if not ids or len(ids) + count > room:
         raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
-    held = steering.clamped(sae, feature, scale * largest)
-    plain = steering.continued(model, run.point, lambda _: None, ids, count, run.device)
-    steered = steering.continued(model, run.point, held, ids, count, run.device)
+    held = steering.clamped(written_at(run, sae), feature, scale * largest)
+    plain = steering.continued(model, run.point, lambda *_: None, ids, count, run.device)
+    steered = steering.continued(model, run.point, held, ids, count, run.device, run.read_points)
     return {
         "feature": feature,
         "held_at": scale * largest,

@@ -15,6 +15,13 @@ class TrainingSettings(Settings):
     hook_point: str | None = None
     """Column of the dataset to train on; the first of `activations.hook_points` where it is not given."""
 
+    target: str | None = None
+    """Another column, which the coder writes: a transcoder, such as from `mlp_in.6` to `mlp_out.6`."""
+
+    crosscoder: tuple[str, ...] = ()
+    """Several columns, all of which the coder reads and writes, side by side and each with a scale of its own (Lindsey et al.
+    2024); they take the place of `hook_point`."""
+
     start_from: str | None = Field(default=None, min_length=1)
     """The coder that training continues from, with an optimizer and a schedule of its own: `champion` (of the registered
     model), `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or a folder in SAELens' format, local or `s3://`; of the same

@@ -9,7 +9,7 @@ import torch
 
 from components import storage
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, load_saelens, read_config
-from components.sae.coder import Coder
+from components.sae.coder import Coder, per_dimension
 from components.settings import UserError
 from components.storage import file_sha256
 from components.training.job import Start
@@ -52,5 +52,6 @@ def as_trained(coder: Coder, folder: Path, scale_in: Sequence[float], scale_out:
     if not isinstance(given, Coder):
         raise ValueError("its center_writing_weights is true; accepted is false")
     raw = type(coder)(coder.settings, coder.reads, coder.writes, coder.d_sae)
+    raw.unit = None if len(set(scale_out)) == 1 else per_dimension(raw.writes, scale_out) / scale_out[0]
     raw.load_exported(given.state_dict())
     return raw.folded([1 / scale for scale in scale_in], [1 / scale for scale in scale_out])

@@ -167,13 +167,18 @@ def sparsify(**options) -> Peer:
     w = weights(2)
     arrays = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
 
-    def compute(x: np.ndarray, a: Arrays) -> tuple[np.ndarray, np.ndarray]:
-        f = strongest(relu((x - a["b_dec"]) @ a["encoder.weight"].T + a["encoder.bias"]), K)
-        return f, f @ a["W_dec"] + a["b_dec"]
+    transcodes, skips = options.get("transcode"), options.get("skip_connection")
+    if skips:
+        arrays["W_skip"] = np.random.default_rng(9).standard_normal((D_IN, D_IN)).astype(np.float32)
 
+    def compute(x: np.ndarray, a: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        f = strongest(relu((x if transcodes else x - a["b_dec"]) @ a["encoder.weight"].T + a["encoder.bias"]), K)
+        return f, f @ a["W_dec"] + a["b_dec"] + (x @ a["W_skip"].T if skips else 0)
+
+    name = ("topk_skip_transcoder" if skips else "topk_transcoder") if transcodes else "topk"
     config = {"activation": "topk", "expansion_factor": 32, "num_latents": D_SAE, "k": K, "normalize_decoder": True,
               "multi_topk": True, "skip_connection": False, "transcode": False, "d_in": D_IN, **options}  # fmt: skip
-    return Peer(config, arrays, compute, write_sparsify, "/runs/pythia/layers.3", "topk")
+    return Peer(config, arrays, compute, write_sparsify, "/runs/pythia/layers.3", name)
 
 
 # dictionary_learning

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from components import steps
 from components.evaluation.given import hook_point_of, require_same_model, require_same_place
 from components.interop.saelens import load_saelens, saelens_files
-from components.language_model.hook_points import HookPoint, parse_hook_point
+from components.language_model.hook_points import HookPoint
 from components.run.config import parse_config
 from components.run.specification import resolve
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
+from components.sae.coder import Column
 from components.settings import UserError
 from components.tracking.runs import connect
 from flows.cli import app
@@ -163,7 +164,8 @@ def test_a_centred_model_is_one_with_layer_norm_read_where_it_is_centred(
     source = SimpleNamespace(skeleton=torch.nn.Sequential(norm), settings=SimpleNamespace(revision="main"))
     metadata = {"hook_name": str(point), "model_from_pretrained_kwargs": {"center_writing_weights": True}}
     with nullcontext() if refused is None else pytest.raises(UserError, match=f"center_writing_weights.*{refused}"):
-        require_same_place({"d_in": 4, "metadata": metadata}, point, 4, source)
+        column = (Column(str(point), 4),)
+        require_same_place({"d_in": 4, "metadata": metadata}, column, column, source)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,8 @@ def test_a_centred_model_is_one_with_layer_norm_read_where_it_is_centred(
 def test_a_modules_path_may_leave_out_what_is_above_the_blocks(name: str, point: str, here: bool):
     source = SimpleNamespace(skeleton=torch.nn.Linear(1, 1), settings=SimpleNamespace(revision="main"))
     with nullcontext() if here else pytest.raises(UserError, match=f"trained at '{name}'"):
-        require_same_place({"d_in": 4, "metadata": {"hook_name": name}}, parse_hook_point(point), 4, source)
+        column = (Column(point, 4),)
+        require_same_place({"d_in": 4, "metadata": {"hook_name": name}}, column, column, source)
 
 
 @pytest.mark.parametrize(

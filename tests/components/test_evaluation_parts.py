@@ -204,7 +204,7 @@ def reference(rows: torch.Tensor) -> Reference:
 
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_the_pca_baseline_is_the_truncated_svd(rows: torch.Tensor, reference: Reference, count: int):
-    found = baselines.principal_components(reference, count)(Rows(rows, None))
+    found = baselines.principal_components(reference, count)(Rows(rows, rows, None))
     centred = rows.numpy() - rows.numpy().mean(axis=0)
     u, s, v = np.linalg.svd(centred, full_matrices=False)
     expected = u[:, :count] * s[:count] @ v[:count] + rows.numpy().mean(axis=0)
@@ -213,7 +213,7 @@ def test_the_pca_baseline_is_the_truncated_svd(rows: torch.Tensor, reference: Re
 
 
 def test_random_directions_take_the_largest_and_the_best_scale(rows: torch.Tensor, reference: Reference):
-    found = baselines.random_directions(reference, 40, 3)(Rows(rows, None))
+    found = baselines.random_directions(reference, 40, 3)(Rows(rows, rows, None))
     directions = torch.randn(40, 12, generator=torch.Generator().manual_seed(baselines.RANDOM_SEED)).numpy()
     directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     centred = rows.numpy() - rows.numpy().mean(axis=0)
@@ -232,7 +232,7 @@ def test_all_neurons_together_are_the_mlp_and_few_of_them_are_the_strongest(name
     model, point = model_of(name), HookPoint("mlp_out", 1)
     splicer = Splicer(model, point, keep_neurons=True)
     x, _ = splicer.clean(torch.randint(50, (2, 9)))
-    given = Rows(x.flatten(0, 1), splicer.neurons.flatten(0, 1))
+    given = Rows(x.flatten(0, 1), x.flatten(0, 1), splicer.neurons.flatten(0, 1))
     output = mlp_output(model, point)
     whole = baselines.neurons(reference, output, 10**6)(given)
     torch.testing.assert_close(whole.x_hat, given.x)
@@ -245,7 +245,7 @@ def test_all_neurons_together_are_the_mlp_and_few_of_them_are_the_strongest(name
 
 
 def test_without_an_mlp_the_coordinates_that_differ_most_are_kept(rows: torch.Tensor, reference: Reference):
-    found = baselines.neurons(reference, None, 2)(Rows(rows, None))
+    found = baselines.neurons(reference, None, 2)(Rows(rows, rows, None))
     kept = (found.x_hat - reference.mean).abs() > 1e-12
     assert (kept.sum(dim=1) == 2).all()
     differences = (rows - reference.mean).abs()

@@ -35,6 +35,7 @@ from components.interop.sparsify import sparsify_files
 
 CPU = torch.device("cpu")
 
+TRANSCODERS = ("sparsify transcoder", "sparsify skip transcoder")
 EXACT = {
     **{f"saelens {name}": saelens(name) for name in TENSORS},
     **{f"saelens {name} reads x": saelens(name, apply_b_dec_to_input=False) for name in TENSORS},
@@ -56,6 +57,8 @@ EXACT = {
     ),
     "saelens bfloat16": saelens("standard", rounded, dtype="torch.bfloat16"),
     "sparsify": sparsify(),
+    "sparsify transcoder": sparsify(transcode=True),
+    "sparsify skip transcoder": sparsify(transcode=True, skip_connection=True),
     "sparsify by factor": sparsify(num_latents=0, d_in=D_IN, expansion_factor=2),
     **{
         name: dictionary(name)
@@ -114,7 +117,7 @@ def test_what_was_read_is_written_as_saelens_and_read_again(name: str, tmp_path:
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("name", ["saelens topk", "saelens topk by length", "sparsify", "AutoEncoderTopK"])
+@pytest.mark.parametrize("name", ["saelens topk", "saelens topk by length", "sparsify", "AutoEncoderTopK", *TRANSCODERS])
 def test_what_is_written_as_sparsify_follows_its_formula(name: str, tmp_path: Path):
     peer, x = EXACT[name], inputs()
     given = given_sae(in_folder(peer, tmp_path), peer.address)
@@ -123,9 +126,10 @@ def test_what_is_written_as_sparsify_follows_its_formula(name: str, tmp_path: Pa
         (tmp_path / "again" / file).write_bytes(content)
     arrays = load_file(tmp_path / "again" / "sae.safetensors")
     assert {file: value.shape for file, value in arrays.items()} == {
-        "encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,)
+        "encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "W_dec": (D_SAE, D_IN), "b_dec": (D_IN,),
+        **({"W_skip": (D_IN, D_IN)} if "skip" in name else {}),
     }  # fmt: skip
-    features, reconstruction = sparsify().compute(x.astype(np.float64), double(arrays))
+    features, reconstruction = (peer if name in TRANSCODERS else sparsify()).compute(x.astype(np.float64), double(arrays))
     expected_features, expected = peer.compute(x.astype(np.float64), double(peer.arrays))
     np.testing.assert_allclose(reconstruction, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(features, expected_features, rtol=1e-5, atol=1e-5)
@@ -145,6 +149,7 @@ def test_what_sparsify_has_no_form_for_is_refused(name: str, tmp_path: Path):
     ("peer", "metadata"),
     [
         (sparsify(), {"hook_name": "layers.3"}),
+        (sparsify(transcode=True), {"hook_name": "layers.3:in", "hook_name_out": "layers.3"}),
         (dictionary("AutoEncoder"), {"hook_name": "resid_post.3", "model_name": "EleutherAI/pythia-70m"}),
         (dictionary("AutoEncoder", submodule_name=None), {"model_name": "EleutherAI/pythia-70m"}),
         (gemma_scope(), {"hook_name": "resid_post.20", "model_name": "google/gemma-2-2b"}),

@@ -89,8 +89,8 @@ def cut(name: str) -> Callable[[Path], None]:
 NAN = np.full(D_IN, np.nan, np.float32)
 BACKUP = {"step": 3, "ae": {}, "optimizer": {}, "config": {}, "norm_factor": 2.0}
 REFUSED: dict[str, tuple[Peer, Callable[[Path], None], list[str]]] = {
-    "saelens transcoder": (saelens("standard"), edit("cfg.json", architecture="transcoder"), ["transcoder", "only SAEs"]),
-    "saelens skip transcoder": (saelens("standard"), edit("cfg.json", architecture="skip_transcoder"), ["skip_transcoder"]),
+    "saelens transcoder without d_out": (saelens("standard"), edit("cfg.json", architecture="transcoder"), ["d_out"]),
+    "saelens cross-layer": (saelens("standard"), edit("cfg.json", architecture="cross_layer_transcoder"), ["cross_layer_tr"]),
     "saelens abstopk": (saelens("topk"), edit("cfg.json", architecture="abstopk"), ["abstopk", "topk"]),
     "saelens temporal": (saelens("standard"), edit("cfg.json", architecture="temporal"), ["temporal", "jumprelu"]),
     "saelens whitening": (
@@ -114,7 +114,6 @@ REFUSED: dict[str, tuple[Peer, Callable[[Path], None], list[str]]] = {
     "saelens cut": (saelens("standard"), cut("sae_weights.safetensors"), ["cannot be read"]),
     "saelens transposed": (
         saelens("standard"), tensors("sae_weights.safetensors", W_dec=np.ones((D_IN, D_SAE), np.float32)), ["W_dec"]),
-    "sparsify transcoder": (sparsify(), edit("cfg.json", transcode=True), ["transcode", "True", "False"]),
     "sparsify skip": (sparsify(), edit("cfg.json", skip_connection=True), ["skip_connection"]),
     "sparsify skip tensor": (sparsify(), tensors("sae.safetensors", W_skip=np.eye(D_IN, dtype=np.float32)), ["W_skip"]),
     "sparsify groupmax": (sparsify(), edit("cfg.json", activation="groupmax"), ["activation", "groupmax", "topk"]),

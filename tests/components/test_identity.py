@@ -56,8 +56,9 @@ def digests(config: RunConfig) -> dict[str, str]:
             config.training, config.sae.identity(128), stored, points[:1], points[:1], config.seed, config.rerun
         )
     )
-    measured = identity.coder_on_text_identity(config.evaluation, "0" * 64, named, model, points[0], config.activations)
-    compared = identity.evaluation_set_identity(config.evaluation, tokens, model, points[0], 5_000, config.activations)
+    place = identity.placed(points[:1], points[:1])
+    measured = identity.coder_on_text_identity(config.evaluation, "0" * 64, named, model, place, config.activations)
+    compared = identity.evaluation_set_identity(config.evaluation, tokens, model, place, 5_000, config.activations)
     run = identity.run_identity(config.name, coder, named, config.evaluation, "model", "sae-foundry")
     return {
         "tokens": named,

@@ -201,11 +201,12 @@ def test_steering_adds_what_is_missing_along_the_decoder_row_and_keeps_the_error
     sae.initialise(1)
     x = torch.randn(2, 3, 8)
     before = torch.relu(x @ sae.W_enc + sae.b_enc)[..., 4]
-    found = clamped(sae, 4, 2.5)(x)
+    found = clamped(sae, 4, 2.5)(x, x)
     torch.testing.assert_close(found, x + (2.5 - before)[..., None] * sae.W_dec[4])
     where = before > 0
-    own = clamped(sae, 4, before[where][0].item())(x[where][:1][None])
-    torch.testing.assert_close(own[0], x[where][:1])
+    one = x[where][:1][None]
+    own = clamped(sae, 4, before[where][0].item())(one, one)
+    torch.testing.assert_close(own, one)
 
 
 def test_none_where_the_configuration_wants_none(plan: Specification):

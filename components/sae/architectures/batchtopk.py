@@ -52,13 +52,13 @@ class BatchTopKSAE(Coder):
 
     def encode(self, x: Tensor) -> Features:
         before = self.pre_activations(x.reshape(-1, self.d_in))
-        lengths = torch.relu(before) * self.W_dec.norm(dim=1)
+        lengths = torch.relu(before) * self.row_norms()
         return DenseFeatures(torch.relu(before) * (lengths > self.weakest.clamp_min(0.0)))
 
     def _strongest(self, before: Tensor, k: int) -> SparseFeatures:
         """The `n k` strongest features of the batch."""
         with torch.no_grad():
-            lengths = (torch.relu(before) * self.W_dec.norm(dim=1)).flatten()
+            lengths = (torch.relu(before) * self.row_norms()).flatten()
             places = lengths.topk(min(k * len(before), lengths.numel()), sorted=False).indices.sort().values
             chosen = lengths[places]
             weakest = torch.where(chosen > 0, chosen, torch.inf).amin()
@@ -70,7 +70,7 @@ class BatchTopKSAE(Coder):
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         before = self.pre_activations(x)
         features = self._strongest(before, self.settings.k_at(progress))
-        return with_auxk(self, self.settings, before, features, y, self.decode(features), progress)
+        return with_auxk(self, self.settings, before, features, y, self.write(features, x), progress)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -84,7 +84,7 @@ class BatchTopKSAE(Coder):
         """As JumpReLU: `f_i > t / ||W_dec_i||`, where t is `weakest`."""
         tensors = dict(self.state_dict())
         threshold = tensors.pop("weakest").clamp_min(0.0)
-        norm = self.W_dec.detach().norm(dim=1)
+        norm = self.row_norms().detach()
         tensors["threshold"] = threshold / torch.where(norm > 0, norm, torch.ones_like(norm))
         return Exported("jumprelu", tensors, {})
 
@@ -92,7 +92,7 @@ class BatchTopKSAE(Coder):
         """The length over which features fire is `threshold_i ||W_dec_i||`, one for all: a JumpReLU whose features differ in it
         computes something else."""
         own = dict(tensors)
-        lengths = own.pop("threshold").double() * own["W_dec"].double().norm(dim=1)
+        lengths = own.pop("threshold").double() * self.row_norms(own["W_dec"].double())
         # Of a feature without a direction any threshold is as good.
         lengths = lengths[own["W_dec"].norm(dim=1) > 0]
         weakest = lengths.mean() if len(lengths) else lengths.new_zeros(())

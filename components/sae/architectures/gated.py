@@ -64,10 +64,11 @@ class GatedSAE(Coder):
         product = self.pre_activations(x)
         features = self._features(product)
         opened = DenseFeatures(torch.relu(product + self.b_gate))
-        reconstruction = reconstruction_loss(y, self.decode(features))
-        auxiliary = reconstruction_loss(y, opened.decode(self.W_dec.detach(), self.b_dec.detach()))
+        reconstruction = reconstruction_loss(y, self.write(features, x))
+        by_gate = opened.decode(self.W_dec.detach(), self.b_dec.detach())
+        auxiliary = reconstruction_loss(y, self.skipped(by_gate, x, held=True))
         with in_float32(x.device):
-            sparsity = opened.means() @ self.W_dec.detach().norm(dim=1)
+            sparsity = opened.means() @ self.row_norms().detach()
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
         return Losses(
             {"reconstruction": reconstruction, "sparsity": sparsity, "gate": auxiliary},

@@ -74,14 +74,14 @@ class JumpReLUSAE(Coder):
         with in_float32(x.device):
             jump: Tensor = _Jump.apply(z, self.threshold, settings.bandwidth)
             values = torch.relu(z) * jump
-            norms = self.W_dec.norm(dim=1)
+            norms = self.row_norms()
             if settings.sparsity == "tanh":
                 sparsity = torch.tanh(settings.tanh_scale * values * norms).sum(dim=1).mean()
             else:
                 sparsity = (jump.sum(dim=1).mean() / settings.target_l0 - 1).square()
             silent = torch.relu(self.threshold - z).mean(dim=0) @ norms
         features = DenseFeatures(values)
-        reconstruction = reconstruction_loss(y, self.decode(features))
+        reconstruction = reconstruction_loss(y, self.write(features, x))
         coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
         return Losses(
             {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent},

@@ -41,7 +41,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         before = self.pre_activations(x)
         features = self._strongest(before, self.settings.k_at(progress))
-        y_hat = self.b_dec.expand(len(x), -1)
+        y_hat = self.skipped(self.b_dec.expand(len(x), -1), x)
         nothing, low, losses = torch.zeros_like(self.b_dec), 0, []
         for share in self.settings.levels:
             high = max(low, round(share * self.d_sae))

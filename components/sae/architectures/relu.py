@@ -16,7 +16,7 @@ from components.sae.settings import CoderSettings
 
 class ReLUSettings(CoderSettings):
     decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
-    decides_later = ("auxk_coefficient", "auxk")
+    decides_later = (*CoderSettings.decides_later, "auxk_coefficient", "auxk")
 
     architecture: Literal["relu"] = "relu"
     """The ReLU encoder and the decoder-norm L1 penalty of Templeton et al. 2024."""
@@ -52,10 +52,10 @@ class ReLUSAE(Coder):
         """
         before = self.pre_activations(x)
         features = DenseFeatures(torch.relu(before))
-        y_hat = self.decode(features)
+        y_hat = self.write(features, x)
         with in_float32(x.device):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms
-            sparsity = features.means() @ self.W_dec.norm(dim=1)
+            sparsity = features.means() @ self.row_norms()
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
         terms = {"reconstruction": reconstruction_loss(y, y_hat), "sparsity": sparsity}
         weights = {"reconstruction": 1.0, "sparsity": coefficient}

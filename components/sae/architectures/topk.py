@@ -72,14 +72,14 @@ class TopKSAE(Coder):
         with torch.no_grad():
             strength = torch.relu(pre_activations)
             if self.settings.rank_by == "length":
-                strength = strength * self.W_dec.norm(dim=1)
+                strength = strength * self.row_norms()
             indices = strength.topk(min(k, self.d_sae), dim=1, sorted=False).indices
         return SparseFeatures.of_rows(torch.relu(pre_activations.gather(1, indices)), indices, self.d_sae)
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         before = self.pre_activations(x)
         features = self._strongest(before, self.settings.k_at(progress))
-        y_hat = self.decode(features)
+        y_hat = self.write(features, x)
         return with_auxk(self, self.settings, before, features, y, y_hat, progress)
 
     def exported(self) -> Exported:
@@ -87,7 +87,7 @@ class TopKSAE(Coder):
 
     def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
         """What is exported ranks by activation: by length only where all decoder rows are equally long."""
-        norms = tensors["W_dec"].double().norm(dim=1)
+        norms = self.row_norms(tensors["W_dec"].double())
         norms = norms[norms > 0]
         if len(norms) and norms.max() - norms.min() > _SAME_LENGTH * norms.max():
             raise ValueError(
