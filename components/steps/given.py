@@ -16,6 +16,7 @@ from components.evaluation import evaluate as evaluation
 from components.evaluation.given import require_same_model, require_same_place
 from components.evaluation.record import EvaluationRecord, Metrics
 from components.interop import hub
+from components.interop.circuit_tracer import LAYER
 from components.interop.coders import AnySAE, NormalizedSAE
 from components.interop.formats import WRITERS, GivenSAE, format_of, given_sae
 from components.interop.saelens import WEIGHTS_NAME, saelens_files
@@ -110,7 +111,8 @@ def export_given(settings: TrackingSettings, root: str, sae: str, target: str, f
     if format_name not in WRITERS:
         raise UserError(f"--format: '{format_name}' cannot be written; accepted is {', '.join(WRITERS)}")
     on_hub = target.startswith(hub.PREFIX)
-    if not on_hub and storage.list_names(target):
+    held = [] if on_hub else storage.list_names(target)
+    if held and format_name != "circuit-tracer":
         raise UserError(f"FOLDER: '{target}' holds files already; a folder that is empty or not there yet is accepted")
     with opened(settings, root, sae) as given:
         coder = _load(given, torch.device("cpu"), None)
@@ -118,6 +120,11 @@ def export_given(settings: TrackingSettings, root: str, sae: str, target: str, f
             files = WRITERS[format_name](coder, given.metadata)
         except ValueError as error:
             raise UserError(f"--{error}") from error
+    for name in {*held} & {*files}:  # of a set of transcoders, to which another layer is added
+        if storage.read_bytes(storage.join(target, name)) != files[name]:
+            raise UserError(
+                f"FOLDER: '{target}' holds another {name} already; a folder for the layers of one model is accepted"
+            )
     if on_hub:
         try:
             target = hub.uploaded(target, files)
@@ -149,13 +156,17 @@ def _local_folder(settings: TrackingSettings, root: str, sae: str) -> Iterator[P
             yield registered_sae(settings, root, sae, Path(scratch))
         return
 
+    place, _, layer = sae.rpartition("/")
+    place, layer = (place, layer) if LAYER.fullmatch(layer) else (sae, "")
+
     def files(names: list[str]) -> tuple[str, ...]:
-        return format_of(names, redacted(sae)).files
+        names = [name for name in names if not layer or name == layer or not LAYER.fullmatch(name)]
+        return format_of(names, redacted(sae)).of(names) or ()
 
     try:
         on_hub = sae.startswith(hub.PREFIX)
         copies: AbstractContextManager[Path] = (
-            nullcontext(hub.fetched(sae, files)) if on_hub else storage.local_copies(sae, files(storage.list_names(sae)))
+            nullcontext(hub.fetched(place, files)) if on_hub else storage.local_copies(place, files(storage.list_names(place)))
         )
     except (ValueError, OSError) as error:
         raise UserError(f"--sae: {error}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from safetensors.numpy import save_file
 
 D_IN, D_SAE, K = 12, 40, 5
@@ -179,6 +180,31 @@ def sparsify(**options) -> Peer:
     config = {"activation": "topk", "expansion_factor": 32, "num_latents": D_SAE, "k": K, "normalize_decoder": True,
               "multi_topk": True, "skip_connection": False, "transcode": False, "d_in": D_IN, **options}  # fmt: skip
     return Peer(config, arrays, compute, write_sparsify, "/runs/pythia/layers.3", name)
+
+
+def write_circuit_tracer(folder: Path, peer: Peer) -> None:
+    (folder / "config.yaml").write_text(yaml.safe_dump(peer.config))
+    save_file({name: np.ascontiguousarray(value) for name, value in peer.arrays.items()}, folder / "layer_4.safetensors")
+
+
+def circuit_tracer(architecture: str, **options) -> Peer:
+    w = weights(5)
+    arrays = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    if "skip" in architecture:
+        arrays["W_skip"] = np.random.default_rng(9).standard_normal((D_IN, D_IN)).astype(np.float32)
+    if "jumprelu" in architecture:
+        arrays["activation_function.threshold"] = w["threshold"]
+
+    def compute(x: np.ndarray, a: Arrays) -> tuple[np.ndarray, np.ndarray]:
+        before = x @ a["W_enc"].T + a["b_enc"]
+        f = strongest(relu(before), K) if "topk" in architecture else relu(before)
+        if "jumprelu" in architecture:
+            f = f * (before > a["activation_function.threshold"])
+        return f, f @ a["W_dec"] + a["b_dec"] + (x @ a["W_skip"].T if "skip" in architecture else 0)
+
+    config = {"model_name": "google/gemma-2-2b", "model_kind": "transcoder_set", "feature_input_hook": "mlp.hook_in",
+              "feature_output_hook": "hook_mlp_out", "scan": "gemma", **options}  # fmt: skip
+    return Peer(config, arrays, compute, write_circuit_tracer, "/sets/gemma/layer_4.safetensors", architecture)
 
 
 # dictionary_learning

@@ -13,9 +13,11 @@ from peers import (
     D_SAE,
     MEAN_NORM,
     TENSORS,
+    K,
     Peer,
     average,
     centred,
+    circuit_tracer,
     constant_norm,
     dictionary,
     double,
@@ -29,6 +31,7 @@ from peers import (
 )  # fmt: skip
 from safetensors.numpy import load_file
 
+from components.interop.circuit_tracer import circuit_tracer_files
 from components.interop.formats import FORMATS, given_sae
 from components.interop.saelens import saelens_files
 from components.interop.sparsify import sparsify_files
@@ -59,6 +62,11 @@ EXACT = {
     "sparsify": sparsify(),
     "sparsify transcoder": sparsify(transcode=True),
     "sparsify skip transcoder": sparsify(transcode=True, skip_connection=True),
+    **{
+        f"circuit-tracer {name}": circuit_tracer(name)
+        for name in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+    },
+    "circuit-tracer topk": circuit_tracer("topk_transcoder", activation="topk", k=K),
     "sparsify by factor": sparsify(num_latents=0, d_in=D_IN, expansion_factor=2),
     **{
         name: dictionary(name)
@@ -138,6 +146,28 @@ def test_what_is_written_as_sparsify_follows_its_formula(name: str, tmp_path: Pa
     np.testing.assert_allclose(again.load(CPU).reconstruct(torch.tensor(x))[1].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in EXACT if "circuit-tracer" in name and "topk" not in name])
+def test_what_is_written_for_circuit_tracer_has_the_tensors_that_were_read(name: str, tmp_path: Path):
+    peer = EXACT[name]
+    given = given_sae(in_folder(peer, tmp_path), peer.address)
+    metadata = {"model_name": "google/gemma-2-2b", "hook_name": "mlp_in.4", "hook_name_out": "mlp_out.4"}
+    (tmp_path / "again").mkdir()
+    for file, content in circuit_tracer_files(given.load(CPU), metadata).items():
+        (tmp_path / "again" / file).write_bytes(content)
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"config.yaml", "layer_4.safetensors"}
+    found = load_file(tmp_path / "again" / "layer_4.safetensors")
+    assert set(found) == set(peer.arrays)
+    for key, value in found.items():
+        np.testing.assert_allclose(value, peer.arrays[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["saelens standard", "circuit-tracer topk"])
+def test_what_circuit_tracer_has_no_form_for_is_refused(name: str, tmp_path: Path):
+    given = given_sae(in_folder(EXACT[name], tmp_path), EXACT[name].address)
+    with pytest.raises(ValueError, match="circuit-tracer has no"):
+        circuit_tracer_files(given.load(CPU), given.metadata)
+
+
 @pytest.mark.parametrize("name", ["saelens standard", "saelens jumprelu", "saelens gated", "saelens topk layer norm"])
 def test_what_sparsify_has_no_form_for_is_refused(name: str, tmp_path: Path):
     given = given_sae(in_folder(EXACT[name], tmp_path), "sae")
@@ -150,6 +180,14 @@ def test_what_sparsify_has_no_form_for_is_refused(name: str, tmp_path: Path):
     [
         (sparsify(), {"hook_name": "layers.3"}),
         (sparsify(transcode=True), {"hook_name": "layers.3:in", "hook_name_out": "layers.3"}),
+        (
+            circuit_tracer("transcoder"),
+            {
+                "hook_name": "blocks.4.mlp.hook_in",
+                "hook_name_out": "blocks.4.hook_mlp_out",
+                "model_name": "google/gemma-2-2b",
+            },
+        ),
         (dictionary("AutoEncoder"), {"hook_name": "resid_post.3", "model_name": "EleutherAI/pythia-70m"}),
         (dictionary("AutoEncoder", submodule_name=None), {"model_name": "EleutherAI/pythia-70m"}),
         (gemma_scope(), {"hook_name": "resid_post.20", "model_name": "google/gemma-2-2b"}),
@@ -181,4 +219,4 @@ def test_a_scaling_factor_of_ones_is_none(tmp_path: Path):
 
 
 def test_every_format_is_recognised_by_files_of_its_own():
-    assert len({known.files for known in FORMATS}) == len(FORMATS)
+    assert len({(known.files, known.numbered) for known in FORMATS}) == len(FORMATS)

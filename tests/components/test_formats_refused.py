@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Peer, Callable[[Path], None], list[str]]] = {
     "gemma 2 cross-layer": (
         gemma_scope(second=True), tensors("params.safetensors", W_dec=np.ones((D_SAE, 2, D_IN), np.float32)), ["W_dec"]),
     "gemma 2 cut": (gemma_scope(second=True), cut("params.safetensors"), ["cannot be read"]),
-    "circuit-tracer": (saelens("standard"), only("config.yaml", "layer_0.safetensors"), ["circuit-tracer", "only SAEs"]),
+    "circuit-tracer": (saelens("standard"), only("config.yaml", "layer_0.safetensors"), ["no configuration of transcoders"]),
     "cross-layer": (saelens("standard"), only("W_enc_0.safetensors", "W_dec_0.safetensors"), ["circuit-tracer"]),
     "nothing": (saelens("standard"), only("README.md"), ["no SAE", "cfg.json and sae.safetensors (sparsify)", "params.npz"]),
     "two": (

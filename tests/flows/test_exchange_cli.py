@@ -14,11 +14,14 @@ from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from components.interop.formats import WRITERS, given_sae
+from components.interop.saelens import saelens_files
 from components.registry.catalogue import show
 from components.run.config import parse_config
 from components.run.specification import resolve
 from components.sae.architectures.jumprelu import JumpReLUSAE, JumpReLUSettings
+from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.sae.architectures.topk import TopKSAE, TopKSettings
+from components.sae.coder import Column
 from components.tracking.runs import connect
 from flows.cli import app
 
@@ -77,7 +80,7 @@ def test_an_sae_made_elsewhere_is_imported_shown_and_exported_again(
     answer = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(x)
     np.testing.assert_allclose(answer["features"], features.dense(), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(answer["reconstruction"], y, rtol=1e-5, atol=1e-5)
-    for form in WRITERS:
+    for form in ("saelens", "sparsify"):
         target, root = tmp_path / f"as-{form}", str(run.config.storage.root)
         sae(capfd, "export", f"models:/{name}@champion", str(target), "--format", form, "--root", root)
         back = given_sae(target, str(target))
@@ -150,7 +153,7 @@ def test_a_mean_norm_is_measured_before_it_is_registered(config: str, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--format", "circuit-tracer"], ["--format", "circuit-tracer", "saelens, sparsify"]),
+        (["--format", "gemma"], ["--format", "gemma", "saelens, sparsify, circuit-tracer"]),
         (["--format", "sparsify"], ["--format", "jumprelu", "topk"]),
     ],
 )
@@ -166,3 +169,26 @@ def test_a_format_that_cannot_be_written_is_one_sentence(
 def test_an_export_replaces_nothing(tmp_path: Path, capfd: pytest.CaptureFixture):
     folder = jumprelu(tmp_path / "sae")
     assert "holds files already" in sae(capfd, "export", str(folder), str(folder), code=2)
+
+
+def test_transcoders_of_two_layers_become_one_set_and_come_back_one_by_one(
+    config: str, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    target = tmp_path / "set"
+    for layer in (0, 1):
+        coder = ReLUSAE(ReLUSettings(d_sae=48), (Column(f"mlp_in.{layer}", 32),), (Column(f"mlp_out.{layer}", 32),), 48)
+        coder.initialise(layer)
+        folder = tmp_path / f"transcoder-{layer}"
+        folder.mkdir()
+        places = {"hook_name": f"mlp_in.{layer}", "hook_name_out": f"mlp_out.{layer}"}
+        for name, content in saelens_files(coder.folded([0.5], [2.0]), places).items():
+            (folder / name).write_bytes(content)
+        sae(capfd, "export", str(folder), str(target), "--format", "circuit-tracer")
+    assert {path.name for path in target.iterdir()} == {"config.yaml", "layer_0.safetensors", "layer_1.safetensors"}
+    assert "accepted is the address of one" in sae(capfd, "evaluate", config, "--sae", str(target), code=2)
+    sets = ("--set", "activations.hook_points=[mlp_in.1, mlp_out.1]", "--set", "training.target=mlp_out.1")
+    of = ("evaluate", config, *sets, "--json", "--sae")
+    theirs = json.loads(sae(capfd, *of, str(target / "layer_1.safetensors")))["metrics"]
+    ours = json.loads(sae(capfd, *of, str(tmp_path / "transcoder-1")))["metrics"]
+    assert theirs["ce_loss_sae"] == pytest.approx(ours["ce_loss_sae"], rel=1e-6)
+    assert "it is a transcoder" in sae(capfd, "evaluate", config, "--sae", str(target / "layer_1.safetensors"), code=2)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from components.interop.formats import WRITERS
 from components.interop.saelens import load_saelens, saelens_files
-from components.interop.sparsify import sparsify_files
 from components.sae.architectures import architectures
 from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 from components.sae.coder import Coder, Column, Progress
@@ -66,6 +66,18 @@ x = torch.tensor(np.load(sys.argv[2]))
 if sys.argv[3] == "sparsify":
     from sparsify import SparseCoder
     sae = SparseCoder.load_from_disk(sys.argv[1])
+elif sys.argv[3] == "circuit-tracer":
+    # its own loader alone: the package imports what traces circuits, with libraries of other versions
+    import importlib, types
+    for name in ("circuit_tracer", "circuit_tracer.utils", "circuit_tracer.transcoder"):
+        found = importlib.util.find_spec("circuit_tracer").submodule_search_locations if name == "circuit_tracer" else None
+        package = types.ModuleType(name)
+        package.__path__ = list(found) if found else [sys.modules["circuit_tracer"].__path__[0] + "/" + name.split(".")[1]]
+        package.get_default_device = lambda: torch.device("cpu")
+        sys.modules[name] = package
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+    sae = load_transcoder_set({0: sys.argv[1] + "/layer_0.safetensors"}, "scan", "mlp.hook_in", "hook_mlp_out",
+                              device=torch.device("cpu"), dtype=torch.float32)[0]
 else:
     from sae_lens import SAE
     sae = SAE.load_from_disk(sys.argv[1])
@@ -101,15 +113,17 @@ def transcoder(name: str, skip: bool, d_out: int) -> Coder:
         ("jumprelu", True, "saelens", "JumpReLUSkipTranscoder"),
         ("topk", False, "sparsify", "SparseCoder"),
         ("topk", True, "sparsify", "SparseCoder"),
+        ("relu", False, "circuit-tracer", "SingleLayerTranscoder"),
+        ("relu", True, "circuit-tracer", "SingleLayerTranscoder"),
+        ("batchtopk", True, "circuit-tracer", "SingleLayerTranscoder"),
     ],
 )
 def test_peers_compute_the_same_with_a_transcoder_of_ours(
     saelens: Path, name: str, skip: bool, library: str, loaded: str, tmp_path: Path
 ):
-    coder, folder = transcoder(name, skip, 24 if library == "sparsify" else 16), tmp_path / "layers.2.mlp"
+    coder, folder = transcoder(name, skip, 16 if library == "saelens" else 24), tmp_path / "layers.0.mlp"
     folder.mkdir()
-    write = sparsify_files if library == "sparsify" else saelens_files
-    for file, content in write(coder, {"hook_name": "mlp_in.2", "hook_name_out": "mlp_out.2"}).items():
+    for file, content in WRITERS[library](coder, {"hook_name": "mlp_in.0", "hook_name_out": "mlp_out.0"}).items():
         (folder / file).write_bytes(content)
     x = np.random.default_rng(0).standard_normal((50, 24)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
