@@ -35,30 +35,51 @@ from components.training.job import Training
 from components.training.loop import train_together
 
 SPARSITIES: dict[str, tuple[str, tuple[float, ...], float, dict[str, Any]]] = {
-    "relu": ("sparsity_coefficient", (1.2, 2.0, 3.0), 4e-3, {}),
+    "relu": ("sparsity_coefficient", (1.2, 2.0, 3.4), 4e-3, {}),
     "gated": ("sparsity_coefficient", (2.5, 4.0, 6.0), 4e-3, {}),
-    "jumprelu": ("sparsity_coefficient", (0.15, 0.3, 0.6), 4e-3, {}),
-    "topk": ("k", (8, 12, 20), 4e-3, {}),
-    "batchtopk": ("k", (8, 12, 20), 4e-3, {}),
-    "matryoshka": ("k", (8, 12, 20), 4e-3, {}),
+    "jumprelu": ("sparsity_coefficient", (0.7, 1.2, 2.2), 4e-3, {}),
+    "topk": ("k", (7, 12, 20), 4e-3, {}),
+    "batchtopk": ("k", (7, 12, 20), 4e-3, {"decoder_init_norm": 0.3}),
+    "matryoshka": ("k", (7, 12, 20), 4e-3, {}),
 }
 """Of ours: the field that decides sparsity, its values, the learning rate, other settings that are not the defaults."""
 
-PEERS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
-    "saelens standard": ("l1_coefficient", (1.2, 2.0, 3.0), {}),
-    "saelens jumprelu": (
-        "l0_coefficient", (0.15, 0.3, 0.6),
-        {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.1,
-         "pre_act_loss_coefficient": 3e-6},
-    ),
-    "saelens topk": ("k", (8, 12, 20), {}),
-    "saelens batchtopk": ("k", (8, 12, 20), {}),
-    "saelens matryoshka": ("k", (8, 12, 20), {"matryoshka_widths": [0.25, 0.5, 1.0]}),
+_K = ("k", (7, 12, 20))
+_ANTHROPIC = {
+    "jumprelu_sparsity_loss_mode": "tanh", "jumprelu_bandwidth": 2.0, "jumprelu_init_threshold": 0.1,
+    "pre_act_loss_coefficient": 3e-6, "jumprelu_ste_to_input": True,
 }  # fmt: skip
-"""Of the peers (`quality_peers.py`): the same. JumpReLU as its documentation has it for Anthropic's form."""
+PEERS: dict[str, tuple[str, tuple[float, ...], dict[str, Any]]] = {
+    "saelens standard": ("l1_coefficient", (1.2, 2.0, 3.4), {}),
+    "saelens gated": ("l1_coefficient", (2.0, 3.4, 5.6), {}),
+    "saelens jumprelu": ("l0_coefficient", (0.25, 0.4, 0.7), _ANTHROPIC),
+    "saelens topk": (*_K, {}),
+    "saelens batchtopk": (*_K, {"topk_threshold_lr": 0.1}),
+    "saelens matryoshka": (*_K, {"matryoshka_widths": [0.25, 0.5, 1.0], "topk_threshold_lr": 0.1}),
+    "dictionary_learning standard": ("l1_penalty", (0.2, 0.28, 0.4), {}),
+    "dictionary_learning gated": ("l1_penalty", (0.3, 0.42, 0.6), {}),
+    "dictionary_learning jumprelu": ("target_l0", (7, 12, 20), {}),
+    "dictionary_learning topk": (*_K, {}),
+    "dictionary_learning batchtopk": (*_K, {}),
+    "dictionary_learning matryoshka": (*_K, {"group_fractions": [0.25, 0.25, 0.5]}),
+    "sparsify topk": (*_K, {}),
+}
+"""Of the peers (`quality_peers.py`): the same. JumpReLU of SAELens as its documentation has it for Anthropic's form."""
 
-RATES = {"theirs": {"learning_rate": 3e-4, "batch_size": 4_096}, "ours": {"learning_rate": 4e-3, "batch_size": 1_024}}
-"""How peers are trained: by the defaults of SAELens, and as ours are."""
+RATES: dict[str, dict[str, dict[str, Any]]] = {
+    "ours": {
+        "saelens": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0},
+        "dictionary_learning": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0},
+        "sparsify": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0, "optimizer": "adam", "auxk_alpha": 1 / 32},
+    },
+    "theirs": {
+        "saelens": {"learning_rate": 3e-4, "batch_size": 4_096, "warmup": 0.0},
+        "dictionary_learning": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.05},
+        "sparsify": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.0},
+    },
+}
+"""How peers are trained: as ours are, and by the defaults of their libraries. (None: they choose it, by kind and `d_sae`.
+Of sparsify all but the batch, which would be 65,536 tokens.)"""
 
 AT_L0 = (8.0, 12.0, 16.0)
 MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_fraction")
@@ -89,24 +110,31 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
 def theirs(
     plan: Specification, root: str, names: list[str], how: str, seed: int, tokens: int, peers: Path
 ) -> dict[tuple[str, float], str]:
-    """The same of peers, trained by their own library on our batches in a process that sees it."""
+    """The same of peers, trained by their own libraries on our batches in a process that sees them; what they could not train
+    is left out, after their own words on why."""
     found, missing = {}, {}
     for name in names:
         field, values, more = PEERS[name]
+        library, _, architecture = name.partition(" ")
+        rates = dict(RATES[how][library])
+        fixed = {key: rates.pop(key) for key in ("learning_rate", "batch_size", "warmup")}
         for value in values:
             work = {
-                "architecture": name.partition(" ")[2], "options": {field: value, **more}, **RATES[how], "tokens": tokens,
-                "seed": seed, "d_sae": plan.d_sae, "dataset_url": plan.dataset_url, "hook_point": plan.hook_point,
+                "library": library, "architecture": architecture, "options": {field: value, **more, **rates}, **fixed,
+                "tokens": tokens, "seed": seed, "d_sae": plan.d_sae, "dataset_url": plan.dataset_url,
+                "hook_point": plan.hook_point,
             }  # fmt: skip
-            folder = storage.join(root, f"saelens-{digest(work)}")
-            if not (Path(folder) / "cfg.json").is_file():
+            folder = storage.join(root, f"{library}-{digest(work)}")
+            if not Path(folder).is_dir():
                 missing[folder] = work
             found[f"{name}, {how}", value] = folder
     if missing:
-        path = os.pathsep.join([str(peers), str(Path(__file__).parents[1])])
-        command = [sys.executable, str(Path(__file__).with_name("quality_peers.py")), json.dumps(missing)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
-    return found
+        works = Path(root) / "peers.json"
+        works.write_text(json.dumps(missing))
+        path = os.pathsep.join([str(Path(__file__).parents[1]), str(peers)])
+        command = [sys.executable, str(Path(__file__).with_name("quality_peers.py")), str(works)]
+        subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path})
+    return {key: folder for key, folder in found.items() if Path(folder).is_dir()}
 
 
 def measured(plan: Specification, urls: dict[tuple[str, float], str], tokens: int) -> dict[tuple[str, float], dict[str, float]]:
@@ -179,7 +207,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="overrides")
     parser.add_argument("--ours", nargs="*", default=list(SPARSITIES), choices=list(SPARSITIES))
     parser.add_argument("--theirs", nargs="*", default=list(PEERS), choices=list(PEERS))
-    parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in; without it, ours alone")
+    parser.add_argument("--peers", type=Path, help="folder that pip has installed them in; without it, ours alone")
     parser.add_argument("--rates", nargs="*", default=list(RATES), choices=list(RATES))
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--evaluation-tokens", type=int, default=50_000)

@@ -102,12 +102,13 @@ def circuit_tracer_files(sae: AnySAE, metadata: dict[str, Any]) -> dict[str, byt
     values["W_enc"] = values["W_enc"].T
     if "threshold" in values:
         values["activation_function.threshold"] = values.pop("threshold")
+    model = metadata.get("model_name")
     config = {
-        "model_name": str(metadata.get("model_name")),
+        **({"model_name": model} if model else {}),
         "model_kind": "transcoder_set",
         "feature_input_hook": _READS,
         "feature_output_hook": _WRITES,
-        "scan": str(metadata.get("model_name")),
+        "scan": model or "",  # it asks for one
     }
     weights = save({name: value.contiguous() for name, value in values.items()})
     return {CONFIG_NAME: yaml.safe_dump(config, sort_keys=False).encode(), f"layer_{reads[1]}.safetensors": weights}

@@ -84,6 +84,8 @@ class Coder(nn.Module, ABC):
     Settings: ClassVar[type[CoderSettings]]
     scaled_like_features: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters and buffers `[d_sae]` that have the unit of a feature's activation: `folded` scales them with it."""
+    encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters `[d_sae]` that are added to `x W_enc`, each zero at the start."""
     scaled_like_outputs: ClassVar[tuple[str, ...]] = ()
     """Those that have the unit of what is written."""
 
@@ -131,6 +133,30 @@ class Coder(nn.Module, ABC):
         else:
             columns = torch.randn(self.d_in, self.d_sae, generator=random)
             self.W_enc.copy_(norm * columns / columns.norm(dim=0, keepdim=True))
+
+    @torch.no_grad()
+    def centre(self, read: Tensor, written: Tensor) -> None:
+        """Put the decoder bias at a point of what is written, `[d_out]`, and let features begin by reading the distance from
+        one of what is read, `[d_in]`. For a coder as `initialise` leaves it."""
+        self.b_dec.copy_(written)
+        shift = read.double().cpu() @ self.W_enc.double().cpu()
+        for name in self.encoder_biases:
+            getattr(self, name).copy_(-shift)
+
+    @torch.no_grad()
+    def fire_on(self, x: Tensor, share: float) -> None:
+        """Set the encoder biases so that each feature is above its onset on that share of these tokens, x `[n, d_in]`."""
+        wanted, onset = max(1, round(share * len(x))), self.onset().double().cpu()
+        for features in torch.arange(self.d_sae).split(1_024):
+            products = x.double().cpu() @ self.W_enc[:, features].double().cpu()
+            last = products.kthvalue(len(x) - wanted + 1, dim=0).values
+            next_ = products.kthvalue(max(1, len(x) - wanted), dim=0).values
+            for name in self.encoder_biases:
+                getattr(self, name)[features] = (onset[features] - (last + next_) / 2).to(self.W_enc)
+
+    def onset(self) -> Tensor:
+        """What `x W_enc` and the encoder biases come to where a feature begins to fire: `[d_sae]`."""
+        return torch.zeros_like(self.W_dec[:, 0])
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc + b_enc`: `[n, d_in]` -> `[n, d_sae]`."""

@@ -5,7 +5,7 @@ Every architecture has settings of its own beside it; see `choice.py` for how on
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -21,7 +21,7 @@ class CoderSettings(Bounded):
     """Raised when the same settings and data would no longer give the same weights."""
     decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")
     """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
-    decides_later: ClassVar[tuple[str, ...]] = ("skip",)
+    decides_later: ClassVar[tuple[str, ...]] = ("skip", "decoder_bias_init", "first_density")
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
     architecture: str
@@ -38,6 +38,14 @@ class CoderSettings(Bounded):
 
     skip: bool = False
     """For a transcoder: an affine path beside the features, `x W_skip^T` (Paulo et al. 2025, arXiv 2501.18823)."""
+
+    decoder_bias_init: Literal["zeros", "mean", "geometric_median"] = "zeros"
+    """Where new weights put the decoder bias: at zero, or at the mean or the geometric median of what is written (the median
+    of the first tokens that are trained on). Elsewhere than at zero, features begin by reading the distance from that point."""
+
+    first_density: float | None = Field(default=None, ge=1e-3, lt=1)
+    """Share of tokens on which each feature of new weights is above zero, or above its threshold, by its encoder bias
+    (Anthropic, January 2025); the bias is left alone where it is not given."""
 
     @model_validator(mode="after")
     def _one_size(self) -> CoderSettings:

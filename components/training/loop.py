@@ -22,6 +22,7 @@ from components.hardware import keep_freed_memory
 from components.progress import progress
 from components.training.artifact import put_artifact
 from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side, statistics
+from components.training.beginning import begin_from_data
 from components.training.checkpoint import CheckpointWriter, checkpoint_folder, restore_checkpoint
 from components.training.job import Point, Training, TrainingRecord, read_training_record
 from components.training.start import load_start
@@ -117,6 +118,8 @@ def _member(place: int, job: Training, still_owned: Callable[[], None], device: 
     elif job.start is not None:
         load_start(training.coder, job.start, [column.scale for column in reads], [column.scale for column in writes])
         logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
+    else:
+        begin_from_data(training.coder, job, reads, writes)
     settings = job.settings
     return _Member(
         place=place,

@@ -34,6 +34,7 @@ class GatedSAE(Coder):
     Settings = GatedSettings
     settings: GatedSettings
     scaled_like_features = ("b_gate", "b_mag")
+    encoder_biases = ("b_gate", "b_mag")
     b_gate: torch.nn.Parameter
     b_mag: torch.nn.Parameter
     r_mag: torch.nn.Parameter

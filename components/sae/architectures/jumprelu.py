@@ -65,6 +65,9 @@ class JumpReLUSAE(Coder):
         super().initialise(seed)
         self.threshold.fill_(self.settings.threshold_init)
 
+    def onset(self) -> Tensor:
+        return self.threshold.detach()
+
     def encode(self, x: Tensor) -> DenseFeatures:
         z = self.pre_activations(x.reshape(-1, self.d_in))
         return DenseFeatures(torch.relu(z) * (z > self.threshold))

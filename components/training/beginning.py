@@ -1,0 +1,72 @@
+"""What new weights take from the data before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from components.activations.dataset.manifest import require_manifest
+from components.activations.dataset.reader import ActivationReader
+from components.sae.coder import Coder
+from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side
+from components.training.job import Training
+
+SAMPLE_TOKENS = 16_384
+"""Of the first that are trained on: at least so many are read for what the manifest does not say."""
+_CPU = torch.device("cpu")
+
+
+def begin_from_data(coder: Coder, job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> None:
+    """Biases of a new coder as `decoder_bias_init` and `first_density` want them; nothing is read where they need nothing.
+
+    Computed on the CPU, from batches that depend on the job alone: the same weights on every device, and beside other coders.
+    """
+    settings = coder.settings
+    if settings.decoder_bias_init == "mean":
+        coder.centre(scaled_mean(reads, _CPU), scaled_mean(writes, _CPU))
+    if settings.decoder_bias_init != "geometric_median" and settings.first_density is None:
+        return
+    x, y = _sample(job, reads, writes)
+    if settings.decoder_bias_init == "geometric_median":
+        written = geometric_median(y)
+        coder.centre(written if job.reads == job.writes else geometric_median(x), written)
+    if settings.first_density is not None:
+        coder.fire_on(x, settings.first_density)
+
+
+def geometric_median(rows: Tensor, tolerance: float = 1e-10, most: int = 1_000) -> Tensor:
+    """The point with the smallest sum of distances to rows `[n, width]`, in float64 `[width]`: Weiszfeld's iteration from the
+    mean on, until a step is shorter than `tolerance` times the mean distance, or `most` of them."""
+    rows = rows.double()
+    point = rows.mean(dim=0)
+    for _ in range(most):
+        distance = (rows - point).norm(dim=1)
+        weight = 1.0 / distance.clamp_min(torch.finfo(rows.dtype).tiny ** 0.5)
+        following = (weight @ rows) / weight.sum()
+        step, point = (following - point).norm(), following
+        if step <= tolerance * distance.mean():
+            break
+    return point
+
+
+def _sample(job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> tuple[Tensor, Tensor]:
+    """The first rows of the training, scaled: what is read `[n, d_in]` and what is written `[n, d_out]`."""
+    columns = {column.column.name: column for column in (*reads, *writes)}
+    reader = ActivationReader(
+        url=job.dataset_url,
+        manifest=require_manifest(job.dataset_url),
+        columns=tuple(columns),
+        batch_size=job.settings.batch_size,
+        seed=job.seed,
+        device=_CPU,
+        cache=None if job.cache is None else job.cache.open(),
+    )
+    rows = []
+    with closing(scaled_batches(reader, list(columns.values()), 0, _CPU)) as batches:
+        for _ in range(-(-SAMPLE_TOKENS // job.settings.batch_size)):
+            rows.append({name: values.clone() for name, values in next(batches).items()})
+    whole = {name: torch.cat([batch[name] for batch in rows]) for name in columns}
+    return side_by_side(whole, job.reads), side_by_side(whole, job.writes)
