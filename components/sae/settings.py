@@ -5,7 +5,7 @@ Every architecture has settings of its own beside it; see `choice.py` for how on
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -21,7 +21,7 @@ class CoderSettings(Bounded):
     """Raised when the same settings and data would no longer give the same weights."""
     decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")
     """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
-    decides_later: ClassVar[tuple[str, ...]] = ("skip", "decoder_bias_init", "first_density")
+    decides_later: ClassVar[tuple[str, ...]] = ("skip", "decoder_bias_init", "first_density", "resample_at")
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
     architecture: str
@@ -46,6 +46,10 @@ class CoderSettings(Bounded):
     first_density: float | None = Field(default=None, ge=1e-3, lt=1)
     """Share of tokens on which each feature of new weights is above zero, or above its threshold, by its encoder bias
     (Anthropic, January 2025); the bias is left alone where it is not given."""
+
+    resample_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the training at which features that are dead begin anew, at tokens that are reconstructed badly (Bricken et al.
+    2023, "Towards Monosemanticity", appendix); AuxK does it without a jump."""
 
     @model_validator(mode="after")
     def _one_size(self) -> CoderSettings:

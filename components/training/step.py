@@ -11,6 +11,7 @@ from torch import Tensor
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column, Losses, Progress
 from components.training.job import Point, Training
+from components.training.resampling import is_due, resample
 from components.training.schedule import learning_rate
 from components.training.settings import TrainingSettings
 
@@ -25,6 +26,7 @@ class CoderInTraining:
     """Per feature, int64 `[d_sae]`: tokens since it last fired."""
     diverged_at: Tensor
     """Number of the first step whose loss or gradient was not finite, int64 `[]`; 0 while there was none."""
+    seed: int = 0
     step: int = 0
     """Steps taken."""
     curves: list[Point] = field(default_factory=list)
@@ -70,7 +72,7 @@ def new_coder(job: Training, reads: tuple[Column, ...], writes: tuple[Column, ..
     coder.to(device)
     optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, betas=job.settings.adam_betas, fused=True)
     silent, diverged = torch.zeros(d_sae, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    return CoderInTraining(coder, optimizer, silent, diverged)
+    return CoderInTraining(coder, optimizer, silent, diverged, job.seed)
 
 
 def take_step(
@@ -101,6 +103,10 @@ def take_step(
     training.silent_tokens += len(x)
     training.silent_tokens.masked_fill_(losses.features.largest() > 0, 0)
     training.step += 1
+    if is_due(coder, training.step, settings.steps):
+        dead = training.silent_tokens >= settings.dead_after_tokens
+        resample(coder, optimizer, dead, x, y, training.seed, training.step)
+        training.silent_tokens.masked_fill_(dead, 0)
     if measured or x.device.type == "cpu":  # where the device is the CPU, asking waits for nothing
         training.require_finite()
     if not measured:

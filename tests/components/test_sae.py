@@ -196,6 +196,37 @@ def test_a_wanted_l0_pushes_thresholds_towards_it(wanted: float):
     assert coder.encode(x).active().float().mean().item() == pytest.approx(wanted, rel=0.1)
 
 
+def test_the_frequency_penalty_has_the_gradient_of_its_formula_and_quietens_what_fires_everywhere():
+    settings = JumpReLUSettings(
+        d_sae=20, bandwidth=0.5, sparsity="l0", sparsity_coefficient=0.2, frequency_coefficient=0.3, frequency_scale=0.1
+    )
+    coder, x = JumpReLUSAE.autoencoder(settings, 6), inputs()
+    coder.initialise(3)
+    found = coder.losses(x, x, WHOLE)
+    found.terms["frequency"].backward()
+    z = (x @ coder.W_enc + coder.b_enc).detach().double().numpy()
+    theta = coder.threshold.detach().double().numpy()
+    p = (z > theta).mean(axis=0)
+    assert found.terms["frequency"].item() == pytest.approx((p**2).sum() / 0.1, rel=1e-5)
+    assert found.terms["sparsity"].item() == pytest.approx((z > theta).sum(axis=1).mean(), rel=1e-6)
+    slope = -((np.abs(z - theta) < 0.25) / 0.5).mean(axis=0)
+    np.testing.assert_allclose(coder.threshold.grad, 2 * p / 0.1 * slope, rtol=1e-4, atol=1e-6)
+    assert set(coder.losses(x, x, WHOLE).weights) == {"reconstruction", "sparsity", "pre_activation", "frequency"}
+    shares = []
+    for coefficient in (0.0, 1.0):
+        trained = JumpReLUSAE.autoencoder(settings.model_copy(update={"frequency_coefficient": coefficient}), 6)
+        trained.initialise(3)
+        optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
+        data = inputs(400, 6) + 2.0  # a mean that some features would fire on always
+        for _ in range(200):
+            optimizer.zero_grad()
+            trained.losses(data, data, WHOLE).total.backward()
+            optimizer.step()
+            trained.after_step()
+        shares.append(trained.encode(data).fired().max().item() / 400)
+    assert shares[1] < 0.7 * shares[0]
+
+
 def test_the_sparsity_product_is_float32_under_autocast():
     """The loss is promised in float32. A bfloat16 product of means and norms has two or three digits."""
     coder, x = ReLUSAE.autoencoder(ReLUSettings(d_sae=512), 64), torch.randn(256, 64)

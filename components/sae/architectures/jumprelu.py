@@ -19,12 +19,14 @@ class JumpReLUSettings(CoderSettings):
         *CoderSettings.decides, "sparsity", "sparsity_coefficient", "sparsity_warmup", "target_l0", "tanh_scale",
         "pre_activation_coefficient", "bandwidth", "threshold_init",
     )  # fmt: skip
+    decides_later = (*CoderSettings.decides_later, "frequency_coefficient", "frequency_scale")
 
     architecture: Literal["jumprelu"] = "jumprelu"
     """A learned threshold for each feature (Rajamanoharan et al. 2024)."""
 
-    sparsity: Literal["tanh", "target_l0"] = "tanh"
-    """`tanh`: `lambda sum_i tanh(c f_i ||W_dec_i||)` (Anthropic, January 2025). `target_l0`: `lambda (L0 / target - 1)^2`."""
+    sparsity: Literal["tanh", "target_l0", "l0"] = "tanh"
+    """`tanh`: `lambda sum_i tanh(c f_i ||W_dec_i||)` (Anthropic, January 2025). `target_l0`: `lambda (L0 / target - 1)^2`.
+    `l0`: `lambda L0` (Rajamanoharan et al. 2024)."""
 
     sparsity_coefficient: float = Field(default=1.0, ge=0)
     """Lambda, which rises linearly from zero over `sparsity_warmup`."""
@@ -37,6 +39,14 @@ class JumpReLUSettings(CoderSettings):
 
     tanh_scale: float = Field(default=4.0, gt=0)
     """c of `tanh`."""
+
+    frequency_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of `sum_i p_i^2 / frequency_scale`, p_i the share of tokens on which a feature fires: it keeps them from firing
+    nearly everywhere. With `l0` and lambda for both it is the quadratic frequency penalty of Smith et al. 2025 ("Negative
+    results for SAEs on downstream tasks", appendix); with `target_l0` what Gemma Scope 2 describes."""
+
+    frequency_scale: float = Field(default=0.1, gt=0, le=1)
+    """The share of tokens from which on that penalty outweighs one that is linear in it."""
 
     pre_activation_coefficient: float = Field(default=3e-6, ge=0)
     """Weight of `sum_i relu(theta_i - z_i) ||W_dec_i||`, by which features that never fire come back."""
@@ -80,17 +90,21 @@ class JumpReLUSAE(Coder):
             norms = self.row_norms()
             if settings.sparsity == "tanh":
                 sparsity = torch.tanh(settings.tanh_scale * values * norms).sum(dim=1).mean()
+            elif settings.sparsity == "l0":
+                sparsity = jump.sum(dim=1).mean()
             else:
                 sparsity = (jump.sum(dim=1).mean() / settings.target_l0 - 1).square()
+            frequency = jump.mean(dim=0).square().sum() / settings.frequency_scale
             silent = torch.relu(self.threshold - z).mean(dim=0) @ norms
         features = DenseFeatures(values)
         reconstruction = reconstruction_loss(y, self.write(features, x))
         coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
-        return Losses(
-            {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent},
-            {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient},
-            features.detach(),
-        )
+        terms = {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent}
+        weights = {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient}
+        if settings.frequency_coefficient > 0:
+            terms["frequency"] = frequency
+            weights["frequency"] = settings.frequency_coefficient * progress.rise(settings.sparsity_warmup)
+        return Losses(terms, weights, features.detach())
 
     @torch.no_grad()
     def after_step(self) -> None:
