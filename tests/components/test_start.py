@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from processes import training_processes
 from safetensors.numpy import load_file, save_file
 
 from components import steps, storage
@@ -227,9 +227,8 @@ def test_a_killed_warm_training_ends_with_the_same_bytes(tiny_tree: dict, given:
 
     def kill(points: list[dict]) -> None:
         if points[-1]["tokens"] >= 20_000:
-            for child in psutil.Process().children():
-                if "components.training.process" in " ".join(child.cmdline()):
-                    child.kill()
+            for child in training_processes():
+                child.kill()
 
     with pytest.raises(RuntimeError, match="SIGKILL"):
         steps.launch_training(run, kill)

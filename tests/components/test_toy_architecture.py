@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from processes import training_processes
 
 from components import steps, storage
 from components.interop.saelens import load_saelens, saelens_files
@@ -102,9 +102,8 @@ def test_one_file_is_all_that_an_architecture_takes(toy: None, tiny_tree: dict):
 
     def kill(points: list[dict]) -> None:
         if points[-1]["tokens"] >= 20_000:
-            for child in psutil.Process().children():
-                if "components.training.process" in " ".join(child.cmdline()):
-                    child.kill()
+            for child in training_processes():
+                child.kill()
 
     with pytest.raises(RuntimeError, match="SIGKILL"):
         steps.launch_training(run, kill)

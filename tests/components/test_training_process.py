@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from processes import training_processes
 
 from components import steps, storage
 from components.run.config import parse_config
@@ -41,15 +41,6 @@ def work_of(plan: Specification):
     return plan.training()
 
 
-def children() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # one that has ended meanwhile
-            if "components.training.process" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
 def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_process(plan: Specification):
     record = steps.train(plan)
     weights = storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors")
@@ -68,7 +59,7 @@ def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_b
     with pytest.raises(TrainingTimeout, match=r"more than 0\.75 minutes"):
         launch(work_of(slow), CPU, timeout_seconds=45)
     assert time.monotonic() - started < 45 + process.STOP_SECONDS
-    assert children() == []
+    assert training_processes() == []
     (checkpoint,) = storage.list_names(checkpoint_folder(slow.sae_url))
     assert int(checkpoint.removeprefix("step-").removesuffix(".safetensors")) > 0
 
@@ -81,7 +72,7 @@ def test_an_interrupt_in_the_parent_stops_the_process_and_leaves_a_checkpoint(ti
 
     with pytest.raises(KeyboardInterrupt):
         launch(work_of(slow), CPU, cancelled)
-    assert children() == []
+    assert training_processes() == []
     assert storage.list_names(checkpoint_folder(slow.sae_url))
 
 
@@ -109,7 +100,7 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
 
     def kill(points: list[dict]) -> None:
         if points[-1]["tokens"] >= 20_000:
-            for child in children():  # none where points arrive that were sent before
+            for child in training_processes():  # none where points arrive that were sent before
                 child.kill()
 
     with pytest.raises(RuntimeError, match="SIGKILL"):
