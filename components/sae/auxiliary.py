@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from components.sae.features import SparseFeatures
+
+if TYPE_CHECKING:
+    from components.sae.coder import Coder
+
+
+def auxk_loss_of(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int) -> Tensor:
+    """`auxk_loss` of a coder on x `[n, d_in]`. before: pre-activations of all features; without them those of dead features
+    alone are computed, which is for where it costs nothing to ask how many they are."""
+    k = min(k, coder.d_sae)
+    if before is not None:
+        return auxk_loss(before, dead, residual, coder.W_dec, k)
+    places = dead.nonzero().flatten()
+    if len(places) == 0:
+        return residual.new_zeros((), dtype=torch.float32)
+    few = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.b_enc[places])
+    loss = auxk_loss(few, torch.ones_like(places, dtype=torch.bool), residual, coder.W_dec[places], min(k, len(places)))
+    return loss * min(1.0, len(places) / k)
 
 
 def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Tensor, k: int) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from components.sae.kernels.cpu import Places, decoded
+
 
 class Features(ABC):
     """Activations of `d_sae` features on `n` tokens, none of them negative."""
@@ -113,6 +115,8 @@ class SparseFeatures(Features):
     indices: Tensor
     offsets: Tensor
     d_sae: int
+    places: Places | None = None
+    """Of the same indices, where gradients go by them."""
 
     @classmethod
     def of_rows(cls, values: Tensor, indices: Tensor, d_sae: int) -> SparseFeatures:
@@ -147,6 +151,8 @@ class SparseFeatures(Features):
 
     def decode(self, rows: Tensor, bias: Tensor) -> Tensor:
         # A weighted sum of rows per token: no [m, d_out] is made.
+        if self.places is not None:
+            return decoded(self.values, rows, self.places) + bias
         weights, starts = self.values.to(rows.dtype), self.offsets[:-1]
         summed = torch.nn.functional.embedding_bag(self.indices, rows, starts, per_sample_weights=weights, mode="sum")
         return summed + bias

@@ -47,10 +47,11 @@ class CoderInTraining:
         weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         self.coder.load_state_dict(weights)
         for name, parameter in self.coder.named_parameters():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device)  # fused Adam keeps `step` there too
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            # Fused Adam keeps `step` on the device too, and reads all of its state in the order of the parameter's memory.
+            state = {"step": tensors[f"adam.step.{name}"].to(parameter.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.empty_like(parameter).copy_(tensors[f"adam.{key}.{name}"])
+            self.optimizer.state[parameter] = state
         self.silent_tokens.copy_(tensors["silent_tokens"])
         self.step, self.curves = step, curves
 

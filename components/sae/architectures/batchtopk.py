@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.sae.architectures.topk import KSettings, with_auxk
+from components.sae.architectures.topk import KSettings, chosen_features, with_auxk
 from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
+from components.sae.kernels.cpu import can_be_sparse, strongest_of_batch
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -41,6 +42,7 @@ class BatchTopKSAE(Coder):
 
     Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
     scaled_like_outputs = ("weakest",)
+    by_feature = True
     settings: BatchTopKSettings
     weakest: Tensor
     """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""
@@ -67,10 +69,19 @@ class BatchTopKSAE(Coder):
         values = torch.relu(before.flatten()[places])
         return SparseFeatures(values, places % self.d_sae, torch.searchsorted(places, starts), self.d_sae)
 
+    def _chosen(self, x: Tensor, k: int) -> tuple[Tensor | None, SparseFeatures]:
+        """Pre-activations of all features, where they are at hand, and the `n k` strongest of the batch."""
+        if not can_be_sparse(x):
+            before = self.pre_activations(x)
+            return before, self._strongest(before, k)
+        norms = self.row_norms().detach()
+        values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.b_enc, norms, k)
+        offsets = torch.searchsorted(places, torch.arange(len(x) + 1) * self.d_sae)
+        return None, chosen_features(self, x, values, places % self.d_sae, offsets)
+
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
-        before = self.pre_activations(x)
-        features = self._strongest(before, self.settings.k_at(progress))
-        return with_auxk(self, self.settings, before, features, y, self.write(features, x), progress)
+        before, features = self._chosen(x, self.settings.k_at(progress))
+        return with_auxk(self, self.settings, x, before, features, y, self.write(features, x), progress)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from components.sae.architectures.batchtopk import BatchTopKSAE, BatchTopKSettings
 from components.sae.architectures.topk import with_auxk
 from components.sae.coder import Losses, Progress, reconstruction_loss
-from components.sae.features import SparseFeatures
 from components.sae.settings import CoderSettings
 
 
@@ -39,17 +39,16 @@ class MatryoshkaSAE(BatchTopKSAE):
     settings: MatryoshkaSettings
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
-        before = self.pre_activations(x)
-        features = self._strongest(before, self.settings.k_at(progress))
+        before, features = self._chosen(x, self.settings.k_at(progress))
         y_hat = self.skipped(self.b_dec.expand(len(x), -1), x)
         nothing, low, losses = torch.zeros_like(self.b_dec), 0, []
         for share in self.settings.levels:
             high = max(low, round(share * self.d_sae))
             here = features.values * ((features.indices >= low) & (features.indices < high))
-            y_hat = y_hat + SparseFeatures(here, features.indices, features.offsets, self.d_sae).decode(self.W_dec, nothing)
+            y_hat = y_hat + replace(features, values=here).decode(self.W_dec, nothing)
             losses.append(reconstruction_loss(y, y_hat))
             low = high
-        found = with_auxk(self, self.settings, before, features, y, y_hat, progress)
+        found = with_auxk(self, self.settings, x, before, features, y, y_hat, progress)
         # The last level is the whole reconstruction: its term is shown, and counted among the levels.
         weights = {**found.weights, "reconstruction": 0.0, "levels": 1.0}
         return Losses({**found.terms, "levels": torch.stack(losses).mean()}, weights, found.features)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.sae.auxiliary import auxk_loss
+from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
 from components.sae.features import DenseFeatures
 from components.sae.settings import CoderSettings
@@ -61,7 +61,7 @@ class ReLUSAE(Coder):
         weights = {"reconstruction": 1.0, "sparsity": coefficient}
         if self.settings.auxk_coefficient > 0 and progress.dead is not None:
             k = self.settings.auxk or max(1, self.d_out // 2)
-            terms["auxk"] = auxk_loss(before, progress.dead, y - y_hat, self.W_dec, k)
+            terms["auxk"] = auxk_loss_of(self, x, before, progress.dead, y - y_hat, k)
             weights["auxk"] = self.settings.auxk_coefficient
         return Losses(terms, weights, features.detach())
 

@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from components.sae.auxiliary import auxk_loss
+from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
+from components.sae.kernels.cpu import Places, can_be_sparse, encoded, strongest_of_rows
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -64,6 +65,7 @@ class TopKSAE(Coder):
 
     Settings = TopKSettings
     settings: TopKSettings
+    by_feature = True
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
@@ -77,10 +79,20 @@ class TopKSAE(Coder):
         return SparseFeatures.of_rows(torch.relu(pre_activations.gather(1, indices)), indices, self.d_sae)
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
-        before = self.pre_activations(x)
-        features = self._strongest(before, self.settings.k_at(progress))
-        y_hat = self.write(features, x)
-        return with_auxk(self, self.settings, before, features, y, y_hat, progress)
+        k = self.settings.k_at(progress)
+        if can_be_sparse(x):
+            before, features = None, self._chosen(x, k)
+        else:
+            before = self.pre_activations(x)
+            features = self._strongest(before, k)
+        return with_auxk(self, self.settings, x, before, features, y, self.write(features, x), progress)
+
+    def _chosen(self, x: Tensor, k: int) -> SparseFeatures:
+        """`_strongest` without the pre-activations of the others."""
+        norms = self.row_norms().detach() if self.settings.rank_by == "length" else None
+        values, indices = strongest_of_rows(x, self.W_enc, self.b_enc, norms, k)
+        offsets = torch.arange(len(x) + 1) * indices.shape[1]
+        return chosen_features(self, x, values.flatten(), indices.flatten(), offsets)
 
     def exported(self) -> Exported:
         return Exported("topk", dict(self.state_dict()), {"k": self.settings.k})
@@ -96,13 +108,27 @@ class TopKSAE(Coder):
         super().load_exported(tensors)
 
 
+def chosen_features(coder: Coder, x: Tensor, before: Tensor, indices: Tensor, offsets: Tensor) -> SparseFeatures:
+    """Features of x that were chosen without a gradient, by pre-activations before and indices `[m]`, with their gradient."""
+    places = Places.of(indices, offsets, coder.d_sae)
+    values = torch.relu(encoded(x, coder.W_enc, coder.b_enc, before, places))
+    return SparseFeatures(values, indices, offsets, coder.d_sae, places)
+
+
 def with_auxk(
-    coder: Coder, settings: KSettings, before: Tensor, features: SparseFeatures, y: Tensor, y_hat: Tensor, progress: Progress
+    coder: Coder,
+    settings: KSettings,
+    x: Tensor,
+    before: Tensor | None,
+    features: SparseFeatures,
+    y: Tensor,
+    y_hat: Tensor,
+    progress: Progress,
 ) -> Losses:
-    """The reconstruction loss, and AuxK where it is wanted."""
+    """The reconstruction loss, and AuxK where it is wanted. before: see `auxk_loss_of`."""
     terms, weights = {"reconstruction": reconstruction_loss(y, y_hat)}, {"reconstruction": 1.0}
     if settings.auxk_coefficient > 0 and progress.dead is not None:
         k = settings.auxk or max(1, coder.d_out // 2)
-        terms["auxk"] = auxk_loss(before, progress.dead, y - y_hat, coder.W_dec, k)
+        terms["auxk"] = auxk_loss_of(coder, x, before, progress.dead, y - y_hat, k)
         weights["auxk"] = settings.auxk_coefficient
     return Losses(terms, weights, features.detach())
