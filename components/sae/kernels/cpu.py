@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding_bag
 
 _TILE_ENTRIES = 1 << 24
 """Of products that are held at once: 64 MB."""
 _CANDIDATES = 4
+_ALIGNED = 16
+"""Columns of the product's operands are a multiple of it."""
 _LEAST_NORM = 1e-20
 """So that the strength of a feature that writes nothing can be divided by it again."""
 
@@ -55,12 +57,15 @@ def strongest_of_rows(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | N
     and indices, `[n, k]` each, in no order. Tokens with fewer positive ones get others as well, of any pre-activation."""
     d_sae = W_enc.shape[1]
     k = min(k, d_sae)
-    rows, bias = W_enc.T, b_enc
-    if norms is not None:  # one product for strengths: no further pass over [n, d_sae]
+    # One product for strengths, bias and norms included: no further pass over [n, d_sae].
+    rows = W_enc.new_zeros(d_sae, -(-(len(W_enc) + 1) // _ALIGNED) * _ALIGNED)
+    rows[:, : len(W_enc)], rows[:, len(W_enc)] = W_enc.T, b_enc
+    if norms is not None:
         norms = norms.clamp_min(_LEAST_NORM)
-        rows, bias = rows * norms[:, None], bias * norms
+        rows *= norms[:, None]
+    padded = torch.cat([x, x.new_ones(len(x), 1), x.new_zeros(len(x), rows.shape[1] - x.shape[1] - 1)], dim=1)
     tile = max(64, _TILE_ENTRIES // d_sae)
-    found = [linear(part, rows, bias).topk(k, dim=1, sorted=False) for part in x.split(tile)]
+    found = [(part @ rows.T).topk(k, dim=1, sorted=False) for part in padded.split(tile)]
     strengths, indices = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
     return strengths if norms is None else strengths / norms[indices], indices
 
