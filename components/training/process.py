@@ -27,6 +27,7 @@ import torch
 from pydantic import TypeAdapter
 
 from components.settings import UserError
+from components.threads import with_patient_threads
 from components.training.job import Point, Training, TrainingRecord
 from components.training.loop import train
 
@@ -64,6 +65,7 @@ def launch(
         stdout=subprocess.PIPE,
         stderr=None if own_terminal else subprocess.PIPE,
         text=True,
+        env=with_patient_threads(os.environ),
         start_new_session=True,  # Ctrl-C is the parent's to handle
     )
     assert process.stdin is not None

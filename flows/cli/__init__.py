@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from components.threads import make_threads_patient
 from flows.cli import data, exchange, features, line, models, ui
 from flows.cli.doctor import doctor
 
@@ -22,6 +23,13 @@ app = typer.Typer(
     CONFIG is a YAML file, or the name of a configuration that ships, such as `quickstart`.
     """,
 )
+
+
+def main() -> None:
+    """The command."""
+    make_threads_patient()
+    app()
+
 
 for command in (line.run, line.plan, line.extract, line.train, line.evaluate, line.register, ui.ui, doctor):
     app.command()(command)

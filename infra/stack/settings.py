@@ -122,6 +122,7 @@ class Stack:
             # Seconds between two looks for work: with 10, the default, an unchanged retrain waits longer than it runs.
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see `components/threads.py`
         }
 
     def prefect_server_environment(self) -> dict[str, str]:
