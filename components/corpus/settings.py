@@ -15,8 +15,9 @@ class SourceSettings(Settings):
     image is one document, its patches are the tokens)."""
 
     paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns, local or `s3://` (`files` only). `.jsonl` (also `.gz`, `.bz2`, `.xz`, `.zst`) holds one
-    document a line, `.parquet` one a row, anything else is one document. Hidden files and folders are passed over."""
+    """Files, folders or glob patterns, local or `s3://` (`files` only). `.jsonl` and `.ndjson` (also `.gz`, `.bz2`, `.xz`,
+    `.zst`) hold one document a line, `.parquet` one a row, `.json` one a line or entry where it is a table with the column;
+    anything else is one document. Links are followed, hidden files and folders passed over."""
 
     dataset: str = ""
     """Name on the Hugging Face Hub, such as `HuggingFaceFW/fineweb`, or a local file or folder that `datasets` reads:

@@ -179,7 +179,7 @@ print(pa.default_memory_pool().max_memory() / 1e6)
 def test_a_damaged_local_dataset_is_one_sentence(tmp_path: Path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "train.parquet")
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"corpus\.dataset: .* cannot be read") as caught:
+    with pytest.raises(UserError, match=r"corpus\.dataset: .*train\.parquet' is damaged") as caught:
         documents_of(CorpusSettings(source="huggingface", dataset=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
