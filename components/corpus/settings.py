@@ -42,6 +42,10 @@ class SourceSettings(Settings):
     chat_template: str | None = None
     """Jinja text of a chat template to use instead of the tokenizer's own (with `messages_column`)."""
 
+    split_special_tokens: bool = True
+    """Whether a special token that a text spells out, such as `<|endoftext|>`, is text and not that token; false is for texts
+    in which they stand on purpose. In conversations those of the template are tokens, and those of a message text."""
+
     def misfit(self) -> str | None:
         """What does not fit together, as a sentence that starts with the field's name; None where all is well."""
         if self.source == "files" and not self.paths:
@@ -58,6 +62,8 @@ class SourceSettings(Settings):
             return f"messages_column has no effect with source '{self.source}', which holds no conversations"
         if self.chat_template is not None and self.messages_column is None:
             return "chat_template has no effect without messages_column, which names the column of conversations"
+        if not self.split_special_tokens and (self.messages_column is not None or self.source == "images"):
+            return "split_special_tokens has no effect on conversations and images; leave it out"
         return None
 
 

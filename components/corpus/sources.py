@@ -36,10 +36,12 @@ def _listed(source: SourceSettings, field: str, settings: CorpusSettings) -> Lis
         return ListedSource(content={"source": source.source, **files_identity(files)}, files=files)
     if source.source == "images":
         files = find_images(source.paths)
-        columns = {"image_column": settings.image_column, "prompt": settings.prompt}
-        return ListedSource(content={"source": source.source, **files_identity(files), **columns}, files=files)
+        chosen = {"image_column": settings.image_column, "prompt": settings.prompt}
+        return ListedSource(content={"source": source.source, **files_identity(files), **chosen}, files=files)
     if source.messages_column is None:
-        columns = {"text_column": source.text_column}
+        columns = {"text_column": source.text_column} | (
+            {} if source.split_special_tokens else {"special_tokens": "recognised"}
+        )
     else:
         columns = {"messages_column": source.messages_column, "chat_template": source.chat_template or ""}
     if source.source == "files":

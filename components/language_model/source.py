@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,10 +24,15 @@ from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
 _SKELETON_DTYPE = torch.bfloat16
-_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 _PROCESSOR_PATTERNS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*"
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "additional_chat_templates/*",
+    # Of tokenizers that have vocabularies of their own kind; a test compares them with transformers' lists.
+    "added_tokens.json", "*.tiktoken", "tekken.json", "*.spm", "*.tokenizer", "bpe.codes", "byte_maps.json", "dict.txt",
+    "emoji.json", "*_vocab.json", "vocab-*.json", "normalizer.json", "word_*.json",
 )  # fmt: skip
 
 
@@ -149,7 +155,16 @@ class ModelSource:
 
     @cached_property
     def tokenizer_identity(self) -> str:
-        return self.commit or _folder_digest(self.location, _TOKENIZER_PATTERNS)
+        """Content of the files that the tokenizer is made of; with code of its own, of all but the weights. What config.json
+        says of its class counts where no file of the tokenizer's does."""
+        if self.commit is not None:
+            return self.commit
+        every = ("*",) if self.settings.trust_remote_code else ()
+        files = _folder_digest(self.location, (*_TOKENIZER_PATTERNS, *every), weights=False)
+        named = _json_of(Path(self.location) / "tokenizer_config.json").get("tokenizer_class") is not None
+        config = _json_of(Path(self.location) / "config.json")
+        chosen = [config.get("model_type"), config.get("tokenizer_class")]
+        return files if named else digest([files, chosen])
 
     @property
     def longest_text(self) -> int | None:
@@ -237,7 +252,17 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
         ) from error
 
 
+def _json_of(path: Path) -> dict[str, Any]:
+    """An object in a file of JSON, an empty one where there is none; what is damaged is said where it is loaded."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @lru_cache
-def _folder_digest(folder: str, patterns: tuple[str, ...]) -> str:
-    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+def _folder_digest(folder: str, patterns: tuple[str, ...], weights: bool = True) -> str:
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    paths = sorted(path for path in found if weights or path.suffix not in _WEIGHT_SUFFIXES)
     return digest([[path.name, file_sha256(path)] for path in paths])
