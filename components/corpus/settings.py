@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from components.settings import Settings
+from components.storage.addresses import Address, LocalPath
 
 
 class SourceSettings(Settings):
@@ -14,12 +15,12 @@ class SourceSettings(Settings):
     """Where documents come from: the running interpreter's standard library, files, a Hugging Face dataset, image files (one
     image is one document, its patches are the tokens)."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[Address, ...] = ()
     """Files, folders or glob patterns, local or `s3://` (`files` only). `.jsonl` and `.ndjson` (also `.gz`, `.bz2`, `.xz`,
     `.zst`) hold one document a line, `.parquet` one a row, `.json` one a line or entry where it is a table with the column;
     anything else is one document. Links are followed, hidden files and folders passed over."""
 
-    dataset: str = ""
+    dataset: LocalPath = ""
     """Name on the Hugging Face Hub, such as `HuggingFaceFW/fineweb`, or a local file or folder that `datasets` reads:
     Parquet, JSON, CSV, Arrow, or what its `save_to_disk` wrote (`huggingface` only)."""
 

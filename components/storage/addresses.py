@@ -6,6 +6,7 @@ import os
 from typing import Annotated
 
 from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 LOCAL_SCHEMES = ("", "file", "local")
 # Of a process's own memory: for tests.
@@ -31,9 +32,8 @@ def expanded(path: str) -> str:
 
 
 def _accepted(url: str) -> str:
-    reason = unknown_scheme(url)
-    if reason is not None:
-        raise ValueError(reason)
+    if unknown_scheme(url) is not None:
+        raise PydanticCustomError("address", "accepted is {accepted}", {"accepted": ACCEPTED})
     return expanded(url)
 
 

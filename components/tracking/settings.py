@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from components.bounds import LONGEST_SECONDS
 from components.redaction import holds_password
 from components.settings import Settings
+from components.storage.addresses import LocalPath
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 """Tag of an MLflow run: the flow run that writes it."""
@@ -28,7 +29,7 @@ class TrackingSettings(Settings):
     purpose: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """What the SAE is for, where one language model and hook point have several: the last part of the registered name."""
 
-    gates: str | None = None
+    gates: LocalPath | None = None
     """YAML file with the gates that a version must pass to become champion; `mlflow/gates.yaml` where it is not given."""
 
     patience_seconds: float = Field(default=600.0, gt=0, le=LONGEST_SECONDS)

@@ -100,8 +100,8 @@ class _Fit:
         """A UserError where the model's own values are none, or the format changes them by more than rounding does."""
         if not self.computed:
             raise UserError(
-                f"language_model.dtype: the model's activations at {point} are not finite in '{computed_in}'; use another format, "
-                "and see whether its weights are whole"
+                f"language_model.dtype: the model's activations at {point} are not finite in '{computed_in}'; use another "
+                "format, and see whether its weights are whole"
             )
         if not self.stored:
             raise UserError(
@@ -109,8 +109,8 @@ class _Fit:
             )
         if self.lost > _LARGEST_LOSS * self.size:
             raise UserError(
-                f"activations.dtype: '{dtype}' loses {float(self.lost / self.size):.0%} of the activations at {point}, which are "
-                "too small for it; use bfloat16 or float32"
+                f"activations.dtype: '{dtype}' loses {float(self.lost / self.size):.0%} of the activations at {point}, which "
+                "are too small for it; use bfloat16 or float32"
             )
 
 
