@@ -14,9 +14,10 @@ from torch import Tensor
 
 from components.corpus.tokens import PADDING, Sequences
 from components.language_model.architectures import model_class
-from components.language_model.source import ModelSource, find_model
+from components.language_model.source import ModelSource, find_model, first_line
 from components.language_model.tokenizer import load_encoder, load_tokenizer
 from components.language_model.vision import pixel_values
+from components.language_model.weights import require_layers, require_weights
 from components.settings import UserError
 
 __all__ = [
@@ -26,7 +27,8 @@ __all__ = [
 
 
 def require_runnable(source: ModelSource, device: torch.device) -> None:
-    """Raise a UserError for a way to run the model that this machine does not have."""
+    """Raise a UserError for weights that cannot be loaded, and for a way to run the model that this machine does not have."""
+    require_weights(source)
     settings = source.settings
     if settings.quantization is not None:
         if device.type != "cuda":
@@ -81,8 +83,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
                 output_loading_info=True,
                 **options,
             )
-        except OSError as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged file fails in whatever way the library happens to fail on it
+            reason = first_line(error)
             raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -93,6 +95,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
             f"language_model.name: the weights of '{settings.name}' lack {len(missing)} tensors of "
             f"{type(model).__name__}, such as {min(missing)}"
         )
+    places = set(model.state_dict())
+    require_layers(set(loaded["unexpected_keys"]), places, f"config.json of '{settings.name}' has no place for")
     model = model if "device_map" in options else model.to(device)
     return model.eval().requires_grad_(False)
 

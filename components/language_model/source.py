@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from components.language_model.architectures import Family, family_of, model_cla
 from components.language_model.hook_points import HookPoint, capture, locate, reads_images
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
+from components.records import json_object
 from components.settings import UserError, digest, is_commit
 from components.storage import file_sha256
 
@@ -53,8 +53,8 @@ class ModelSource:
             config = AutoConfig.from_pretrained(
                 self.location, revision=self.commit, trust_remote_code=self.settings.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a wrong value fails in whatever way the library happens to fail on it
+            reason = first_line(error)
             if "trust_remote_code" in str(error):
                 reason = "it brings its own code, which only language_model.trust_remote_code: true would run"
             raise UserError(f"language_model.name: '{self.settings.name}' has no usable config.json: {reason}") from error
@@ -83,8 +83,16 @@ class ModelSource:
         # Neither decides a shape; all kernels take them. A model writes what it is given into its configuration, hence the
         # copy: without it, the model itself would later be loaded with them.
         options = self.class_options | {"attn_implementation": "eager", "dtype": _SKELETON_DTYPE}
-        with torch.device("meta"):
-            return model_class(self.config).from_config(deepcopy(self.config), **options).eval()
+        try:
+            with torch.device("meta"):
+                return model_class(self.config).from_config(deepcopy(self.config), **options).eval()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"language_model.name: config.json of '{self.settings.name}' describes no model that can be made: "
+                f"{first_line(error)}"
+            ) from error
 
     @property
     def class_options(self) -> dict[str, Any]:
@@ -161,8 +169,8 @@ class ModelSource:
             return self.commit
         every = ("*",) if self.settings.trust_remote_code else ()
         files = _folder_digest(self.location, (*_TOKENIZER_PATTERNS, *every), weights=False)
-        named = _json_of(Path(self.location) / "tokenizer_config.json").get("tokenizer_class") is not None
-        config = _json_of(Path(self.location) / "config.json")
+        named = json_object(Path(self.location) / "tokenizer_config.json").get("tokenizer_class") is not None
+        config = json_object(Path(self.location) / "config.json")
         chosen = [config.get("model_type"), config.get("tokenizer_class")]
         return files if named else digest([files, chosen])
 
@@ -252,13 +260,11 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
         ) from error
 
 
-def _json_of(path: Path) -> dict[str, Any]:
-    """An object in a file of JSON, an empty one where there is none; what is damaged is said where it is loaded."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def first_line(error: Exception) -> str:
+    """What a library says of a mistake: its last line where the first one only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 @lru_cache

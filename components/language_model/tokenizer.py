@@ -9,7 +9,7 @@ from typing import Any
 from components.corpus.documents import Render, Rendered
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
-from components.language_model.source import ModelSource
+from components.language_model.source import ModelSource, first_line
 from components.settings import UserError
 
 CHAT_DATE = datetime(2024, 7, 26)
@@ -76,8 +76,9 @@ def load_tokenizer(source: ModelSource) -> Any:
             source.location, revision=source.commit, trust_remote_code=source.settings.trust_remote_code
         )
     except Exception as error:  # a damaged file fails in whatever way the library happens to fail on it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"language_model.name: '{source.settings.name}' has no usable tokenizer: {reason}") from error
+        raise UserError(
+            f"language_model.name: '{source.settings.name}' has no usable tokenizer: {first_line(error)}"
+        ) from error
 
 
 def _encode_of(
