@@ -7,10 +7,9 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from flows.cli.tables import print_plan, print_summary
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
 
 if TYPE_CHECKING:
     from components.evaluation.record import EvaluationRecord
@@ -171,4 +170,4 @@ def _prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     log_to_stderr(handler=False)
-    Console(stderr=True).print("Starting Prefect ...", style="dim")
+    terminal(stderr=True).print("Starting Prefect ...", style="dim")

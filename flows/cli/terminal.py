@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
 Overrides = Annotated[
@@ -20,6 +20,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+
+
+def terminal(stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """Where a command prints. Text is as it is: names, roots, templates and tokens hold brackets (`[/INST]`) and colons, which
+    are no markup; style is given to `Text`."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False)
 
 
 @contextmanager
@@ -47,7 +53,8 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
         with errors_redacted():
             yield show
     except (UserError, FloatingPointError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
+        said = Text.assemble(("error", "bold red"), " ", str(error))
+        terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     finally:
         sys.stdout.flush()
@@ -61,7 +68,7 @@ def log_to_stderr(handler: bool = True) -> None:
     if handler:
         from rich.logging import RichHandler
 
-        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))
+        logger.addHandler(RichHandler(console=terminal(stderr=True), show_path=False, show_level=False))
 
 
 def print_tree(result: dict[str, Any]) -> None:
