@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ TEMPLATE = "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
 
 def sae(*arguments: str) -> str:
     result = CliRunner().invoke(app, list(arguments))
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.exit_code == 0, "".join(traceback.format_exception(*result.exc_info))
     return result.output
 
 
@@ -35,10 +36,12 @@ def test_a_dataset_of_a_template_with_brackets_under_a_root_with_brackets_is_sho
     assert "ro[/ot]" in sae("plan", str(config))
     sae("extract", str(config))
     assert "ro[/ot]" in sae("data", "list", "--root", str(root))
-    shown = sae("data", "show", "tiny", "--root", str(root))
+    (dataset,) = (path.name for path in (root / "activations").iterdir() if path.is_dir())
+    shown = sae("data", "show", dataset, "--root", str(root))
     assert "[/INST]" in shown
-    assert "ro[/ot] [red]" in shown
-    sae("data", "check", "tiny", "--root", str(root))
+    assert "ro[/ot]" in shown
+    assert "[red]" in shown
+    sae("data", "check", dataset, "--root", str(root))
 
 
 def test_what_is_printed_of_runs_checks_and_versions_is_text(capsys: pytest.CaptureFixture):
