@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ _BUILDERS = {
 
 
 def is_local_dataset(source: SourceSettings) -> bool:
-    return Path(source.dataset).expanduser().exists()
+    return os.path.exists(os.path.expanduser(source.dataset))
 
 
 def list_local(source: SourceSettings, where: str) -> tuple[ListedFile, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class ModelSource:
     @property
     def slug(self) -> str:
         """The model's name as part of a file or registry name."""
-        return Path(self.settings.name).name if Path(self.settings.name).is_dir() else self.settings.name.split("/")[-1]
+        return Path(self.settings.name).name if os.path.isdir(self.settings.name) else self.settings.name.split("/")[-1]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def find_model(settings: LanguageModelSettings) -> ModelSource:
             shipped = ", ".join(sorted(f"builtin/{path.parent.name}" for path in BUILTIN_ROOT.glob("*/config.json")))
             raise UserError(f"language_model.name: there is no '{settings.name}'; what ships is {shipped}")
         return ModelSource(settings, str(folder), None)
-    if Path(settings.name).is_dir():
+    if os.path.isdir(settings.name):  # which takes a name that is too long for a no
         return ModelSource(settings, settings.name, None)
     return ModelSource(settings, settings.name, _hub_commit(settings))
 

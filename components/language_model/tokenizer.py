@@ -118,8 +118,6 @@ def _render_of(tokenizer: Any, name: str) -> Render:
     special = [token for token in tokenizer.all_special_tokens if token]
 
     def render(messages: list[dict[str, Any]], template: str | None) -> Rendered:
-        from jinja2 import TemplateError
-
         if template is None and not tokenizer.chat_template:
             raise ValueError(f"the tokenizer of '{name}' has no chat template; give one as chat_template")
         try:
@@ -127,7 +125,7 @@ def _render_of(tokenizer: Any, name: str) -> Render:
             text = str(tokenizer.apply_chat_template(messages, chat_template=chosen, tokenize=False))
             spelled = any(token in str(list(message.values())) for token in special for message in messages)
             ids = _sanitized(tokenizer, messages, chosen) if spelled else None
-        except (TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever a template does to a conversation
             raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
         # Where BOS stands is up to the corpus settings; the template's own would make it two.
         return Rendered(text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text, ids)

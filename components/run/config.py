@@ -144,7 +144,7 @@ def read_config(source: str) -> str:
     if not storage.is_local(source):
         return storage.read_bytes(source).decode("utf-8")
     path = Path(source)
-    return read_text(path if path.is_file() else shipped_configs().get(source, path))
+    return read_text(path if os.path.isfile(path) else shipped_configs().get(source, path))
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from components.bounds import LONGEST_SECONDS
-from components.redaction import holds_password
+from components.redaction import holds_password, redacted
 from components.settings import Settings
 from components.storage.addresses import LocalPath
 
@@ -44,7 +45,24 @@ class TrackingSettings(Settings):
         # The configuration is stored with every run and artifact.
         if uri is not None and holds_password(uri):
             raise ValueError("tracking.uri holds a password; leave it out and set MLFLOW_TRACKING_URI or _PASSWORD instead")
-        scheme = "" if uri is None else urlsplit(uri).scheme.partition("+")[0]
-        if uri is not None and scheme not in _SCHEMES:
-            raise ValueError(f"tracking.uri: '{uri}' is not an MLflow address; it starts with one of {', '.join(_SCHEMES)}")
+        problem = None if uri is None else uri_problem(uri)
+        if problem is not None:
+            raise ValueError(f"tracking.uri: {problem}")
         return uri
+
+
+def uri_problem(uri: str) -> str | None:
+    """Why an address is none of an MLflow server or database, None where it is one."""
+    accepted = f"'{redacted(uri)}' is not an MLflow address; it starts with one of {', '.join(_SCHEMES)}"
+    try:
+        parts = urlsplit(uri)
+        scheme, whole = parts.scheme.partition("+")[0], bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        return f"'{redacted(uri)}' is not an MLflow address: {error}"
+    if scheme not in _SCHEMES:
+        return accepted
+    if scheme in ("http", "https") and not whole:
+        return f"'{redacted(uri)}' names no server; accepted is http://HOST:PORT"
+    if scheme == "sqlite" and re.fullmatch(r"[a-z+]+:///[^?#]+", uri) is None:
+        return f"'{redacted(uri)}' names no file; accepted is sqlite:///PATH, without '?' and '#' in it"
+    return None

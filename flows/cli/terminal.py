@@ -19,6 +19,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
 ]
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
 
 
@@ -37,6 +38,7 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
     from components.redaction import errors_redacted
     from components.settings import UserError
 
+    exempt_loopback()
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -60,6 +62,15 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def exempt_loopback() -> None:
+    """No proxy stands between this machine and itself: Prefect's temporary server, MLflow and S3 here are asked directly."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    exempt = [part.strip() for part in named.split(",") if part.strip()]
+    if "*" not in exempt and any(os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES):
+        exempt += [name for name in ("localhost", "127.0.0.1", "::1") if name not in exempt]
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(exempt)
 
 
 def log_to_stderr(handler: bool = True) -> None:
