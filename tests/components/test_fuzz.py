@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from pathlib import Path
@@ -71,5 +72,5 @@ def test_300_configurations_are_right_or_refused_in_one_sentence(tiny_tree: dict
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_10000_configurations_are_right_or_refused_in_one_sentence(tiny_tree: dict, alone: Path):
-    found = faults(tiny_tree, alone, seed=2, count=10_000)
+    found = faults(tiny_tree, alone, seed=int(os.environ.get("FUZZ_SEED", "2")), count=10_000)
     assert not found, f"{len(found)} of 10,000\n" + "\n\n".join(found[:20])
