@@ -28,6 +28,13 @@ class UserError(ValueError):
         super().__init__(sentence)
 
 
+def first_line(error: Exception) -> str:
+    """What a library says of a mistake: its last line where the first one only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said if " " in said else f"{type(error).__name__}: {said}"
+
+
 class Record(BaseModel):
     """Frozen, unknown keys refused; the string under each field is its documentation."""
 

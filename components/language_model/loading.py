@@ -14,11 +14,11 @@ from torch import Tensor
 
 from components.corpus.tokens import PADDING, Sequences
 from components.language_model.architectures import model_class
-from components.language_model.source import ModelSource, find_model, first_line
+from components.language_model.source import ModelSource, find_model
 from components.language_model.tokenizer import load_encoder, load_tokenizer
 from components.language_model.vision import pixel_values
 from components.language_model.weights import require_layers, require_weights
-from components.settings import UserError
+from components.settings import UserError, first_line
 
 __all__ = [
     "ModelSource", "find_model", "forward_inputs", "kept_model", "load_encoder", "load_model", "load_tokenizer",

@@ -20,7 +20,7 @@ from components.language_model.hook_points import HookPoint, capture, locate, re
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
 from components.records import json_object
-from components.settings import UserError, digest, is_commit
+from components.settings import UserError, digest, first_line, is_commit
 from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
@@ -259,13 +259,6 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
             f"language_model.name: cannot reach the Hugging Face Hub for '{settings.name}' ({type(error).__name__}) "
             f"and it is not in the local cache; {accepted}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says of a mistake: its last line where the first one only introduces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 @lru_cache

@@ -9,8 +9,8 @@ from typing import Any
 from components.corpus.documents import Render, Rendered
 from components.corpus.encoder import Encoder
 from components.corpus.settings import CorpusSettings
-from components.language_model.source import ModelSource, first_line
-from components.settings import UserError
+from components.language_model.source import ModelSource
+from components.settings import UserError, first_line
 
 CHAT_DATE = datetime(2024, 7, 26)
 """What a chat template that prints today's date is told: tokens must not depend on the day they were made on."""

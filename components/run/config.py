@@ -24,7 +24,7 @@ from components.interpretation.settings import InterpretationSettings
 from components.language_model.settings import LanguageModelSettings
 from components.redaction import redacted
 from components.sae.choice import SAESettings, default_settings
-from components.settings import Settings, UserError
+from components.settings import Settings, UserError, first_line
 from components.storage.addresses import Address, LocalPath
 from components.tracking.settings import TrackingSettings
 from components.training.settings import TrainingSettings
@@ -132,6 +132,10 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"CONFIG: '{source}' is not YAML: {' '.join(str(error).split())}") from error
     except YamlError as error:
         raise UserError(f"CONFIG: '{source}' {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # each file system has its own exceptions; all mean the same to the user
+        raise UserError(f"CONFIG: cannot read '{source}' ({first_line(error)})") from error
     if not isinstance(tree, dict):
         raise UserError(f"CONFIG: '{source}' holds a {type(tree).__name__}; it must be a mapping of fields")
     for override in overrides:

@@ -69,10 +69,18 @@ def local_path(url: str) -> Path:
 
 
 def _call(url: str, operation: str, *arguments: Any, **named: Any) -> Any:
-    """`filesystem.operation(path, ...)` for the file system and path of `url`, waiting for a store that is away."""
+    """`filesystem.operation(path, ...)` for the file system and path of `url`, waiting for a store that is away.
+
+    A path through something that is no folder, or with a name that no folder could have, is a file that is not there.
+    """
     filesystem, path = resolve(url)
     filesystem.invalidate_cache()
-    return patiently(filesystem, operation, path, *arguments, **named)
+    try:
+        return patiently(filesystem, operation, path, *arguments, **named)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise FileNotFoundError(error.errno, error.strerror, path) from error
+        raise
 
 
 def exists(url: str) -> bool:

@@ -234,3 +234,11 @@ def test_an_address_that_would_ask_another_network_is_refused(url: str):
 def test_a_local_name_is_no_chain_of_file_systems(tmp_path: Path):
     storage.put_bytes(b"1", f"{tmp_path}/a::b#c?d")
     assert (tmp_path / "a::b#c?d").read_bytes() == b"1" == storage.read_bytes(f"file://{tmp_path}/a::b#c?d")
+
+
+@pytest.mark.parametrize("url", ["/dev/null/x", "n" * 5_000, "/" + "n" * 300 + "/x"])
+def test_a_path_that_cannot_be_is_one_where_nothing_is(url: str):
+    assert not storage.exists(url)
+    assert storage.list_names(url) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)
