@@ -17,7 +17,7 @@ from components.language_model.architectures import model_class
 from components.language_model.source import ModelSource, find_model
 from components.language_model.tokenizer import load_encoder, load_tokenizer
 from components.language_model.vision import pixel_values
-from components.language_model.weights import require_layers, require_weights
+from components.language_model.weights import require_layers
 from components.settings import UserError, first_line
 
 __all__ = [
@@ -27,8 +27,7 @@ __all__ = [
 
 
 def require_runnable(source: ModelSource, device: torch.device) -> None:
-    """Raise a UserError for weights that cannot be loaded, and for a way to run the model that this machine does not have."""
-    require_weights(source)
+    """Raise a UserError for a way to run the model that this machine does not have."""
     settings = source.settings
     if settings.quantization is not None:
         if device.type != "cuda":
