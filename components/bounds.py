@@ -1,4 +1,4 @@
-"""Bounds of every number in a configuration. (It imports nothing of the project's, so that the SAE may use it too.)
+"""Bounds of every number and text in a configuration. (It imports nothing of the project's, so that the SAE may use it too.)
 
 A run's parameters go through JSON, JavaScript and PostgreSQL. PostgreSQL gives 1e30 back as a whole number of more than 64
 bits, and Prefect's server then answers 500 to every listing of runs that holds it, for everybody.
@@ -6,10 +6,10 @@ bits, and Prefect's server then answers 500 to every listing of runs that holds 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 LARGEST_INT = 2**53 - 1
 """Beyond it JavaScript, and so Prefect's form, rounds a whole number."""
@@ -24,20 +24,74 @@ Days = Annotated[float, Field(ge=0, le=36_500, allow_inf_nan=False)]
 """An age in days, as a parameter of a flow."""
 
 
+class WrittenInt(int):
+    """A number that knows how it was written, for a field that wants a text: `007`, `1_000`."""
+
+    written: str
+
+    @classmethod
+    def of(cls, value: int, written: str) -> Self:
+        number = cls(value)
+        number.written = written
+        return number
+
+
+class WrittenFloat(float):
+    written: str
+
+    @classmethod
+    def of(cls, value: float, written: str) -> Self:
+        number = cls(value)
+        number.written = written
+        return number
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("not_a_number", "input should be a number, and not true or false")
+    return value
+
+
+def _text(value: Any) -> Any:
+    value = getattr(value, "written", value)
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= part <= "\udfff" for part in value):
+        raise PydanticCustomError("no_text", "it holds half of a surrogate pair, which is no character")
+    if isinstance(value, str) and "\0" in value:
+        raise PydanticCustomError("no_text", "it holds a zero byte, which no name and no path may")
+    return value
+
+
+_LOOKED_AT = {"int": _number, "float": _number, "str": _text}
+
+
 def _bound(schema: Any) -> None:
-    """Bounds for the numbers in a schema, in place; models inside are references and see to themselves."""
+    """Bounds for the numbers and texts in a schema, in place; models inside are references and see to themselves."""
     if isinstance(schema, list | tuple):
         for part in schema:
             _bound(part)
         return
     if not isinstance(schema, dict):
         return
-    largest = _LARGEST.get(schema.get("type", ""))
-    if largest is None:
+    validator = schema.get("function")
+    if isinstance(validator, dict) and validator.get("function") in (
+        _number,
+        _text,
+    ):  # of a model inside that has seen to itself
+        return
+    kind = schema.get("type", "")
+    if kind in _LARGEST:
+        _limit(schema, _LARGEST[kind])
+    if kind in _LOOKED_AT:
+        inner = dict(schema)
+        schema.clear()
+        schema.update(core_schema.no_info_before_validator_function(_LOOKED_AT[kind], inner))
+    else:
         for key, part in schema.items():
             if key not in _NO_SCHEMAS:
                 _bound(part)
-        return
+
+
+def _limit(schema: dict[str, Any], largest: float) -> None:
     for closed, opened, limit, beyond in (("ge", "gt", -largest, float.__lt__), ("le", "lt", largest, float.__gt__)):
         for key in (closed, opened):
             if key in schema and beyond(float(schema[key]), float(limit)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import json
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -24,6 +26,15 @@ def read_record(kind: type[R], url: str, remedy: str) -> R | None:
 
 def put_record(record: Record, url: str) -> None:
     storage.put_json(record.model_dump(mode="json"), url)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a local file of JSON, an empty one where there is none: whoever needs a part of it says what is missing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def first_problem(error: ValidationError) -> str:

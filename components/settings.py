@@ -11,9 +11,28 @@ from pydantic import BaseModel, ConfigDict
 
 from components.bounds import Bounded
 
+_LONGEST_SENTENCE = 2_000
+
 
 class UserError(ValueError):
-    """A mistake that only the user can mend: one sentence with the field, the value and what is accepted."""
+    """A mistake that only the user can mend: one sentence with the field, the value and what is accepted.
+
+    It stays in one line and of a length that somebody reads, whatever value is in it.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        sentence = sentence.replace("\r", "\\r").replace("\n", "\\n")
+        if len(sentence) > _LONGEST_SENTENCE:
+            half = _LONGEST_SENTENCE // 2
+            sentence = f"{sentence[: half - 5]} ... {sentence[-half:]}"
+        super().__init__(sentence)
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of a mistake: its last line where the first one only introduces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    said = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return said if " " in said else f"{type(error).__name__}: {said}"
 
 
 class Record(BaseModel):

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.corpus.manifest import Split
 from components.corpus.settings import SourceSettings
 from components.settings import UserError
 
-Render = Callable[[list[dict[str, Any]], str | None], str]
+
+class Rendered(NamedTuple):
+    """A conversation as a chat template writes it."""
+
+    text: str
+    tokens: Sequence[int] | None = None
+    """Where a message spells out a special token, which is text and not that token: only the ids tell them apart."""
+
+
+Render = Callable[[list[dict[str, Any]], str | None], Rendered]
 """A conversation and a chat template (None: the tokenizer's own) -> text; raises ValueError where that fails."""
 
 
@@ -24,6 +33,8 @@ class Document:
     text: str
     conversation: str | None = None
     """Roles and contents in a canonical form, where the text was rendered from a conversation."""
+    tokens: Sequence[int] | None = None
+    """Its token ids, where the text alone does not decide them."""
 
     @property
     def sha256(self) -> str:
@@ -68,12 +79,12 @@ def document_from_row(
         messages = _messages(value, f"{field}.{setting}: '{column}' in {name}")
         assert render is not None, "conversations need the tokenizer's chat template"
         try:
-            text = render(messages, source.chat_template)
+            text, tokens = render(messages, source.chat_template)
         except ValueError as error:
             raise UserError(
                 f"{field}.{setting}: the chat template does not take the conversation in {name}: {error}"
             ) from error
-        document = Document(name=name, text=text, conversation=_canonical(messages))
+        document = Document(name=name, text=text, conversation=_canonical(messages), tokens=tokens)
     try:
         document.text.encode("utf-8")
     except UnicodeEncodeError as error:

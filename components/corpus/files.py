@@ -1,6 +1,6 @@
-"""Documents from files, local or `s3:`: text, JSONL in any compression, Parquet.
+"""Documents from files, local or `s3:`: text, JSON lines in any compression, JSON, Parquet, whatever the case of their names.
 
-Memory: one file of text, one line of JSONL, one batch of Parquet rows.
+Memory: one file of text or JSON, one line of JSON lines, one batch of Parquet rows.
 """
 
 from __future__ import annotations
@@ -14,196 +14,181 @@ import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import IO, Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from components.corpus.documents import Document, Render, document_from_row
+from components.corpus.listing import ListedFile
 from components.corpus.settings import SourceSettings
-from components.settings import Record, UserError, digest
-from components.storage import file_sha256, resolve
+from components.settings import UserError
+from components.storage import resolve
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".parquet")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_LINES = (".jsonl", ".ndjson", ".jsonlines")
 _ROWS_PER_BATCH = 256
 _BUFFER_BYTES = 8 << 20
+_DAMAGE = (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, OSError)
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""(name, row) of each row of a table."""
 
 
-class ListedFile(Record):
-    """A file of a corpus as it was when a run was resolved."""
-
-    name: str
-    """Relative to the path that named it, so that a corpus may move."""
-    url: str
-    stamp: str
-    """Size and time of the last change on this machine, the store's ETag or the like elsewhere: another stamp, another file."""
-    fingerprint: str
-    """The content's hash on this machine; the store's own (ETag and size) elsewhere, which spares a download."""
-
-    @property
-    def path(self) -> str:
-        return str(resolve(self.url)[1])
-
-    def require_unchanged(self, where: str) -> None:
-        """A UserError at `where` for a file that is gone, or is another one than was listed."""
-        filesystem, path = resolve(self.url)
-        try:
-            stamp = _stamp(filesystem, path, filesystem.info(path))
-        except FileNotFoundError as error:
-            raise UserError(f"{where}: '{path}' vanished after this run began; put it back, or run again without it") from error
-        if stamp != self.stamp:
-            raise UserError(f"{where}: '{path}' changed after this run began; run again to read it as it is now")
+def kind_of(name: str) -> Literal["parquet", "lines", "json", "text"]:
+    """What a file's name says that it holds; `json` is one value or lines, which only its content tells."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        del suffixes[-1]
+    last = suffixes[-1] if suffixes else ""
+    if last in _LINES:
+        return "lines"
+    return "json" if last == ".json" else "parquet" if name.lower().endswith(".parquet") else "text"
 
 
-def _stamp(filesystem: AbstractFileSystem, path: str, info: dict[str, Any]) -> str:
-    if isinstance(filesystem, LocalFileSystem):
-        state = Path(path).stat()
-        return f"{state.st_size} {state.st_mtime_ns}"
-    etag = info.get("ETag") or info.get("etag")
-    return f"{info['size']} {etag.strip(chr(34))}" if etag else str(filesystem.ukey(path))
-
-
-def listed_file(filesystem: AbstractFileSystem, path: str, name: str, info: dict[str, Any]) -> ListedFile:
-    stamp = _stamp(filesystem, path, info)
-    size, _, modified = stamp.partition(" ")
-    local = isinstance(filesystem, LocalFileSystem)
-    fingerprint = _local_sha256(path, int(size), int(modified)) if local else stamp
-    return ListedFile(name=name, url=filesystem.unstrip_protocol(path), stamp=stamp, fingerprint=fingerprint)
-
-
-@lru_cache(maxsize=1 << 16)
-def _local_sha256(path: str, size: int, modified: int) -> str:
-    return file_sha256(Path(path))
-
-
-def find_files(paths: tuple[str, ...], where: str) -> list[ListedFile]:
-    """The files that paths, folders and patterns name, sorted by name; a UserError at `where` for one that names nothing.
-
-    With several paths a name starts with the path's place in the list.
-    """
-    found: dict[str, ListedFile] = {}
-    for index, path in enumerate(paths):
-        filesystem, bare = resolve(path)
-        filesystem.invalidate_cache()
-        try:
-            base, matches = _matches(filesystem, bare)
-        except Exception as error:  # each file system has its own exceptions; all mean the same to the user
-            raise UserError(f"{where}: cannot read '{path}' ({type(error).__name__}: {error})") from error
-        prefix = f"{index}/" if len(paths) > 1 else ""
-        named = 0
-        for match, info in sorted(matches.items()):
-            relative = PurePosixPath(match).relative_to(base)
-            if info["type"] != "file" or any(part.startswith(".") for part in relative.parts[:-1]):
-                continue
-            if relative.name.startswith(".") and match != bare:
-                continue
-            named += 1
-            name = f"{prefix}{relative.as_posix()}"
-            url = filesystem.unstrip_protocol(match)
-            if url not in found:
-                found[url] = listed_file(filesystem, match, name, info)
-        if not named:
-            raise UserError(f"{where}: '{path}' names no file; give an existing file, folder or glob pattern")
-    return sorted(found.values(), key=lambda file: file.name)
-
-
-def find_images(paths: tuple[str, ...]) -> tuple[ListedFile, ...]:
-    """The image and Parquet files that paths, folders and patterns name, named by their URLs, sorted."""
-    found: dict[str, ListedFile] = {}
-    for path in paths:
-        filesystem, bare = resolve(path)
-        names = filesystem.find(bare) if filesystem.isdir(bare) else [n for n in filesystem.glob(bare) if filesystem.isfile(n)]
-        matches = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        if not matches:
-            raise UserError(
-                f"corpus.paths: '{path}' names no image; accepted are files, folders and patterns with "
-                f"{', '.join(IMAGE_SUFFIXES)}"
-            )
-        for match in matches:
-            url = filesystem.unstrip_protocol(match)
-            found[url] = listed_file(filesystem, match, url, filesystem.info(match))
-    return tuple(found[url] for url in sorted(found))
-
-
-def files_identity(files: Sequence[ListedFile]) -> dict[str, Any]:
-    return {"files": len(files), "content": digest([[file.name, file.fingerprint] for file in files])}
+def formats_identity(files: Sequence[ListedFile]) -> dict[str, Any]:
+    """What is new in how files become documents, so that it has another name: tables that were once one document each."""
+    tables = (".parquet", *(".jsonl" + compression for compression in ("", *_COMPRESSIONS)))
+    anew = any(kind_of(file.name) != "text" and not file.name.endswith(tables) for file in files)
+    return {"formats": "by content"} if anew else {}
 
 
 def read_file(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     """The documents of one file, in its order; `where` is the source's place in the configuration."""
     file.require_unchanged(f"{where}.paths")
-    try:
-        if file.name.endswith(".parquet"):
-            yield from _read_parquet(file, source, where, render)
-        elif _is_jsonl(file.name):
-            yield from _read_jsonl(file, source, where, render)
+    with damage_explained(file, f"{where}.paths"):
+        kind = kind_of(file.name)
+        rows = None if kind == "text" else read_rows(file, kind, source, where)
+        if rows is not None:
+            for name, row in rows:
+                document = document_from_row(row, name, source, where, render)
+                if document is not None:
+                    yield document
         elif source.messages_column is not None:
             raise UserError(f"{where}.messages_column: '{file.path}' is neither JSONL nor Parquet and has no column")
         else:
             with _opened(file) as stream:
                 text = stream.read()
+            _require_no_lines(text, file, source, where)
             if text.strip():
                 yield Document(name=file.name, text=text)
+
+
+@contextmanager
+def damage_explained(file: ListedFile, where: str) -> Iterator[None]:
+    """What cannot be read as its name says as a UserError at `where`."""
+    try:
+        yield
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}.paths: '{file.path}' is not UTF-8 text ({error.reason})") from error
-    except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, _zstd().ZstdError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}.paths: '{file.path}' is damaged or not what its name says ({reason})") from error
+        raise UserError(f"{where}: '{file.path}' is not UTF-8 text ({error.reason})") from error
+    except (*_DAMAGE, _zstd().ZstdError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        refused = isinstance(error, OSError) and error.errno is not None  # by the system, and not by a decoder
+        what = "cannot be read" if refused else "is damaged or not what its name says"
+        raise UserError(f"{where}: '{file.path}' {what} ({reason})") from error
 
 
-def _matches(filesystem: AbstractFileSystem, bare: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The folder that names are relative to, and what is found, by path."""
-    if filesystem.isfile(bare):
-        return str(PurePosixPath(bare).parent), {bare: filesystem.info(bare)}
-    if filesystem.isdir(bare):
-        return bare, filesystem.find(bare, detail=True)
-    parts = PurePosixPath(bare).parts
-    literal = next((i for i, part in enumerate(parts) if any(magic in part for magic in "*?[")), len(parts) - 1)
-    return str(PurePosixPath(*parts[:literal])), filesystem.glob(bare, detail=True)
+def read_rows(file: ListedFile, kind: str, source: SourceSettings, where: str) -> Rows | None:
+    """The rows of a table that `kind_of` named; None for a `.json` that is none, and so a text."""
+    if kind == "parquet":
+        return _read_parquet(file, source, where)
+    return _read_lines(file, source, where) if kind == "lines" or _holds_lines(file, source) else _read_json(file, source)
 
 
-def _is_jsonl(name: str) -> bool:
-    return any(name.endswith(".jsonl" + compression) for compression in ("", *_COMPRESSIONS))
+def _wanted(source: SourceSettings) -> str:
+    return source.messages_column or source.text_column
 
 
-def _read_jsonl(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+def _first_lines(stream: Iterator[str], count: int) -> list[str]:
+    return list(islice((line for line in stream if line.strip()), count))
+
+
+def _holds_lines(file: ListedFile, source: SourceSettings) -> bool:
+    """Whether a `.json` is an object a line: of several, or of one that has the column."""
+    with _opened(file) as stream:
+        values = [_parsed(line) for line in _first_lines(stream, 2)]
+    if not values or not isinstance(values[0], dict):
+        return False
+    return len(values) == 2 or source.messages_column is not None or _wanted(source) in values[0]
+
+
+def _read_json(file: ListedFile, source: SourceSettings) -> Rows | None:
+    """Of a file that is one JSON value: a list of objects, or an object, with the column. Memory: the file."""
+    with _opened(file) as stream:
+        value = _parsed(stream.read())
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(row, dict) for row in values):
+        return None
+    if not any(_wanted(source) in row for row in values):
+        return None
+    return ((f"{file.name}:{number}", row) for number, row in enumerate(values))
+
+
+def _require_no_lines(text: str, file: ListedFile, source: SourceSettings, where: str) -> None:
+    """Lines of JSON under the name of a text would be one document, braces and all."""
+    if not text.lstrip().startswith("{"):
+        return
+    values = [_parsed(line) for line in _first_lines(iter(text.splitlines()), 2)]
+    if len(values) == 2 and all(isinstance(value, dict) and _wanted(source) in value for value in values):
+        raise UserError(f"{where}.paths: '{file.path}' holds an object of JSON in each line; rename it to end in .jsonl")
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value, None for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_lines(file: ListedFile, source: SourceSettings, where: str) -> Rows:
+    column, place = _wanted(source), f"{where}.{'dataset' if source.source == 'huggingface' else 'paths'}"
+    quoted = json.dumps(column)
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            name = f"{file.name}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}.paths: line {number} of '{file.path}' is not JSON ({error})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: line {number} of '{file.path}' is not JSON ({error})") from error
             if not isinstance(row, dict):
-                raise UserError(f"{where}.paths: line {number} of '{file.path}' is a {type(row).__name__}, not a JSON object")
-            document = document_from_row(row, name, source, where, render)
-            if document is not None:
-                yield document
+                raise UserError(f"{place}: line {number} of '{file.path}' is a {type(row).__name__}, not a JSON object")
+            if line.count(quoted) > 1 and _names(line).count(column) > 1:
+                raise UserError(f"{place}: line {number} of '{file.path}' has '{column}' twice")
+            yield f"{file.name}:{number}", row
 
 
-def _read_parquet(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+def _names(line: str) -> list[str]:
+    """The keys of an object of JSON, each as often as it is there."""
+    names: list[list[str]] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names.append([name for name, _ in pairs])
+
+    json.loads(line, object_pairs_hook=note)
+    return names[-1]  # the outermost object ends last
+
+
+def _read_parquet(file: ListedFile, source: SourceSettings, where: str) -> Rows:
     setting = "text_column" if source.messages_column is None else "messages_column"
-    column = source.messages_column or source.text_column
+    column = _wanted(source)
     # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
     filesystem, path = resolve(file.url)
     with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
         names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")
+        if names.count(column) != 1:
+            found = "is no column" if column not in names else "is the name of several columns"
+            raise UserError(f"{where}.{setting}: '{column}' {found} of '{file.path}', which has {', '.join(names)}")
         number = 0
         for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[column]):
             for row in batch.to_pylist():
-                document = document_from_row(row, f"{file.name}:{number}", source, where, render)
+                yield f"{file.name}:{number}", row
                 number += 1
-                if document is not None:
-                    yield document
 
 
 @contextmanager
@@ -211,7 +196,7 @@ def _opened(file: ListedFile) -> Iterator[IO[str]]:
     """The file as text, decompressed by its suffix. A file that ends too early raises EOFError."""
     filesystem, path = resolve(file.url)
     with filesystem.open(path, "rb") as raw:
-        suffix = PurePosixPath(file.name).suffix
+        suffix = PurePosixPath(file.name).suffix.lower()
         stream: Any = raw
         if suffix == ".gz":
             stream = gzip.GzipFile(fileobj=raw)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from components import storage
 from components.corpus.documents import split_of
-from components.corpus.files import ListedFile
+from components.corpus.listing import ListedFile
 from components.corpus.manifest import SCHEMA_VERSION, SPLITS, Split, TokenManifest, TokenSplit, commit, read_token_manifest
 from components.corpus.packing import SPECIAL
 from components.corpus.settings import CorpusSettings

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from hashlib import sha256
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components import storage
 from components.records import read_record
@@ -13,6 +15,7 @@ from components.settings import Record
 SCHEMA_VERSION: Literal[2] = 2
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+REMEDY = "delete the folder of the token dataset to make it anew"
 
 
 class TokenShard(Record):
@@ -58,6 +61,21 @@ class TokenManifest(Record):
     splits: dict[Split, TokenSplit] = Field(min_length=2)
     sources: tuple[SourceEntry, ...] = ()
     """None of an image corpus."""
+    checksum: str = ""
+    """Of everything else in the manifest: its JSON without spaces, keys sorted; none of earlier ones."""
+
+    def sealed(self) -> TokenManifest:
+        return self.model_copy(update={"checksum": self._checksum()})
+
+    def _checksum(self) -> str:
+        tree = self.model_dump(mode="json", exclude={"checksum"})
+        return sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @model_validator(mode="after")
+    def _is_what_was_written(self) -> Self:
+        if self.checksum and self.checksum != self._checksum():
+            raise ValueError("its checksum is not that of what it says")
+        return self
 
 
 def manifest_url(url: str) -> str:
@@ -66,12 +84,12 @@ def manifest_url(url: str) -> str:
 
 def read_token_manifest(url: str) -> TokenManifest | None:
     """The manifest of the token dataset at `url`, None where it is not finished."""
-    return read_record(TokenManifest, manifest_url(url), "delete the dataset (`sae data delete`) to make it anew")
+    return read_record(TokenManifest, manifest_url(url), REMEDY)
 
 
 def commit(url: str, manifest: TokenManifest) -> TokenManifest:
     """Put the manifest, unless another process was first; either way, return the one that is there."""
-    storage.put_json_once(manifest.model_dump(mode="json"), manifest_url(url))
+    storage.put_json_once(manifest.sealed().model_dump(mode="json"), manifest_url(url))
     stored = read_token_manifest(url)
     assert stored is not None
     return stored

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from components.settings import Settings
+from components.storage.addresses import Address, LocalPath
 
 
 class SourceSettings(Settings):
@@ -14,11 +15,12 @@ class SourceSettings(Settings):
     """Where documents come from: the running interpreter's standard library, files, a Hugging Face dataset, image files (one
     image is one document, its patches are the tokens)."""
 
-    paths: tuple[str, ...] = ()
-    """Files, folders or glob patterns, local or `s3://` (`files` only). `.jsonl` (also `.gz`, `.bz2`, `.xz`, `.zst`) holds one
-    document a line, `.parquet` one a row, anything else is one document. Hidden files and folders are passed over."""
+    paths: tuple[Address, ...] = ()
+    """Files, folders or glob patterns, local or `s3://` (`files` only). `.jsonl` and `.ndjson` (also `.gz`, `.bz2`, `.xz`,
+    `.zst`) hold one document a line, `.parquet` one a row, `.json` one a line or entry where it is a table with the column;
+    anything else is one document. Links are followed, hidden files and folders passed over."""
 
-    dataset: str = ""
+    dataset: LocalPath = ""
     """Name on the Hugging Face Hub, such as `HuggingFaceFW/fineweb`, or a local file or folder that `datasets` reads:
     Parquet, JSON, CSV, Arrow, or what its `save_to_disk` wrote (`huggingface` only)."""
 
@@ -41,6 +43,10 @@ class SourceSettings(Settings):
     chat_template: str | None = None
     """Jinja text of a chat template to use instead of the tokenizer's own (with `messages_column`)."""
 
+    split_special_tokens: bool = True
+    """Whether a special token that a text spells out, such as `<|endoftext|>`, is text and not that token; false is for texts
+    in which they stand on purpose. In conversations those of the template are tokens, and those of a message text."""
+
     def misfit(self) -> str | None:
         """What does not fit together, as a sentence that starts with the field's name; None where all is well."""
         if self.source == "files" and not self.paths:
@@ -57,6 +63,8 @@ class SourceSettings(Settings):
             return f"messages_column has no effect with source '{self.source}', which holds no conversations"
         if self.chat_template is not None and self.messages_column is None:
             return "chat_template has no effect without messages_column, which names the column of conversations"
+        if not self.split_special_tokens and (self.messages_column is not None or self.source == "images"):
+            return "split_special_tokens has no effect on conversations and images; leave it out"
         return None
 
 

@@ -7,8 +7,9 @@ from hashlib import blake2b
 from typing import Any
 
 from components.corpus.documents import Document, Render
-from components.corpus.files import ListedFile, files_identity, find_files, find_images, read_file
-from components.corpus.huggingface import huggingface_commit, is_local_dataset, read_huggingface
+from components.corpus.files import formats_identity, read_file
+from components.corpus.huggingface import huggingface_commit, is_local_dataset, list_local, read_huggingface
+from components.corpus.listing import ListedFile, files_identity, find_files, find_images
 from components.corpus.settings import CorpusSettings, MixtureSourceSettings, SourceSettings
 from components.corpus.standard_library import read_standard_library, standard_library_files
 from components.settings import Record, UserError
@@ -35,21 +36,24 @@ def _listed(source: SourceSettings, field: str, settings: CorpusSettings) -> Lis
         return ListedSource(content={"source": source.source, **files_identity(files)}, files=files)
     if source.source == "images":
         files = find_images(source.paths)
-        columns = {"image_column": settings.image_column, "prompt": settings.prompt}
-        return ListedSource(content={"source": source.source, **files_identity(files), **columns}, files=files)
+        chosen = {"image_column": settings.image_column, "prompt": settings.prompt}
+        return ListedSource(content={"source": source.source, **files_identity(files), **chosen}, files=files)
     if source.messages_column is None:
-        columns = {"text_column": source.text_column}
+        columns = {"text_column": source.text_column} | (
+            {} if source.split_special_tokens else {"special_tokens": "recognised"}
+        )
     else:
         columns = {"messages_column": source.messages_column, "chat_template": source.chat_template or ""}
     if source.source == "files":
         files = tuple(find_files(source.paths, f"{field}.paths"))
-        return ListedSource(content={"source": source.source, **files_identity(files), **columns}, files=files)
+        found = files_identity(files) | formats_identity(files)
+        return ListedSource(content={"source": source.source, **found, **columns}, files=files)
     selection = {"subset": source.subset, "dataset_split": source.dataset_split}
     if is_local_dataset(source):
-        files = tuple(find_files((source.dataset,), f"{field}.dataset"))
+        files = list_local(source, field)
         return ListedSource(content={"source": source.source, **files_identity(files), **selection, **columns}, files=files)
-    found = {"dataset": source.dataset, "commit": huggingface_commit(source, field)}
-    return ListedSource(content={"source": source.source, **found, **selection, **columns})
+    pinned_to = {"dataset": source.dataset, "commit": huggingface_commit(source, field)}
+    return ListedSource(content={"source": source.source, **pinned_to, **selection, **columns})
 
 
 def corpus_content(settings: CorpusSettings, sources: Sequence[ListedSource]) -> dict[str, Any]:

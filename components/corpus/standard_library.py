@@ -11,7 +11,7 @@ from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
 
 from components.corpus.documents import Document
-from components.corpus.files import ListedFile, listed_file
+from components.corpus.listing import ListedFile, listed_file
 
 # Tests are repetitive fixtures, site-packages is whatever the user installed, and the codec tables of `encodings` are
 # hundreds of near-identical maps of numbers: a held-out table would be memorised from its twin in the training text.

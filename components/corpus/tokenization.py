@@ -102,6 +102,7 @@ class Tokenization:
         """A source's documents with their tokens; those that are sure not to be taken are not encoded."""
         field, settings = self.settings.sources[source]
         documents = read_documents(settings, field, self.seed, self.encoder.render, self.listed[source])
+        encode = self.encoder.of(rendered=settings.messages_column is not None or not settings.split_special_tokens)
         while batch := _batch(documents, self._batch_characters(source)):
             sides = [document.split(self.settings.held_out_fraction) for document in batch]
             open_ones = [
@@ -114,9 +115,10 @@ class Tokenization:
                     self.dropped[source]["exact"] += 1
                 else:
                     fresh.append((document, split, fingerprint))
-            encoded = self.encoder.encode([document.text for document, _, _ in fresh]) if fresh else []
+            encoded = encode([document.text for document, _, _ in fresh]) if fresh else []
             for (document, split, fingerprint), tokens in zip(fresh, encoded, strict=True):
-                yield _Candidate(document=document, split=split, fingerprint=fingerprint, tokens=tokens)
+                ids = tokens if document.tokens is None else document.tokens
+                yield _Candidate(document=document, split=split, fingerprint=fingerprint, tokens=ids)
 
     def _batch_characters(self, source: int) -> int:
         room = sum(self.quotas.room(source, split) for split in SPLITS)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ import pyarrow.parquet as pq
 from components import storage
 from components.corpus.encoder import Encoder
 from components.corpus.manifest import (
+    REMEDY,
     SCHEMA_VERSION,
     SPLITS,
     SourceEntry,
     SourceSplit,
     Split,
     TokenManifest,
+    TokenShard,
     commit,
     read_token_manifest,
 )
@@ -34,6 +37,7 @@ from components.corpus.settings import CorpusSettings
 from components.corpus.shards import require_tokens
 from components.corpus.sources import ListedSource, describe, list_corpus
 from components.corpus.tokenization import Tokenization
+from components.settings import UserError
 
 __all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_sequences"]
 
@@ -95,12 +99,15 @@ def prepare_tokens(
 
 
 def read_sequences(url: str, manifest: TokenManifest, split: Split, start: int, stop: int) -> Sequences:
-    """Sequences `start` to `stop` (exclusive, cut at the end) of a split; at most two shards are held in memory."""
+    """Sequences `start` to `stop` (exclusive, cut at the end) of a split; at most two shards are held in memory.
+
+    A UserError that names a shard which is missing or not what was written.
+    """
     blocks, first = [], 0
     for shard in manifest.splits[split].shards:
         low, high = max(start - first, 0), min(stop - first, shard.sequences)
         if low < high:
-            blocks.append(_read_shard(storage.join(url, shard.name))[low:high])
+            blocks.append(_read_shard(storage.join(url, shard.name), shard)[low:high])
         first += shard.sequences
     return _concatenate(blocks)
 
@@ -137,8 +144,16 @@ def _report(manifest: TokenManifest) -> None:
 
 
 @lru_cache(maxsize=2)
-def _read_shard(url: str) -> Sequences:
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(url))).combine_chunks()
+def _read_shard(url: str, shard: TokenShard) -> Sequences:
+    try:
+        content = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise UserError(f"{url} is missing; {REMEDY}") from error
+    if sha256(content).hexdigest() != shard.sha256:
+        raise UserError(f"{url} is damaged: it is not what was written; {REMEDY}")
+    table = pq.read_table(pa.BufferReader(content)).combine_chunks()
+    if len(table) != shard.sequences:
+        raise UserError(f"{url} holds {len(table)} sequences, and its manifest says {shard.sequences}; {REMEDY}")
 
     def column(name: str) -> np.ndarray:
         lists = table[name].chunk(0)

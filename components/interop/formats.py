@@ -126,4 +126,8 @@ def given_sae(folder: Path, address: str) -> GivenSAE:
     """The SAE in a local folder. address: from which it was copied, since some formats say there where they belong."""
     names = [path.name for path in folder.iterdir()]
     known = format_of(names, address)
-    return GivenSAE(folder, known, known.config(folder, address), known.of(names) or ())
+    config, files = known.config(folder, address), known.of(names) or ()
+    options = (config.get("metadata") or {}).get("model_from_pretrained_kwargs")
+    if not isinstance(options, dict | None):
+        raise ValueError(f"'{address}': model_from_pretrained_kwargs is {options!r}; a mapping is accepted")
+    return GivenSAE(folder, known, config, files)

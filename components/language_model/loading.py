@@ -1,26 +1,24 @@
-"""Load a model and its tokenizer, and make its inputs."""
+"""Load a model, and make its inputs."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from components.corpus.documents import Render
-from components.corpus.encoder import Encoder
 from components.corpus.tokens import PADDING, Sequences
 from components.language_model.architectures import model_class
 from components.language_model.source import ModelSource, find_model
+from components.language_model.tokenizer import load_encoder, load_tokenizer
 from components.language_model.vision import pixel_values
-from components.settings import UserError
+from components.language_model.weights import require_layers
+from components.settings import UserError, first_line
 
 __all__ = [
     "ModelSource", "find_model", "forward_inputs", "kept_model", "load_encoder", "load_model", "load_tokenizer",
@@ -84,8 +82,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
                 output_loading_info=True,
                 **options,
             )
-        except OSError as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a damaged file fails in whatever way the library happens to fail on it
+            reason = first_line(error)
             raise UserError(f"language_model.name: '{settings.name}' has no usable safetensors weights: {reason}") from error
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -96,6 +94,8 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
             f"language_model.name: the weights of '{settings.name}' lack {len(missing)} tensors of "
             f"{type(model).__name__}, such as {min(missing)}"
         )
+    places = set(model.state_dict())
+    require_layers(set(loaded["unexpected_keys"]), places, f"config.json of '{settings.name}' has no place for")
     model = model if "device_map" in options else model.to(device)
     return model.eval().requires_grad_(False)
 
@@ -148,63 +148,3 @@ def forward_inputs(source: ModelSource, sequences: Sequences, device: torch.devi
             kinds = source.processor.create_mm_token_type_ids(sequences.tokens.tolist())
             inputs["token_type_ids"] = torch.tensor(kinds)
     return {name: value.to(device) for name, value in inputs.items()}
-
-
-def load_encoder(source: ModelSource) -> Encoder:
-    """The model's tokenizer as the corpus uses it; a UserError where it has neither BOS nor EOS, nor CLS."""
-    tokenizer = load_tokenizer(source)
-    # BERT's words for them are CLS and SEP.
-    bos = _first_given(tokenizer.bos_token_id, tokenizer.cls_token_id, tokenizer.eos_token_id)
-    separator = _first_given(tokenizer.eos_token_id, tokenizer.sep_token_id, bos)
-    if bos is None or separator is None:
-        raise UserError(f"language_model.name: the tokenizer of '{source.settings.name}' has neither a BOS nor an EOS token")
-
-    return Encoder(
-        encode=_encode_of(tokenizer),
-        bos=bos,
-        separator=separator,
-        render=_render_of(tokenizer, source.settings.name),
-    )
-
-
-def _encode_of(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> token ids, no special tokens added: over all cores, without the offsets that nothing here reads."""
-    if not tokenizer.is_fast:
-        return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def _render_of(tokenizer: Any, name: str) -> Render:
-    def render(messages: list[dict[str, Any]], template: str | None) -> str:
-        from jinja2 import TemplateError
-
-        if template is None and not tokenizer.chat_template:
-            raise ValueError(f"the tokenizer of '{name}' has no chat template; give one as chat_template")
-        try:
-            text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
-        # Where BOS stands is up to the corpus settings; the template's own would make it two.
-        return text.removeprefix(tokenizer.bos_token) if tokenizer.bos_token else text
-
-    return render
-
-
-def _first_given(*tokens: int | None) -> int | None:
-    return next((token for token in tokens if token is not None), None)
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer; a UserError where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.location, revision=source.commit, trust_remote_code=source.settings.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"language_model.name: '{source.settings.name}' has no usable tokenizer: {reason}") from error

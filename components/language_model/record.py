@@ -8,6 +8,7 @@ from components.corpus.images import ImageLayout
 from components.language_model.hook_points import depth, expand_hook_points, reads_images
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.source import ModelSource
+from components.language_model.weights import require_weights
 from components.settings import Record, UserError
 
 
@@ -67,6 +68,7 @@ class ModelRecord(Record):
 def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: bool, prompt: str | None) -> ModelRecord:
     """All that is asked of a model before a run, once; a UserError for what it does not have. images: whether the corpus is."""
     points = expand_hook_points(hook_points, source, "activations.hook_points")
+    require_weights(source)
     widths = source.widths(points)
     in_tower = reads_images(source.skeleton, points)
     layout = source.image_layout(prompt) if images else None

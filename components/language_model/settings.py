@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import Field
 
 from components.settings import Settings
+from components.storage.addresses import LocalPath
 
 
 class LanguageModelSettings(Settings):
-    name: str = "builtin/stdlib-llama"
+    name: LocalPath = "builtin/stdlib-llama"
     """A Hugging Face Hub name, a local folder in transformers' format, or `builtin/stdlib-llama`, which ships here."""
 
     revision: str = "main"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,15 +19,21 @@ from components.language_model.architectures import Family, family_of, model_cla
 from components.language_model.hook_points import HookPoint, capture, locate, reads_images
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
-from components.settings import UserError, digest, is_commit
+from components.records import json_object
+from components.settings import UserError, digest, first_line, is_commit
 from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
 _SKELETON_DTYPE = torch.bfloat16
-_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 _PROCESSOR_PATTERNS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*", "additional_chat_templates/*"
+    "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "additional_chat_templates/*",
+    # Of tokenizers that have vocabularies of their own kind; a test compares them with transformers' lists.
+    "added_tokens.json", "*.tiktoken", "tekken.json", "*.spm", "*.tokenizer", "bpe.codes", "byte_maps.json", "dict.txt",
+    "emoji.json", "*_vocab.json", "vocab-*.json", "normalizer.json", "word_*.json",
 )  # fmt: skip
 
 
@@ -47,8 +54,8 @@ class ModelSource:
             config = AutoConfig.from_pretrained(
                 self.location, revision=self.commit, trust_remote_code=self.settings.trust_remote_code
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a wrong value fails in whatever way the library happens to fail on it
+            reason = first_line(error)
             if "trust_remote_code" in str(error):
                 reason = "it brings its own code, which only language_model.trust_remote_code: true would run"
             raise UserError(f"language_model.name: '{self.settings.name}' has no usable config.json: {reason}") from error
@@ -77,8 +84,16 @@ class ModelSource:
         # Neither decides a shape; all kernels take them. A model writes what it is given into its configuration, hence the
         # copy: without it, the model itself would later be loaded with them.
         options = self.class_options | {"attn_implementation": "eager", "dtype": _SKELETON_DTYPE}
-        with torch.device("meta"):
-            return model_class(self.config).from_config(deepcopy(self.config), **options).eval()
+        try:
+            with torch.device("meta"):
+                return model_class(self.config).from_config(deepcopy(self.config), **options).eval()
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"language_model.name: config.json of '{self.settings.name}' describes no model that can be made: "
+                f"{first_line(error)}"
+            ) from error
 
     @property
     def class_options(self) -> dict[str, Any]:
@@ -132,7 +147,7 @@ class ModelSource:
     @property
     def slug(self) -> str:
         """The model's name as part of a file or registry name."""
-        return Path(self.settings.name).name if Path(self.settings.name).is_dir() else self.settings.name.split("/")[-1]
+        return Path(self.settings.name).name if os.path.isdir(self.settings.name) else self.settings.name.split("/")[-1]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -149,7 +164,16 @@ class ModelSource:
 
     @cached_property
     def tokenizer_identity(self) -> str:
-        return self.commit or _folder_digest(self.location, _TOKENIZER_PATTERNS)
+        """Content of the files that the tokenizer is made of; with code of its own, of all but the weights. What config.json
+        says of its class counts where no file of the tokenizer's does."""
+        if self.commit is not None:
+            return self.commit
+        every = ("*",) if self.settings.trust_remote_code else ()
+        files = _folder_digest(self.location, (*_TOKENIZER_PATTERNS, *every), weights=False)
+        named = json_object(Path(self.location) / "tokenizer_config.json").get("tokenizer_class") is not None
+        config = json_object(Path(self.location) / "config.json")
+        chosen = [config.get("model_type"), config.get("tokenizer_class")]
+        return files if named else digest([files, chosen])
 
     @property
     def longest_text(self) -> int | None:
@@ -208,7 +232,7 @@ def find_model(settings: LanguageModelSettings) -> ModelSource:
             shipped = ", ".join(sorted(f"builtin/{path.parent.name}" for path in BUILTIN_ROOT.glob("*/config.json")))
             raise UserError(f"language_model.name: there is no '{settings.name}'; what ships is {shipped}")
         return ModelSource(settings, str(folder), None)
-    if Path(settings.name).is_dir():
+    if os.path.isdir(settings.name):  # which takes a name that is too long for a no
         return ModelSource(settings, settings.name, None)
     return ModelSource(settings, settings.name, _hub_commit(settings))
 
@@ -238,6 +262,7 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
 
 
 @lru_cache
-def _folder_digest(folder: str, patterns: tuple[str, ...]) -> str:
-    paths = sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+def _folder_digest(folder: str, patterns: tuple[str, ...], weights: bool = True) -> str:
+    found = {path for pattern in patterns for path in Path(folder).glob(pattern) if path.is_file()}
+    paths = sorted(path for path in found if weights or path.suffix not in _WEIGHT_SUFFIXES)
     return digest([[path.name, file_sha256(path)] for path in paths])

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from components.settings import Settings, UserError, digest
+from components.yaml_text import YamlError, parse_yaml, read_text
 
 COMPARED = ("loss_recovered", "l0")
 ALWAYS_DEFINED = ("mse", "l0", "ce_loss_clean", "ce_loss_sae", "kl_divergence")
@@ -70,11 +70,13 @@ def load_gates(path: str | None) -> Gates:
     """The gates in a YAML file, those that ship where none is named; a UserError for what does not fit."""
     source = Path(path) if path else shipped_gates()
     try:
-        return Gates.model_validate(yaml.safe_load(source.read_text(encoding="utf-8")) or {})
+        return Gates.model_validate(parse_yaml(read_text(source)) or {})
     except OSError as error:
         raise UserError(f"tracking.gates: cannot read '{source}'; name a YAML file such as mlflow/gates.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"tracking.gates: '{source}' is not YAML: {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise UserError(f"tracking.gates: '{source}' {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from components import storage
@@ -25,16 +24,20 @@ from components.interpretation.settings import InterpretationSettings
 from components.language_model.settings import LanguageModelSettings
 from components.redaction import redacted
 from components.sae.choice import SAESettings, default_settings
-from components.settings import Settings, UserError
+from components.settings import Settings, UserError, first_line
+from components.storage.addresses import Address, LocalPath
 from components.tracking.settings import TrackingSettings
 from components.training.settings import TrainingSettings
+from components.yaml_text import YamlError, parse_value, parse_yaml, read_text
 
 
 class StorageSettings(Settings):
-    root: str = Field(default_factory=lambda: os.environ.get("SAE_STORAGE_ROOT") or "data", min_length=1)
+    root: Address = Field(
+        default_factory=lambda: os.environ.get("SAE_STORAGE_ROOT") or "data", min_length=1, validate_default=True
+    )
     """Folder or `s3://bucket/prefix` under which everything is stored; SAE_STORAGE_ROOT of the machine, or else `data`."""
 
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Local folder that keeps activations read from an object store for the next epoch or run; none where not given."""
 
     cache_bytes: int = Field(default=50_000_000_000, ge=0)
@@ -121,12 +124,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises a UserError that names the field, the value and what is accepted.
     """
     try:
-        tree = yaml.safe_load(read_config(source)) or {}
+        tree = parse_yaml(read_config(source)) or {}
     except OSError as error:
         names = ", ".join(shipped_configs())
         raise UserError(f"CONFIG: cannot read '{source}'; give a YAML file or one of {names}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"CONFIG: '{source}' is not YAML: {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise UserError(f"CONFIG: '{source}' {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # each file system has its own exceptions; all mean the same to the user
+        raise UserError(f"CONFIG: cannot read '{source}' ({first_line(error)})") from error
     if not isinstance(tree, dict):
         raise UserError(f"CONFIG: '{source}' holds a {type(tree).__name__}; it must be a mapping of fields")
     for override in overrides:
@@ -139,7 +148,7 @@ def read_config(source: str) -> str:
     if not storage.is_local(source):
         return storage.read_bytes(source).decode("utf-8")
     path = Path(source)
-    return (path if path.is_file() else shipped_configs().get(source, path)).read_text(encoding="utf-8")
+    return read_text(path if os.path.isfile(path) else shipped_configs().get(source, path))
 
 
 def parse_config(tree: Mapping[str, Any]) -> RunConfig:
@@ -155,17 +164,15 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not field:
         raise UserError(f"--set: '{override}' is not of the form field=value, such as training.tokens=2_000_000")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set: the value of '{field}', '{text}', is not YAML") from error
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 as a string; people mean the number.
-        with suppress(ValueError):
-            value = float(value)
+        value = parse_value(text)
+    except YamlError as error:
+        raise UserError(f"--set: the value of '{_short(field)}', '{_short(text)}', {error}") from error
     *parents, last = field.split(".")
     node: Any = tree
     for parent in parents:
-        child = _entry(node, parent, field) if isinstance(node, list) else node.setdefault(parent, {})
+        if isinstance(node, dict) and node.get(parent) is None:
+            node[parent] = {}  # a section that is there without a field, too
+        child = _entry(node, parent, field) if isinstance(node, list) else node[parent]
         if not isinstance(child, dict | list):
             raise UserError(f"--set: '{field}': '{parent}' is a value and has no fields")
         node = child
@@ -177,7 +184,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _entry(entries: list[Any], place: str, field: str) -> Any:
-    if not place.isdigit() or int(place) >= len(entries):
+    if re.fullmatch("[0-9]{1,9}", place) is None or int(place) >= len(entries):
         raise UserError(f"--set: '{field}': '{place}' is no place in a list of {len(entries)}, counted from 0")
     return entries[int(place)]
 
@@ -190,11 +197,17 @@ def _sentence(error: Any) -> str:
         known = _fields_at(location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f", did you mean '{close[0]}'?" if close else ""
-        return f"{field}: there is no such field{hint} (accepted here: {', '.join(known)})"
+        return f"{_short(field)}: there is no such field{hint} (accepted here: {', '.join(known)})"
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        return _short(str(error["ctx"]["error"]), 1_000)
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{field}: {redacted(repr(error['input']))} is not accepted: {message}"
+    return f"{_short(field)}: {_short(redacted(repr(error['input'])))} is not accepted: {_short(message, 400)}"
+
+
+def _short(text: str, longest: int = 200) -> str:
+    """In one line, and no longer than somebody reads."""
+    text = text.replace("\n", "\\n").replace("\r", "\\r")
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _fields_at(location: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ CORPUS = Fields(
     always=("held_out_fraction", "context_length", "packing", "bos", "train_tokens", "held_out_tokens"),
     resolved=(
         "source", "paths", "dataset", "subset", "dataset_split", "revision", "text_column", "messages_column", "chat_template",
-        "mixture", "image_column", "prompt", "near_duplicates",
+        "mixture", "image_column", "prompt", "near_duplicates", "split_special_tokens",
     ),
 )  # fmt: skip
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
@@ -85,11 +85,17 @@ def digest(identity: Mapping[str, Any]) -> str:
     return content_digest(identity)
 
 
-def token_identity(settings: CorpusSettings, content: Mapping[str, Any], tokenizer: str, seed: int) -> dict[str, Any]:
-    """content: of the corpus (see `corpus_content`). tokenizer: the digest of its files, of an image corpus the processor's."""
+def token_identity(
+    settings: CorpusSettings, content: Mapping[str, Any], tokenizer: str, seed: int, chat_date: str | None = None
+) -> dict[str, Any]:
+    """content: of the corpus (see `corpus_content`). tokenizer: the digest of its files, of an image corpus the processor's.
+    chat_date: that a chat template prints, where one does."""
     fields = (IMAGES if settings.source == "images" else CORPUS).of(settings)
     near = near_duplicates_identity(settings.near_duplicates)
-    return identity("tokens", corpus=dict(content), near_duplicates=near, tokenizer=tokenizer, seed=seed, settings=fields)
+    dated = {} if chat_date is None else {"chat_date": chat_date}
+    return identity(
+        "tokens", corpus=dict(content), near_duplicates=near, tokenizer=tokenizer, seed=seed, settings=fields, **dated
+    )
 
 
 def activation_identity(

@@ -8,6 +8,7 @@ from components import storage
 from components.registry.gates import load_gates
 from components.run.config import ExecutionSettings, RunConfig
 from components.settings import UserError
+from components.tracking.address import tracking_uri
 
 LONGEST_REGISTERED_NAME = 250
 """Characters; MLflow's databases keep 256 of a registered model's name, and webhooks and aliases add to it."""
@@ -26,6 +27,8 @@ def check_later_steps(config: RunConfig, d_sae: int, registered_model: str, eval
         require_something_to_predict(config)
         load_gates(config.tracking.gates)
         require_registered_name(config, registered_model)
+        if storage.is_local(config.storage.root):  # else MLflow may be named later, with `sae register`
+            tracking_uri(config.tracking, config.storage.root)
 
 
 def require_something_to_predict(config: RunConfig) -> None:

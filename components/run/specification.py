@@ -26,6 +26,7 @@ from components.interpretation.settings import InterpretationSettings
 from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
+from components.language_model.tokenizer import chat_date
 from components.run import identity
 from components.run.config import RunConfig
 from components.run.repetition import asked_for
@@ -320,7 +321,8 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     model = resolve_model(source, config.activations.hook_points, images, config.corpus.prompt)
     reads, writes = _columns(config, model, source)
     sources = list_corpus(config.corpus)
-    tokens = identity.token_identity(config.corpus, corpus_content(config.corpus, sources), model.tokenizer, config.seed)
+    content, date = corpus_content(config.corpus, sources), chat_date(config.corpus, source)
+    tokens = identity.token_identity(config.corpus, content, model.tokenizer, config.seed, date)
     token_digest = identity.digest(tokens)
     names = [column.name for column in model.columns]
     stored = identity.activation_identity(config.activations, token_digest, model.identity, names, config.seed)

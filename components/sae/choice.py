@@ -46,7 +46,7 @@ def _parsed(value: Any) -> CoderSettings:
         raise ValueError(f"sae: {value!r} is not accepted: it must be a mapping of fields")
     known = architectures()
     name = value.get("architecture", DEFAULT_ARCHITECTURE)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"sae.architecture: {name!r} is not accepted: there are {', '.join(known)}")
     settings = known[name].Settings
     try:
@@ -64,7 +64,7 @@ def _sentence(error: Any, settings: type[CoderSettings]) -> str:
         return f"{field}: there is no such field{hint} (accepted here: {', '.join(settings.model_fields)})"
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    return f"{field}: {error['input']!r} is not accepted: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{field}: {error['input']!r:.200} is not accepted: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 if TYPE_CHECKING:

@@ -96,7 +96,7 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
     encoder, decode = load_encoder(run.source), _decode(run)
-    ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.encode([*texts, *against])]
+    ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.of(rendered=True)([*texts, *against])]
     for text, tokens in zip([*texts, *against], ids, strict=True):
         if not tokens:
             raise UserError(f"--text: {text!r} holds no token")
@@ -134,7 +134,7 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
     encoder, decode = load_encoder(run.source), _decode(run)
     room = run.model.longest_text or run.config.corpus.context_length
     bos = [] if run.config.corpus.bos == "none" else [encoder.bos]
-    ids = [*bos, *encoder.encode([prompt])[0]]
+    ids = [*bos, *encoder.of(rendered=True)([prompt])[0]]
     if not ids or len(ids) + count > room:
         raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
     held = steering.clamped(written_at(run, sae), feature, scale * largest)

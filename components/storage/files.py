@@ -26,7 +26,9 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from components.redaction import redacted
 from components.settings import UserError
+from components.storage.addresses import LOCAL_SCHEMES, scheme_of, unknown_scheme
 from components.storage.retries import patience, patiently
 from components.storage.staging import STAGED_PREFIX, staged_beside, sweep_folder
 
@@ -43,7 +45,15 @@ def join(url: str, *parts: str) -> str:
 
 
 def resolve(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system behind `url` and the path on it."""
+    """The file system behind `url` and the path on it; a UserError for one that is none of ours.
+
+    A local path is none of fsspec's chains, whatever its name (`a::b`), and no address may ask another network.
+    """
+    if scheme_of(url) in LOCAL_SCHEMES:
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    reason = unknown_scheme(url)
+    if reason is not None:
+        raise UserError(f"address: {redacted(reason)}")
     return fsspec.core.url_to_fs(url)
 
 
@@ -59,10 +69,18 @@ def local_path(url: str) -> Path:
 
 
 def _call(url: str, operation: str, *arguments: Any, **named: Any) -> Any:
-    """`filesystem.operation(path, ...)` for the file system and path of `url`, waiting for a store that is away."""
+    """`filesystem.operation(path, ...)` for the file system and path of `url`, waiting for a store that is away.
+
+    A path through something that is no folder, or with a name that no folder could have, is a file that is not there.
+    """
     filesystem, path = resolve(url)
     filesystem.invalidate_cache()
-    return patiently(filesystem, operation, path, *arguments, **named)
+    try:
+        return patiently(filesystem, operation, path, *arguments, **named)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise FileNotFoundError(error.errno, error.strerror, path) from error
+        raise
 
 
 def exists(url: str) -> bool:
@@ -266,8 +284,15 @@ def _entries(url: str) -> list[tuple[str, str]]:
         return []
     # SeaweedFS lists an emptied prefix as an entry of itself.
     kept = (entry for entry in entries if entry["name"].rstrip("/") != path.rstrip("/"))
-    found = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], entry["type"]) for entry in kept)
+    found = ((entry["name"].rstrip("/").rsplit("/", 1)[-1], _kind(entry)) for entry in kept)
     return sorted((name, kind) for name, kind in found if not name.startswith(STAGED_PREFIX))
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    """A local link is what it leads to: fsspec calls it "other"."""
+    if not entry.get("islink"):
+        return str(entry["type"])
+    return "directory" if os.path.isdir(entry["name"]) else "file" if os.path.isfile(entry["name"]) else "other"
 
 
 def size(url: str) -> int:
@@ -286,6 +311,9 @@ def fingerprint(url: str) -> str:
 
 def delete(url: str) -> None:
     """Remove a file or a folder with all it holds; nothing happens where there is none."""
+    if is_local(url) and local_path(url).is_symlink():
+        local_path(url).unlink()  # what it leads to is not ours
+        return
     try:
         if exists(url):
             _call(url, "rm", recursive=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
 from components.bounds import LONGEST_SECONDS
-from components.redaction import holds_password
+from components.redaction import holds_password, redacted
 from components.settings import Settings
+from components.storage.addresses import LocalPath
 
 FLOW_RUN_TAG = "prefect.flow_run_id"
 """Tag of an MLflow run: the flow run that writes it."""
@@ -28,7 +30,7 @@ class TrackingSettings(Settings):
     purpose: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """What the SAE is for, where one language model and hook point have several: the last part of the registered name."""
 
-    gates: str | None = None
+    gates: LocalPath | None = None
     """YAML file with the gates that a version must pass to become champion; `mlflow/gates.yaml` where it is not given."""
 
     patience_seconds: float = Field(default=600.0, gt=0, le=LONGEST_SECONDS)
@@ -43,7 +45,24 @@ class TrackingSettings(Settings):
         # The configuration is stored with every run and artifact.
         if uri is not None and holds_password(uri):
             raise ValueError("tracking.uri holds a password; leave it out and set MLFLOW_TRACKING_URI or _PASSWORD instead")
-        scheme = "" if uri is None else urlsplit(uri).scheme.partition("+")[0]
-        if uri is not None and scheme not in _SCHEMES:
-            raise ValueError(f"tracking.uri: '{uri}' is not an MLflow address; it starts with one of {', '.join(_SCHEMES)}")
+        problem = None if uri is None else uri_problem(uri)
+        if problem is not None:
+            raise ValueError(f"tracking.uri: {problem}")
         return uri
+
+
+def uri_problem(uri: str) -> str | None:
+    """Why an address is none of an MLflow server or database, None where it is one."""
+    accepted = f"'{redacted(uri)}' is not an MLflow address; it starts with one of {', '.join(_SCHEMES)}"
+    try:
+        parts = urlsplit(uri)
+        scheme, whole = parts.scheme.partition("+")[0], bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        return f"'{redacted(uri)}' is not an MLflow address: {error}"
+    if scheme not in _SCHEMES:
+        return accepted
+    if scheme in ("http", "https") and not whole:
+        return f"'{redacted(uri)}' names no server; accepted is http://HOST:PORT"
+    if scheme == "sqlite" and re.fullmatch(r"[a-z+]+:///[^?#]+", uri) is None:
+        return f"'{redacted(uri)}' names no file; accepted is sqlite:///PATH, without '?' and '#' in it"
+    return None

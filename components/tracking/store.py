@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
@@ -19,28 +18,10 @@ from mlflow.exceptions import MlflowException
 from components import storage
 from components.redaction import errors_redacted, redacted
 from components.settings import UserError
+from components.tracking.address import URI_VARIABLE, USER_VARIABLE, file_of, is_file, is_server, tracking_uri
 from components.tracking.settings import TrackingSettings
 
-_URI_VARIABLE, _USER_VARIABLE, _PASSWORD_VARIABLE = (f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD"))
-
-
-def tracking_uri(settings: TrackingSettings, root: str) -> str:
-    """Settings, then environment, then a SQLite file under a local root; a UserError where none is possible."""
-    uri = settings.uri or os.environ.get(_URI_VARIABLE)
-    if uri:
-        return _without_login(uri)
-    if not storage.is_local(root):
-        raise UserError(f"tracking.uri: not given, and storage.root '{root}' cannot hold a database; name an MLflow server")
-    return f"sqlite:///{storage.local_path(root).resolve() / 'mlflow.db'}"
-
-
-def _without_login(uri: str) -> str:
-    """A server's user and password go where MLflow reads them: its errors, links and records show the address."""
-    parts = urlsplit(uri)
-    if not is_server(uri) or "@" not in parts.netloc:
-        return uri
-    os.environ[_USER_VARIABLE], os.environ[_PASSWORD_VARIABLE] = unquote(parts.username or ""), unquote(parts.password or "")
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+__all__ = ["connect", "database_exists", "ensure_experiment", "is_server", "quiet_mlflow", "refusal_explained", "tracking_uri"]
 
 
 def run_address(client: MlflowClient, experiment_id: str, run_id: str) -> str | None:
@@ -49,22 +30,18 @@ def run_address(client: MlflowClient, experiment_id: str, run_id: str) -> str | 
     return f"{redacted(uri).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}" if is_server(uri) else None
 
 
-def is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
 def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     """Point MLflow at the configured store and make sure that the experiment is there."""
     quiet_mlflow()
     uri = tracking_uri(settings, root)
-    environment = os.environ.get(_URI_VARIABLE)
+    environment = os.environ.get(URI_VARIABLE)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     # MLflow writes the variable too; left there, it would decide the next run of this process with another root.
     if environment is None:
-        os.environ.pop(_URI_VARIABLE, None)
+        os.environ.pop(URI_VARIABLE, None)
     else:
-        os.environ[_URI_VARIABLE] = environment
+        os.environ[URI_VARIABLE] = environment
     with errors_redacted(), refusal_explained(), _alone_with(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # which makes the tables of a fresh database
         ensure_experiment(client, settings.experiment)
@@ -75,8 +52,8 @@ def _alone_with(uri: str) -> AbstractContextManager[None]:
     """Two processes must not make the tables of one database at the same time. A server makes its own."""
     if is_server(uri):
         return nullcontext()
-    if _is_file(uri):
-        return storage.exclusive(str(_file(uri).resolve()))
+    if is_file(uri):
+        return storage.exclusive(str(file_of(uri).resolve()))
     name = sha256(uri.encode()).hexdigest()[:16]
     return storage.exclusive(str(Path(tempfile.gettempdir()) / f"sae-mlflow-{name}"))  # against those on this machine
 
@@ -95,7 +72,7 @@ def refusal_explained() -> Iterator[None]:
             ) from error
         if error.error_code == "PERMISSION_DENIED":
             raise UserError(
-                f"tracking.uri: {server} does not allow this to '{os.environ.get(_USER_VARIABLE, 'you')}'; its "
+                f"tracking.uri: {server} does not allow this to '{os.environ.get(USER_VARIABLE, 'you')}'; its "
                 "administrator can (mlflow/README.md, 'Users'), or take an experiment and a registered model of your own"
             ) from error
         raise
@@ -107,28 +84,25 @@ def ensure_experiment(client: MlflowClient, name: str) -> str:
     if found is None:
         uri = client.tracking_uri
         # A database in a file keeps its artifacts beside it, not in the working directory.
-        location = (_file(uri).resolve().parent / "mlflow-artifacts").as_uri() if _is_file(uri) else None
+        location = (file_of(uri).resolve().parent / "mlflow-artifacts").as_uri() if is_file(uri) else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:  # another run that starts at the same time was first
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             found = client.get_experiment_by_name(name)
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment: '{name}' was deleted in MLflow, which keeps its name; restore it (`mlflow experiments "
+            f"restore --experiment-id {found.experiment_id}`), or take another name"
+        )
     return str(found.experiment_id)
 
 
 def database_exists(settings: TrackingSettings, root: str) -> bool:
     """Whether there is a store to ask; a SQLite file that is not there yet would be created by asking."""
     uri = tracking_uri(settings, root)
-    return not _is_file(uri) or _file(uri).is_file()
-
-
-def _is_file(uri: str) -> bool:
-    return uri.startswith("sqlite:")
-
-
-def _file(uri: str) -> Path:
-    return Path(uri.removeprefix("sqlite:///"))
+    return not is_file(uri) or file_of(uri).is_file()
 
 
 def quiet_mlflow() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from components.settings import Settings
+from components.storage.addresses import LocalPath
 
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,7 +23,7 @@ class TrainingSettings(Settings):
     """Several columns, all of which the coder reads and writes, side by side and each with a scale of its own (Lindsey et al.
     2024); they take the place of `hook_point`."""
 
-    start_from: str | None = Field(default=None, min_length=1)
+    start_from: LocalPath | None = Field(default=None, min_length=1)
     """The coder that training continues from, with an optimizer and a schedule of its own: `champion` (of the registered
     model), `models:/NAME/VERSION` or `models:/NAME@ALIAS`, or a folder in SAELens' format, local or `s3://`; of the same
     hook point, language model, shape and architecture. Where it is not given, training starts from new weights, and

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from flows.cli.terminal import AsJson, command, log_to_stderr, print_tree
+from flows.cli.terminal import AsJson, command, log_to_stderr, print_tree, terminal
 
 if TYPE_CHECKING:
     from components.activations.dataset.manifest import Manifest
@@ -138,7 +137,7 @@ def delete(
         if not yes and not typer.confirm(f"Delete {url}?", err=True):
             raise typer.Exit(1)
         catalog.delete_dataset(url, root)
-        Console(stderr=True).print(f"deleted {url}")
+        terminal(stderr=True).print(f"deleted {url}")
 
 
 def _models_of(digest: str, root: str, tracking_uri: str | None) -> list[str]:
@@ -210,7 +209,7 @@ def _print_list(result: dict[str, Any]) -> None:
         numbers = [f"{row['tokens']:,}", f"{row['documents']:,}", f"{row['bytes'] / 1e6:,.0f}"] if known else ["", "", ""]
         model = [row["language_model"], ", ".join(row["hook_points"])] if known else ["", ""]
         table.add_row(row["name"], row["state"], *numbers, *model)
-    Console().print(table)
+    terminal().print(table)
 
 
 def _print_dataset(result: dict[str, Any]) -> None:
@@ -218,7 +217,7 @@ def _print_dataset(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = terminal()
     manifest = Table(title=result["url"], show_header=False)
     for name, value in result["manifest"].items():
         if name == "configuration":
@@ -258,11 +257,13 @@ def _short(value: Any) -> str:
 
 
 def _print_check(result: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True)
+    from rich.text import Text
+
+    console = terminal(soft_wrap=True)
     for problem in result["problems"]:
-        console.print(f"[bold red]wrong[/] {problem}", highlight=False)
+        console.print(Text.assemble(("wrong", "bold red"), f" {problem}"), highlight=False)
     for stranger in result["strangers"]:
-        console.print(f"[yellow]not part of it[/] {stranger}", highlight=False)
+        console.print(Text.assemble(("not part of it", "yellow"), f" {stranger}"), highlight=False)
     if result["problems"]:
         console.print(f"{len(result['problems'])} problems. Delete the dataset (`sae data delete`) and extract it again.")
         return

@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flows.cli.terminal import AsJson, Overrides, command
+from flows.cli.terminal import AsJson, Overrides, command, terminal
 
 _COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red", "skipped": "dim"}
 MaybeConfig = Annotated[
@@ -31,7 +30,7 @@ def doctor(config: MaybeConfig = None, overrides: Overrides = None, as_json: AsJ
 
         # Without CONFIG an empty one: the defaults, SAE_STORAGE_ROOT and the other variables of this machine.
         settings = load_config(config or os.devnull, overrides or ())
-        Console(stderr=True).print("Checking ...", style="dim")
+        terminal(stderr=True).print("Checking ...", style="dim")
         from components.doctor.checks import checks
 
         found = checks(settings, sized=config is not None)
@@ -54,6 +53,6 @@ def _print_checks(result: dict[str, Any]) -> None:
             found.append(f"\n{check['advice']}", style="bold")
         status = Text(check["status"], style=_COLOURS[check["status"]])
         table.add_row(section if first else "", Text(check["name"]), status, found)
-    Console().print(table)
+    terminal().print(table)
     failures, warnings = result["failures"], result["warnings"]
     print(f"{failures} failed, {warnings} to look at" if failures or warnings else "all is well")

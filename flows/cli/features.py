@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flows.cli.line import checked
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, terminal
 
 app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
 Sort = Annotated[str, typer.Option("--sort", help="density, max_activation, mean_activation or feature; largest first.")]
@@ -99,7 +98,7 @@ def _print_steered(result: dict[str, Any]) -> None:
 
     table = Table("as it is", f"feature {result['feature']} held at {result['held_at']:.4g}", title=Text(result["prompt"]))
     table.add_row(Text(result["plain"]), Text(result["steered"]))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _print_found(result: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ def _print_found(result: dict[str, Any]) -> None:
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["texts"]), str(row["against"]))
         table.add_row(*numbers, Text("  ".join(map(_shown, row["tokens"]))))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _print_made(result: dict[str, Any]) -> None:
@@ -125,13 +124,13 @@ def _print_list(result: dict[str, Any]) -> None:
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['density']:.4%}", f"{row['max']:.3g}")
         table.add_row(*numbers, Text(_shown(row["tokens"])), Text(_shown(row["logits"])))
-    Console().print(table)
+    terminal().print(table)
 
 
 def _print_feature(result: dict[str, Any]) -> None:
     from rich.text import Text
 
-    console, row = Console(), result["row"]
+    console, row = terminal(), result["row"]
     console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
     for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
         console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))

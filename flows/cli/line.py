@@ -7,10 +7,9 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from flows.cli.tables import print_plan, print_summary
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
 
 if TYPE_CHECKING:
     from components.evaluation.record import EvaluationRecord
@@ -46,7 +45,7 @@ def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
     with command(as_json) as show:
         from components.run.estimate import estimate
 
-        show(estimate(checked(config, overrides, evaluated=False)), print_plan)
+        show(estimate(checked(config, overrides, evaluated=None)), print_plan)
 
 
 def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -84,7 +83,7 @@ def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) 
         log_to_stderr()
         from components import steps
 
-        work = checked(config, overrides, evaluated=False)
+        work = checked(config, overrides, evaluated=None)
         record = steps.train(work).model_dump(mode="json")
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
@@ -134,14 +133,15 @@ def register(config: Config, overrides: Overrides = None, as_json: AsJson = Fals
         show(outcome.model_dump(mode="json"), print_tree)
 
 
-def checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool = True) -> Specification:
-    """The configuration, resolved, and fit for what a command is going to do with it."""
-    from components.run.checks import check
+def checked(config: str, overrides: list[str] | None, only_data: bool = False, evaluated: bool | None = True) -> Specification:
+    """The configuration, resolved, and fit for what a command is going to do with it, or leads to. evaluated: as in `check`;
+    None means where the model and the corpus have an evaluation at all."""
+    from components.run.checks import check, without_evaluation
     from components.run.config import load_config
     from components.run.specification import resolve
 
     run = resolve(load_config(config, overrides or ()))
-    check(run, only_data=only_data, evaluated=evaluated)
+    check(run, only_data=only_data, evaluated=without_evaluation(run) is None if evaluated is None else evaluated)
     return run
 
 
@@ -170,4 +170,4 @@ def _prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     log_to_stderr(handler=False)
-    Console(stderr=True).print("Starting Prefect ...", style="dim")
+    terminal(stderr=True).print("Starting Prefect ...", style="dim")

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from flows.cli.terminal import AsJson, command, print_tree
+from flows.cli.terminal import AsJson, command, print_tree, terminal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -183,13 +182,12 @@ def _print_list(result: dict[str, Any]) -> None:
         for row in model["versions"]:
             cells = [_number(row[name]) for name in columns]
             table.add_row(str(row["version"]), "\n".join(row["aliases"]), row["created"][:10], *cells)
-        Console().print(table)
+        terminal().print(table)
     if not result["models"]:
         print("no registered models yet; `sae run` makes them")
 
 
 def _print_version(result: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     aliases = f" ({', '.join(result['aliases'])})" if result["aliases"] else ""
@@ -200,7 +198,7 @@ def _print_version(result: dict[str, Any]) -> None:
             continue
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         interval = f"  [{_number(low)}, {_number(high)}]" if low is not None and high is not None else ""
-        table.add_row(name, escape(_number(value) + interval))
+        table.add_row(name, _number(value) + interval)
     if result["stability"] is not None:
         table.add_section()
         for name in _STABILITY:
@@ -210,24 +208,24 @@ def _print_version(result: dict[str, Any]) -> None:
         table.add_row(name, str(value))
     table.add_section()
     for entry in result["history"]:
-        table.add_row(entry["action"], escape(f"{entry['at']} by {entry['by']}: {entry['reason']}"))
+        table.add_row(entry["action"], f"{entry['at']} by {entry['by']}: {entry['reason']}")
     table.add_row("reproduce", "\n".join(result["reproduce"]))
-    Console().print(table)
+    terminal().print(table)
     if result["gates"]:
         _print_gates(result["gates"])
 
 
 def _print_gates(report: dict[str, Any]) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     against = f" against champion {report['champion']}" if report["champion"] else ""
     table = Table("gate", "", "measured", "required", "short by", title=f"gates{against}")
     for row in report["gates"]:
         short = "" if row["short_by"] is None else f"{row['short_by']:.5g}"
-        verdict = "[green]pass[/]" if row["passed"] else "[bold red]fail[/]"
-        table.add_row(row["gate"], verdict, escape(row["measured"]), escape(row["required"]), short)
-    Console().print(table)
+        verdict = Text("pass", style="green") if row["passed"] else Text("fail", style="bold red")
+        table.add_row(row["gate"], verdict, row["measured"], row["required"], short)
+    terminal().print(table)
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
@@ -239,7 +237,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
     table.add_section()
     for name in _STABILITY if any(result["stability"]) else ():
         table.add_row(f"features: {name}", *(_kept(found, name) for found in result["stability"]))
-    Console().print(table)
+    terminal().print(table)
     if not result["same_evaluation_set"]:
         print("These were not measured on the same held-out tokens, model and hook point: the numbers do not compare.")
     for name, report in result["against_first"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from flows.cli.terminal import terminal
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
     table.add_row("MLflow run", summary["mlflow_run"])
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
-    Console().print(table)
+    terminal().print(table)
 
 
 def print_plan(estimate: dict[str, Any]) -> None:
@@ -64,4 +64,4 @@ def print_plan(estimate: dict[str, Any]) -> None:
         table.add_row("evaluate", state("evaluation"), what)
         table.add_row("register", "", estimate["registered_model"])
     table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
-    Console().print(table)
+    terminal().print(table)

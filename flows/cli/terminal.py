@@ -12,14 +12,21 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped configuration.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Override a field: `--set training.tokens=2_000_000`. Repeatable."),
 ]
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output and nothing else.")]
+
+
+def terminal(stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """Where a command prints. Text is as it is: names, roots, templates and tokens hold brackets (`[/INST]`) and colons, which
+    are no markup; style is given to `Text`."""
+    return Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False)
 
 
 @contextmanager
@@ -31,6 +38,7 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
     from components.redaction import errors_redacted
     from components.settings import UserError
 
+    exempt_loopback()
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -47,12 +55,22 @@ def command(as_json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[
         with errors_redacted():
             yield show
     except (UserError, FloatingPointError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
+        said = Text.assemble(("error", "bold red"), " ", str(error))
+        terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def exempt_loopback() -> None:
+    """No proxy stands between this machine and itself: Prefect's temporary server, MLflow and S3 here are asked directly."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    exempt = [part.strip() for part in named.split(",") if part.strip()]
+    if "*" not in exempt and any(os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES):
+        exempt += [name for name in ("localhost", "127.0.0.1", "::1") if name not in exempt]
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(exempt)
 
 
 def log_to_stderr(handler: bool = True) -> None:
@@ -61,7 +79,7 @@ def log_to_stderr(handler: bool = True) -> None:
     if handler:
         from rich.logging import RichHandler
 
-        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))
+        logger.addHandler(RichHandler(console=terminal(stderr=True), show_path=False, show_level=False))
 
 
 def print_tree(result: dict[str, Any]) -> None:

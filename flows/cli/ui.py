@@ -7,9 +7,8 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from flows.cli.terminal import Config, Overrides, command
+from flows.cli.terminal import Config, Overrides, command, terminal
 
 
 def ui(
@@ -26,12 +25,12 @@ def ui(
         settings = load_config(config, overrides or ())
         uri = tracking_uri(settings.tracking, settings.storage.root)
         if uri.startswith(("http://", "https://")):
-            Console().print(f"The MLflow server of these runs is {redacted(uri)}")
+            terminal().print(f"The MLflow server of these runs is {redacted(uri)}")
             return
         quiet_mlflow()
         os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
         # Not an argument: the process list shows those to every user, and the URI may hold a password.
         os.environ["MLFLOW_BACKEND_STORE_URI"] = uri
-        Console(stderr=True).print(f"MLflow UI of {redacted(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
+        terminal(stderr=True).print(f"MLflow UI of {redacted(uri)}: http://127.0.0.1:{port}  (Ctrl-C ends it)")
         server = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
         os.execv(server[0], server)

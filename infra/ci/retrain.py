@@ -21,10 +21,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from components.run.config import load_config, read_config, shipped_configs
 from components.settings import UserError
+from components.yaml_text import parse_yaml
 from infra.ci.report import Outcome, Stop, exit_code, for_comment, not_started, overall, plain, report, say
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def checked(configs: Sequence[str], force: bool, commit: str | None, attempt: st
         try:
             name = load_config(config).name
             # The tree as it is written and not the validated one: what it leaves out is for the worker's version to decide.
-            tree = yaml.safe_load(read_config(config)) or {}
+            tree = parse_yaml(read_config(config)) or {}
             text = json.dumps(tree, sort_keys=True, allow_nan=False)
         except UserError as error:
             raise Stop(2, str(error) if config in str(error) else f"{config}: {error}") from error

@@ -107,3 +107,12 @@ def test_a_configuration_on_an_object_store_without_keys_is_one_sentence(monkeyp
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"'nowhere/config.yaml': there are no keys for the object store.*AWS_ACCESS_KEY_ID"):
         load_config("s3://nowhere/config.yaml")
+
+
+@pytest.mark.parametrize("source", ["s3://", "github://a:b@c/d", "n" * 5_000, "/dev/zero", "/dev/null/x", "a\nb", ""])
+def test_what_is_no_configuration_is_one_sentence(source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(UserError) as refused:
+        load_config(source)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 2_100

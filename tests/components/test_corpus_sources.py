@@ -179,7 +179,7 @@ print(pa.default_memory_pool().max_memory() / 1e6)
 def test_a_damaged_local_dataset_is_one_sentence(tmp_path: Path):
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "train.parquet")
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"corpus\.dataset: .* cannot be read") as caught:
+    with pytest.raises(UserError, match=r"corpus\.dataset: .*train\.parquet' is damaged") as caught:
         documents_of(CorpusSettings(source="huggingface", dataset=str(tmp_path)))
     assert "\n" not in str(caught.value)
 
@@ -271,7 +271,7 @@ def test_conversations_are_rendered_as_the_tokenizer_does_it(kind: str, chat_mod
     encoder, tokenizer = load_encoder(source), load_tokenizer(source)
     found = documents_of(write_talks(tmp_path, kind), render=encoder.render)
     assert len(found) == len(TALKS)
-    for talk, document, ids in zip(TALKS, found, encoder.encode([document.text for document in found]), strict=True):
+    for talk, document, ids in zip(TALKS, found, encoder.of(rendered=True)([document.text for document in found]), strict=True):
         expected = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)
         assert expected[0] == tokenizer.bos_token_id
         assert list(ids) == list(expected[1:]), "the template's BOS is left to the corpus settings"
@@ -328,5 +328,7 @@ def test_a_template_that_is_not_there_is_found_before_any_work(
 def test_the_quick_way_to_encode_gives_the_tokenizers_own_ids(tiny_model: str):
     source = find_model(LanguageModelSettings(name=tiny_model))
     texts = [*TEXTS, "<|bos|> in a text", " leading", ""]
-    expected = load_tokenizer(source)(texts, add_special_tokens=False)["input_ids"]
-    assert [list(ids) for ids in load_encoder(source).encode(texts)] == expected
+    tokenizer, encoder = load_tokenizer(source), load_encoder(source)
+    for rendered in (False, True):
+        expected = tokenizer(texts, add_special_tokens=False, split_special_tokens=not rendered)["input_ids"]
+        assert [list(ids) for ids in encoder.of(rendered)(texts)] == expected

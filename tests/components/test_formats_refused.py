@@ -127,6 +127,8 @@ REFUSED: dict[str, tuple[Peer, Callable[[Path], None], list[str]]] = {
     "dictionary no trainer": (dictionary("AutoEncoder"), files(config__json=b"{}"), ["trainer"]),
     "dictionary list": (dictionary("AutoEncoder"), files(config__json=b"[]"), ["config.json", "mapping"]),
     "dictionary other class": (dictionary("AutoEncoder"), edit("config.json", dict_class="AutoEncoderNew"), ["b_dec", "bias"]),
+    "sparsify options": (
+        sparsify(), edit("cfg.json", metadata={"model_from_pretrained_kwargs": [1]}), ["from_pretrained_kwargs", "mapping"]),
     "dictionary k": (dictionary("AutoEncoderTopK"), edit("config.json", k=K + 1), ["k is 5", "6"]),
     "dictionary threshold": (
         dictionary("BatchTopKSAE"), state(threshold=torch.tensor(-1.0)), ["threshold is -1"]),

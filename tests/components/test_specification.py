@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from components import steps
-from components.corpus import files, tokens
+from components.corpus import files, listing, tokens
 from components.corpus.tokens import read_sequences
 from components.run import specification
 from components.run.config import parse_config
@@ -104,7 +104,7 @@ def test_a_file_that_appears_while_the_corpus_is_read_is_not_read(tree: dict, co
 def test_a_whole_run_lists_the_corpus_once_and_is_specified_once(tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By the command, without Prefect's server: what its flow does is called here with what the command hands over."""
     listed, resolved, handed = [], [], []
-    find, build = files.find_files, specification.resolve
+    find, build = listing.find_files, specification.resolve
     monkeypatch.setattr("components.corpus.sources.find_files", lambda *a: listed.append(a) or find(*a))
     monkeypatch.setattr(specification, "resolve", lambda config: resolved.append(config) or build(config))
     skeletons: list[str] = []

@@ -208,3 +208,37 @@ with storage.claimed({url!r}) as claim:
         os.kill(process.pid, signal.SIGKILL)
         waiting.result()
     process.communicate()
+
+
+def test_a_link_is_what_it_leads_to_and_deleting_it_leaves_that_alone(tmp_path: Path):
+    (tmp_path / "disk" / "dataset").mkdir(parents=True)
+    (tmp_path / "disk" / "dataset" / "manifest.json").write_text("{}")
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "dataset").symlink_to(tmp_path / "disk" / "dataset")
+    (root / "manifest.json").symlink_to(tmp_path / "disk" / "dataset" / "manifest.json")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    assert storage.list_folders(str(root)) == ["dataset"]
+    assert storage.list_names(str(root)) == ["manifest.json"]
+    storage.delete(str(root / "dataset"))
+    assert storage.list_folders(str(root)) == []
+    assert (tmp_path / "disk" / "dataset" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("url", ["github://a:b@c/d", "http://127.0.0.1:9/x", "hf://a/b", "simplecache::http://a/b", "zip://a"])
+def test_an_address_that_would_ask_another_network_is_refused(url: str):
+    with pytest.raises(UserError, match=r"accepted is a path of this machine, file:// or s3://"):
+        storage.exists(url)
+
+
+def test_a_local_name_is_no_chain_of_file_systems(tmp_path: Path):
+    storage.put_bytes(b"1", f"{tmp_path}/a::b#c?d")
+    assert (tmp_path / "a::b#c?d").read_bytes() == b"1" == storage.read_bytes(f"file://{tmp_path}/a::b#c?d")
+
+
+@pytest.mark.parametrize("url", ["/dev/null/x", "n" * 5_000, "/" + "n" * 300 + "/x"])
+def test_a_path_that_cannot_be_is_one_where_nothing_is(url: str):
+    assert not storage.exists(url)
+    assert storage.list_names(url) == []
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)

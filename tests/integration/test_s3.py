@@ -103,7 +103,7 @@ def test_a_corpus_in_a_bucket_is_read_by_a_glob(s3: str, tmp_path: Path):
     assert corpus_identity(chosen(remote)) != before
     with pytest.raises(UserError, match=r"corpus\.paths: '.*nowhere.*' names no file"):
         documents(f"{remote}/nowhere")
-    code = f"from components.corpus.files import find_files\nfind_files(('{remote}/**/*.parquet',), 'corpus.paths')"
+    code = f"from components.corpus.listing import find_files\nfind_files(('{remote}/**/*.parquet',), 'corpus.paths')"
     environment = {**os.environ, "AWS_SECRET_ACCESS_KEY": "wrong-secret-27182"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert "UserError: corpus.paths: cannot read" in done.stderr

@@ -285,6 +285,13 @@ def commit(work: Extraction) -> Manifest:
         raise UserError("activations.exclude: it leaves no token; choose fewer positions or token ids, or a higher norms_above")
     if tokens != work.split.tokens and not excluding:
         raise RuntimeError(f"{work.url}: {tokens} rows were written for {work.split.tokens} tokens")
+    columns = describe_columns(work.layout, [record["sums"] for record in records], tokens)
+    for column in columns:
+        if column.mean_squared_norm == 0:
+            raise UserError(
+                f"activations.hook_points: every activation at {column.hook_point} is zero, and there is nothing to train on; "
+                "name another place, or see whether the model's weights are whole"
+            )
     manifest = Manifest.sealed(
         identity=work.identity,
         configuration=work.configuration,
@@ -295,7 +302,7 @@ def commit(work: Extraction) -> Manifest:
         compression=work.settings.compression,
         seed=work.seed,
         shards=shards,
-        columns=describe_columns(work.layout, [record["sums"] for record in records], tokens),
+        columns=columns,
     )
     storage.put_json_once(manifest.model_dump(mode="json"), manifest_url(work.url))
     committed = finish(work)

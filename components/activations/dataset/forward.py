@@ -19,6 +19,8 @@ from components.language_model.loading import ModelSource, forward_inputs
 from components.settings import UserError
 
 _SAMPLE_TOKENS = 16_384
+_LARGEST_LOSS = 0.01
+"""Of the sum of magnitudes, in storing them; rounding to bfloat16 takes about 0.001."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def run_chunk(
     """
     counted = counted_tokens(sequences, exclusion)
     kept: dict[HookPoint, Tensor] = {}
-    finite: dict[HookPoint, Tensor] = {point: torch.ones((), dtype=torch.bool, device=device) for point in points}
+    fits = {point: _Fit(device) for point in points}
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
     size = source.settings.batch_sequences
     start = 0
@@ -56,8 +58,9 @@ def run_chunk(
         captured = capture(model, points, forward_inputs(source, block, device))
         stop = start + len(rows)
         for point, activation in captured.items():
-            values = activation.flatten(0, 1).index_select(0, rows).to(DTYPES[dtype])
-            finite[point] &= torch.isfinite(values).all()
+            chosen = activation.flatten(0, 1).index_select(0, rows)
+            values = chosen.to(DTYPES[dtype])
+            fits[point].add(chosen, values)
             if point not in kept:
                 shape = (int(counted.sum()), values.shape[1])
                 kept[point] = torch.empty(shape, dtype=values.dtype, pin_memory=copies is not None)
@@ -65,11 +68,8 @@ def run_chunk(
         start = stop
     if copies is not None:
         torch.cuda.synchronize(device)
-    for point, whole in finite.items():
-        if not whole:
-            raise UserError(
-                f"activations.dtype: '{dtype}' cannot hold the activations at {point}, which overflow; use bfloat16 or float32"
-            )
+    for point, fit in fits.items():
+        fit.require(point, dtype, source.settings.dtype)
     columns = {
         "document": _bytes(sequences.documents[counted], np.int64),
         "position": _bytes(sequences.positions[counted], np.int32),
@@ -80,6 +80,38 @@ def run_chunk(
     for name, limit in exclusion.norm_limits.items():
         within &= _norms(columns[name], dtype) <= limit
     return Chunk(columns if within.all() else {name: column[within] for name, column in columns.items()})
+
+
+class _Fit:
+    """How well a number format holds the activations of a hook point; nothing waits for the device before it is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.computed = self.stored = torch.ones((), dtype=torch.bool, device=device)
+        self.size = self.lost = torch.zeros((), device=device)
+
+    def add(self, chosen: Tensor, values: Tensor) -> None:
+        self.computed = self.computed & torch.isfinite(chosen).all()
+        self.stored = self.stored & torch.isfinite(values).all()
+        exact = chosen.float()
+        self.size = self.size + exact.abs().sum()
+        self.lost = self.lost + (exact - values.float()).abs().sum()
+
+    def require(self, point: HookPoint, dtype: str, computed_in: str) -> None:
+        """A UserError where the model's own values are none, or the format changes them by more than rounding does."""
+        if not self.computed:
+            raise UserError(
+                f"language_model.dtype: the model's activations at {point} are not finite in '{computed_in}'; use another "
+                "format, and see whether its weights are whole"
+            )
+        if not self.stored:
+            raise UserError(
+                f"activations.dtype: '{dtype}' cannot hold the activations at {point}, which overflow; use bfloat16 or float32"
+            )
+        if self.lost > _LARGEST_LOSS * self.size:
+            raise UserError(
+                f"activations.dtype: '{dtype}' loses {float(self.lost / self.size):.0%} of the activations at {point}, which "
+                "are too small for it; use bfloat16 or float32"
+            )
 
 
 def counted_tokens(sequences: Sequences, exclusion: Exclusion) -> np.ndarray:

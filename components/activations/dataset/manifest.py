@@ -112,6 +112,8 @@ class Manifest(Settings):
         for column in self.columns:
             if len(column.mean) != column.d_in or column.dtype != self.columns[0].dtype:
                 yield f"{column.hook_point}: mean, d_in and dtype do not agree"
+            if column.mean_squared_norm == 0:
+                yield f"{column.hook_point}: every activation is zero"
         if len(self.layout.widths) != len(self.columns):
             yield "a hook point is there twice"
         if self.arrow_schema != arrow_lines(self.layout):
