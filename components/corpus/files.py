@@ -12,7 +12,7 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -137,7 +137,7 @@ def files_identity(files: Sequence[ListedFile]) -> dict[str, Any]:
 def read_file(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     """The documents of one file, in its order; `where` is the source's place in the configuration."""
     file.require_unchanged(f"{where}.paths")
-    try:
+    with _readable(file, where):
         if file.name.endswith(".parquet"):
             yield from _read_parquet(file, source, where, render)
         elif _is_jsonl(file.name):
@@ -149,6 +149,30 @@ def read_file(file: ListedFile, source: SourceSettings, where: str, render: Rend
                 text = stream.read()
             if text.strip():
                 yield Document(name=file.name, text=text)
+
+
+def read_rows(file: ListedFile, columns: Mapping[str, str], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the fields of each row of a Parquet or JSONL file; columns: that each must have, by the settings under
+    `where` that name them."""
+    file.require_unchanged(f"{where}.paths")
+    with _readable(file, where):
+        if file.name.endswith(".parquet"):
+            yield from _parquet_rows(file, columns, where)
+        elif _is_jsonl(file.name):
+            for name, row in _jsonl_rows(file, where):
+                for setting, column in columns.items():
+                    if column not in row:
+                        raise UserError(f"{where}.{setting}: '{column}' is not in {name}, which has {', '.join(sorted(row))}")
+                yield name, row
+        else:
+            raise UserError(f"{where}.paths: '{file.path}' is neither JSONL nor Parquet and has no column")
+
+
+@contextmanager
+def _readable(file: ListedFile, where: str) -> Iterator[None]:
+    """A UserError for content that is damaged or not text."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{where}.paths: '{file.path}' is not UTF-8 text ({error.reason})") from error
     except (pa.ArrowException, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, _zstd().ZstdError) as error:
@@ -172,38 +196,50 @@ def _is_jsonl(name: str) -> bool:
 
 
 def _read_jsonl(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
+    for name, row in _jsonl_rows(file, where):
+        document = document_from_row(row, name, source, where, render)
+        if document is not None:
+            yield document
+
+
+def _jsonl_rows(file: ListedFile, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the object of each line that is not blank."""
     with _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            name = f"{file.name}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where}.paths: line {number} of '{file.path}' is not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}.paths: line {number} of '{file.path}' is a {type(row).__name__}, not a JSON object")
-            document = document_from_row(row, name, source, where, render)
-            if document is not None:
-                yield document
+            yield f"{file.name}:{number}", row
 
 
 def _read_parquet(file: ListedFile, source: SourceSettings, where: str, render: Render | None) -> Iterator[Document]:
     setting = "text_column" if source.messages_column is None else "messages_column"
     column = source.messages_column or source.text_column
+    for name, row in _parquet_rows(file, {setting: column}, where):
+        document = document_from_row(row, name, source, where, render)
+        if document is not None:
+            yield document
+
+
+def _parquet_rows(file: ListedFile, columns: Mapping[str, str], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """columns: by the settings that name them."""
     # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
     filesystem, path = resolve(file.url)
     with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
         names = table.schema_arrow.names
-        if column not in names:
-            raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")
+        for setting, column in columns.items():
+            if column not in names:
+                raise UserError(f"{where}.{setting}: '{column}' is no column of '{file.path}', which has {', '.join(names)}")
         number = 0
-        for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[column]):
+        for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(columns.values())):
             for row in batch.to_pylist():
-                document = document_from_row(row, f"{file.name}:{number}", source, where, render)
+                yield f"{file.name}:{number}", row
                 number += 1
-                if document is not None:
-                    yield document
 
 
 @contextmanager

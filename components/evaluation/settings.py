@@ -4,11 +4,53 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from components.corpus.settings import LabelledSettings
 from components.settings import Settings
 
 BaselineName = Literal["identity", "zero", "mean", "pca", "random_directions", "neurons"]
+
+
+class ProbingSettings(Settings):
+    """k-sparse probes: how much of a label a few features say (Gurnee et al. 2023; SAEBench's sparse probing)."""
+
+    tasks: tuple[LabelledSettings, ...] = Field(
+        default=(LabelledSettings(), LabelledSettings(source="code_or_prose")), min_length=1
+    )
+    """Labelled text, one set of probes for each."""
+
+    k: tuple[int, ...] = Field(default=(1, 2, 5, 16), min_length=1)
+    """Numbers of features that a probe may read."""
+
+    labels: int = Field(default=10, ge=2)
+    """Of a task, at most: those of most documents."""
+
+    passages_per_label: int = Field(default=100, ge=2)
+    """At most; from as many documents as there are."""
+
+    passages_per_document: int = Field(default=4, ge=1)
+    """At most, for each of its labels, spread evenly over it."""
+
+    passage_tokens: int = Field(default=128, ge=1)
+    """Tokens of a passage, at most `corpus.context_length` with the BOS; its activations are averaged."""
+
+    folds: int = Field(default=5, ge=2)
+    """Parts into which documents are dealt; each is probed by probes that have seen the others alone."""
+
+    @model_validator(mode="after")
+    def _can_be_told_apart(self) -> ProbingSettings:
+        titles = [task.title for task in self.tasks]
+        for title in titles:
+            if titles.count(title) > 1:
+                raise ValueError(f"evaluation.probing.tasks: two have the name '{title}'; give each a `name` of its own")
+        if any(k < 1 for k in self.k) or len(set(self.k)) < len(self.k):
+            raise ValueError(f"evaluation.probing.k: {list(self.k)} is not accepted; give different numbers of at least 1")
+        if self.passages_per_label < self.folds:
+            raise ValueError(
+                f"evaluation.probing.passages_per_label: {self.passages_per_label} is less than folds ({self.folds})"
+            )
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -29,3 +71,6 @@ class EvaluationSettings(Settings):
 
     batch_sequences: int = Field(default=16, ge=1)
     """Sequences in one forward pass, spliced copies included; it decides memory (so many logits), not results."""
+
+    probing: ProbingSettings | None = None
+    """k-sparse probes on labelled text, against dense and random ones; none where it is not given, `{}` for the defaults."""

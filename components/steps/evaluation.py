@@ -27,6 +27,8 @@ from components.run import identity
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
+from components.steps.exclusion import exclusion_of
+from components.steps.optional import wanted, with_optional
 from components.training.job import TrainingRecord
 
 
@@ -90,9 +92,12 @@ def measure_baselines(
 
 def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> EvaluationRecord:
     """The merged sums of both passes -> the evaluation record beside the SAE."""
-    record, _ = require_trained(run)
+    record, token_manifest = require_trained(run)
     sae = own_sae(run.sae_url, run.device)
     found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
+    if wanted(run):
+        mean = reference_of(run, kept_model(run.source, run.device), token_manifest, run.point).mean
+        found = with_optional(run, found, sae, mean, token_manifest)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
     digest, device = identity.digest(named), torch.device(measured.device)
     written = evaluation.write_evaluation(run.sae_url, digest, named, found, device, about)
@@ -149,17 +154,10 @@ def measured_alone(
         )
     about = _about(run, sae, url, architecture, name)
     whole = together(found) if len(found) > 1 else found[run.writes[0]]
+    whole = with_optional(run, whole, sae, reference.mean, token_manifest)
     written = evaluation.write_evaluation(url, digest, named, whole, device, about)
     KeptSpans(kept_url).forget()
     return written
-
-
-def exclusion_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> Exclusion:
-    """Tokens that do not count, of this configuration."""
-    return resolve_exclusion(
-        run.config.activations.exclude, run.source, model, [run.point, *run.read_points], run.token_url, token_manifest,
-        run.device,
-    )  # fmt: skip
 
 
 def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest, point: HookPoint) -> evaluation.Reference:

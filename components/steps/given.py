@@ -90,6 +90,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
             run_digest=present.digest,
             weights_sha256=weights_sha256,
             metrics=present.metrics,
+            optional=present.optional,
             evaluation_set=run.evaluation_set(present.tokens),
             lineage=lineage,
             tags={
@@ -213,6 +214,8 @@ def _tracked(run: Specification, url: str, record: EvaluationRecord, sae: str) -
     )
     with opening as open_run:
         open_run.log_evaluation(record.metrics)
+        for kind, values in record.optional.items():
+            open_run.log_evaluation(values, group=kind)
         with storage.local_copies(url, evaluation.FILES) as folder:
             open_run.log_artifact_folder(folder, "evaluation")
         yield open_run

@@ -118,7 +118,8 @@ def evaluate(
             url, record = work.sae_url, steps.evaluate(work)
         else:
             url, record = _evaluate_on_workers(work)
-        show({"url": url, "metrics": record.metrics, "baselines": record.baselines}, print_tree)
+        found = {"url": url, "metrics": record.metrics, "baselines": record.baselines}
+        show({**found, **({"optional": record.optional} if record.optional else {})}, print_tree)
 
 
 def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:

@@ -18,6 +18,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     ):  # fmt: skip
         value = metrics[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
+    _add_probes(table, summary["optional"].get("probing", {}))
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
     if "browser" in summary["paths"]:
@@ -27,6 +28,17 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("MLflow run", summary["mlflow_run"])
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
     Console().print(table)
+
+
+def _add_probes(table: Any, probing: dict[str, Any]) -> None:
+    from components.evaluation.probing_table import lines, sizes
+
+    found = lines(probing)
+    if found:
+        table.add_section()
+    for line in found:
+        cells = [f"k {k}: {line.cell(k)}" for k in sizes(found)] if line.kind != "dense" else [line.cell(0)]
+        table.add_row(f"{line.task}, {line.label}", "\n".join(cells))
 
 
 def print_plan(estimate: dict[str, Any]) -> None:

@@ -1,0 +1,64 @@
+"""What an evaluation measures only where it is asked for: probes, and the structure among the decoder's directions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from components.corpus.labelled import read_labelled
+from components.corpus.manifest import TokenManifest
+from components.evaluation import passages, probing
+from components.evaluation.record import Metrics
+from components.evaluation.results import Evaluation
+from components.interop.coders import AnySAE
+from components.language_model.loading import kept_model, load_encoder
+from components.run.specification import Specification
+from components.steps.exclusion import exclusion_of
+
+
+def wanted(run: Specification) -> bool:
+    """Whether there is anything of the kind to measure."""
+    return run.config.evaluation.probing is not None
+
+
+def with_optional(
+    run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest
+) -> Evaluation:
+    """The same evaluation with what `evaluation.probing` and the like ask for. mean `[d_in]`: of training activations."""
+    if run.config.evaluation.probing is not None:
+        found = _probed(run, found, sae, mean, token_manifest)
+    return found
+
+
+def _probed(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest) -> Evaluation:
+    config, device = run.config, run.device
+    settings = config.evaluation.probing
+    assert settings is not None
+    model, encoder = kept_model(run.source, device), load_encoder(run.source)
+    reader = passages.Reader(
+        model=model,
+        point=run.point,
+        sae=sae,
+        d_sae=sae.d_sae,
+        mean=mean,
+        l0=max(1, round(found.metrics["l0"] or 0)),
+        exclusion=exclusion_of(run, model, token_manifest),
+        device=device,
+        batch_sequences=config.evaluation.batch_sequences,
+    )
+    bos = None if config.corpus.bos == "none" else encoder.bos
+    length = min(settings.passage_tokens + (bos is not None), config.corpus.context_length)
+    metrics: Metrics = {}
+    rows = []
+    for number, (task, listed) in enumerate(zip(settings.tasks, run.labelled, strict=True)):
+        texts = passages.chosen_texts(
+            read_labelled(task, number, listed), settings, f"evaluation.probing.tasks.{number} ({task.title})"
+        )
+        cut = passages.cut(texts, settings, encoder, bos, length)
+        values, by_label = probing.probe(task.title, passages.read(reader, *cut, tuple(texts)), settings)
+        metrics |= values
+        rows += by_label
+    return dataclasses.replace(
+        found, optional={**found.optional, "probing": metrics}, breakdown={**found.breakdown, "probing": rows}
+    )
