@@ -53,6 +53,25 @@ class ProbingSettings(Settings):
         return self
 
 
+class MetaStructureSettings(Settings):
+    """A dictionary of the decoder's rows (Leask et al. 2025), of SAEBench's width and k."""
+
+    width_ratio: float = Field(default=0.25, gt=0, le=1)
+    """Meta-features, as a share of the features that fire."""
+
+    k: int = Field(default=4, ge=1)
+    """Meta-features that a row is made of, at most."""
+
+    steps: int = Field(default=500, ge=1)
+    """Of its training."""
+
+    batch_size: int = Field(default=1_024, ge=1)
+    """Rows in a step."""
+
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Of Adam."""
+
+
 class EvaluationSettings(Settings):
     tokens: int = Field(default=100_000, ge=1)
     """Held-out tokens to measure on, at most; all that `corpus.held_out_tokens` prepared where there are fewer."""
@@ -74,3 +93,7 @@ class EvaluationSettings(Settings):
 
     probing: ProbingSettings | None = None
     """k-sparse probes on labelled text, against dense and random ones; none where it is not given, `{}` for the defaults."""
+
+    meta_structure: MetaStructureSettings | None = None
+    """How much of the features' directions a few shared ones explain; not measured where it is not given, `{}` for the
+    defaults."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from components.corpus.labelled import read_labelled
 from components.corpus.manifest import TokenManifest
 from components.evaluation import passages, probing
+from components.evaluation.meta_structure import meta_structure
 from components.evaluation.record import Metrics
 from components.evaluation.results import Evaluation
 from components.interop.coders import AnySAE
@@ -19,7 +21,8 @@ from components.steps.exclusion import exclusion_of
 
 def wanted(run: Specification) -> bool:
     """Whether there is anything of the kind to measure."""
-    return run.config.evaluation.probing is not None
+    settings = run.config.evaluation
+    return settings.probing is not None or settings.meta_structure is not None
 
 
 def with_optional(
@@ -28,6 +31,11 @@ def with_optional(
     """The same evaluation with what `evaluation.probing` and the like ask for. mean `[d_in]`: of training activations."""
     if run.config.evaluation.probing is not None:
         found = _probed(run, found, sae, mean, token_manifest)
+    structure = run.config.evaluation.meta_structure
+    if structure is not None:
+        living = torch.from_numpy(~found.features["dead"].to_numpy(zero_copy_only=False)).to(sae.W_dec.device)
+        values = meta_structure(sae.W_dec[living], structure)
+        found = dataclasses.replace(found, optional={**found.optional, "meta_structure": values})
     return found
 
 

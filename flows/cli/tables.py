@@ -19,6 +19,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         value = metrics[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
     _add_probes(table, summary["optional"].get("probing", {}))
+    if structure := summary["optional"].get("meta_structure"):
+        table.add_section()
+        for name in ("explained_variance", "random_explained_variance", "nearest_cosine", "random_nearest_cosine"):
+            if name in structure:
+                table.add_row(f"meta-structure, {name}", f"{structure[name]:.4f}")
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
     if "browser" in summary["paths"]:
@@ -37,8 +42,14 @@ def _add_probes(table: Any, probing: dict[str, Any]) -> None:
     if found:
         table.add_section()
     for line in found:
-        cells = [f"k {k}: {line.cell(k)}" for k in sizes(found)] if line.kind != "dense" else [line.cell(0)]
-        table.add_row(f"{line.task}, {line.label}", "\n".join(cells))
+        every = sizes(found)
+        if line.kind == "sae":
+            shown = "\n".join(f"k {k}: {line.cell(k)}" for k in every)
+        elif line.kind == "dense":
+            shown = line.cell(0)
+        else:
+            shown = ", ".join(line.cell(k, interval=False) for k in every)
+        table.add_row(f"{line.task}, {line.label}", shown)
 
 
 def print_plan(estimate: dict[str, Any]) -> None:

@@ -15,10 +15,12 @@ import torch
 from components import steps
 from components.corpus.labelled import code_and_prose, list_labelled, read_labelled
 from components.corpus.settings import LabelledSettings
+from components.evaluation.measurements import sae_spans
 from components.evaluation.passages import chosen_texts
 from components.evaluation.probing import Passages, chosen, fold_of, probe
 from components.evaluation.probing_table import lines, sizes
 from components.evaluation.settings import ProbingSettings
+from components.evaluation.span_totals import merged
 from components.language_model.loading import load_encoder, load_model
 from components.run import late_checks
 from components.run.config import parse_config
@@ -168,6 +170,11 @@ def test_a_run_says_what_its_features_say_of_a_column_of_labels(tiny_tree: dict,
     names = {name.split("/")[1] for name in found}
     assert {f"{kind}_{k}{end}" for kind in ("sae", "coordinates", "random_directions", "random_features") for k in (1, 2)
             for end in ("", "_low", "_high")} <= names  # fmt: skip
+    job = steps.evaluation_job(run)  # as workers do it, who hand in sums
+    reference = steps.evaluation_reference(job, CPU)
+    spans = sae_spans(job.settings, job.text, 2)
+    sums = [steps.measure_span(job, reference.mean, reference.exclusion, CPU, span) for span in spans]
+    assert steps.finish_evaluation(run, merged(sums), None).optional == record.optional
     plain = {**with_probes(tiny_tree, labelled)["evaluation"], "probing": None}
     without = resolve(parse_config({**with_probes(tiny_tree, labelled), "evaluation": plain}))
     assert without.run_digest != run.run_digest
