@@ -72,6 +72,29 @@ class MetaStructureSettings(Settings):
     """Of Adam."""
 
 
+class AbsorptionSettings(Settings):
+    """Features that carry a label in place of those that stand for it (Chanin et al. 2024)."""
+
+    labels: Literal["token_class", "first_letter"] = "token_class"
+    """What is looked for: the class of a token's text, or the first letter of a word, for models that know how words are
+    spelt (SAEBench's task; it advises against models of under 10^9 parameters)."""
+
+    tokens: int = Field(default=50_000, ge=1)
+    """Training tokens that are read."""
+
+    occurrences: int = Field(default=8, ge=1)
+    """Of one kind of token, at most."""
+
+    minimum_f1: float = Field(default=0.6, ge=0, le=1)
+    """Of a dense probe on kinds of token that it has not seen; a label under it has no direction and is left out."""
+
+    split_f1: float = Field(default=0.03, ge=0, le=1)
+    """What a further main feature must add to the F1 of a probe on them."""
+
+    most_main: int = Field(default=10, ge=1)
+    """Main features of a label, at most."""
+
+
 class EvaluationSettings(Settings):
     tokens: int = Field(default=100_000, ge=1)
     """Held-out tokens to measure on, at most; all that `corpus.held_out_tokens` prepared where there are fewer."""
@@ -96,4 +119,8 @@ class EvaluationSettings(Settings):
 
     meta_structure: MetaStructureSettings | None = None
     """How much of the features' directions a few shared ones explain; not measured where it is not given, `{}` for the
+    defaults."""
+
+    absorption: AbsorptionSettings | None = None
+    """How much of a label other features carry than those that stand for it; not measured where it is not given, `{}` for the
     defaults."""

@@ -69,7 +69,7 @@ TRAINING = Fields(
 )  # fmt: skip
 EVALUATION = Fields(
     always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
-    later=("meta_structure",),
+    later=("meta_structure", "absorption"),
     resolved=("probing",),
     without_effect=("batch_sequences",),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import torch
 from torch import Tensor
@@ -10,19 +11,24 @@ from torch import Tensor
 from components.corpus.labelled import read_labelled
 from components.corpus.manifest import TokenManifest
 from components.evaluation import passages, probing
+from components.evaluation.absorption import absorption
+from components.evaluation.held_out import HeldOut
 from components.evaluation.meta_structure import meta_structure
+from components.evaluation.occurrences import read_occurrences
 from components.evaluation.record import Metrics
 from components.evaluation.results import Evaluation
-from components.interop.coders import AnySAE
-from components.language_model.loading import kept_model, load_encoder
+from components.interop.coders import AnySAE, NormalizedSAE
+from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run.specification import Specification
 from components.steps.exclusion import exclusion_of
+
+logger = logging.getLogger(__name__)
 
 
 def wanted(run: Specification) -> bool:
     """Whether there is anything of the kind to measure."""
     settings = run.config.evaluation
-    return settings.probing is not None or settings.meta_structure is not None
+    return any(kind is not None for kind in (settings.probing, settings.meta_structure, settings.absorption))
 
 
 def with_optional(
@@ -31,6 +37,8 @@ def with_optional(
     """The same evaluation with what `evaluation.probing` and the like ask for. mean `[d_in]`: of training activations."""
     if run.config.evaluation.probing is not None:
         found = _probed(run, found, sae, mean, token_manifest)
+    if run.config.evaluation.absorption is not None:
+        found = _with_absorption(run, found, sae, mean, token_manifest)
     structure = run.config.evaluation.meta_structure
     if structure is not None:
         living = torch.from_numpy(~found.features["dead"].to_numpy(zero_copy_only=False)).to(sae.W_dec.device)
@@ -40,21 +48,9 @@ def with_optional(
 
 
 def _probed(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest) -> Evaluation:
-    config, device = run.config, run.device
-    settings = config.evaluation.probing
+    config, settings = run.config, run.config.evaluation.probing
     assert settings is not None
-    model, encoder = kept_model(run.source, device), load_encoder(run.source)
-    reader = passages.Reader(
-        model=model,
-        point=run.point,
-        sae=sae,
-        d_sae=sae.d_sae,
-        mean=mean,
-        l0=max(1, round(found.metrics["l0"] or 0)),
-        exclusion=exclusion_of(run, model, token_manifest),
-        device=device,
-        batch_sequences=config.evaluation.batch_sequences,
-    )
+    reader, encoder = _reader(run, found, sae, mean, token_manifest), load_encoder(run.source)
     bos = None if config.corpus.bos == "none" else encoder.bos
     length = min(settings.passage_tokens + (bos is not None), config.corpus.context_length)
     metrics: Metrics = {}
@@ -69,4 +65,37 @@ def _probed(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, to
         rows += by_label
     return dataclasses.replace(
         found, optional={**found.optional, "probing": metrics}, breakdown={**found.breakdown, "probing": rows}
+    )
+
+
+def _with_absorption(
+    run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest
+) -> Evaluation:
+    settings = run.config.evaluation.absorption
+    assert settings is not None
+    if isinstance(sae, NormalizedSAE):
+        logger.warning("absorption: not measured, since features of an SAE that normalises each token do not add up to it")
+        return found
+    text = HeldOut(url=run.token_url, manifest=token_manifest)
+    reader = _reader(run, found, sae, mean, token_manifest)
+    seen = read_occurrences(reader, text, load_tokenizer(run.source), settings)
+    decoder, bias = (part.detach().double().cpu().numpy() for part in (sae.W_dec, sae.b_dec))
+    metrics, rows = absorption(seen, decoder, bias, settings)
+    return dataclasses.replace(
+        found, optional={**found.optional, "absorption": metrics}, breakdown={**found.breakdown, "absorption": rows}
+    )
+
+
+def _reader(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest) -> passages.Reader:
+    model = kept_model(run.source, run.device)
+    return passages.Reader(
+        model=model,
+        point=run.point,
+        sae=sae,
+        d_sae=sae.d_sae,
+        mean=mean,
+        l0=max(1, round(found.metrics["l0"] or 0)),
+        exclusion=exclusion_of(run, model, token_manifest),
+        device=run.device,
+        batch_sequences=run.config.evaluation.batch_sequences,
     )

@@ -19,6 +19,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         value = metrics[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
     _add_probes(table, summary["optional"].get("probing", {}))
+    if (absorbed := summary["optional"].get("absorption")) and absorbed["fraction"] is not None:
+        table.add_section()
+        for name in ("fraction", "full"):
+            interval = f"({absorbed[f'{name}_low']:.4f} to {absorbed[f'{name}_high']:.4f})"
+            table.add_row(f"absorption, {name}", f"{absorbed[name]:.4f} {interval}")
     if structure := summary["optional"].get("meta_structure"):
         table.add_section()
         for name in ("explained_variance", "random_explained_variance", "nearest_cosine", "random_nearest_cosine"):

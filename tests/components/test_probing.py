@@ -159,11 +159,20 @@ def with_probes(tree: dict, path: Path) -> dict:
 
 
 def test_a_run_says_what_its_features_say_of_a_column_of_labels(tiny_tree: dict, labelled: Path):
-    run = resolve(parse_config(with_probes(tiny_tree, labelled)))
+    tree = with_probes(tiny_tree, labelled)
+    tree["evaluation"] |= {"absorption": {"tokens": 2_000}, "meta_structure": {"steps": 20}}
+    run = resolve(parse_config(tree))
     late_checks.require_labelled_text(run.config)
     steps.extract(run)
     steps.train(run)
+    plain = {name: tree["evaluation"][name] for name in ("tokens", "reference_tokens", "baselines")}
+    without = resolve(parse_config({**tree, "evaluation": plain}))
+    assert without.run_digest != run.run_digest
+    assert without.sae_digest == run.sae_digest
+    before = steps.evaluate(without)
+    assert before.optional == {}
     record = steps.evaluate(run)
+    assert record.metrics == before.metrics
     found = record.optional["probing"]
     assert (found["topics/documents"], found["topics/passages"], found["topics/labels"]) == (40, 40, 2)
     assert found["topics/dense"] > 0.9  # even a random model passes words on
@@ -175,17 +184,12 @@ def test_a_run_says_what_its_features_say_of_a_column_of_labels(tiny_tree: dict,
     spans = sae_spans(job.settings, job.text, 2)
     sums = [steps.measure_span(job, reference.mean, reference.exclusion, CPU, span) for span in spans]
     assert steps.finish_evaluation(run, merged(sums), None).optional == record.optional
-    plain = {**with_probes(tiny_tree, labelled)["evaluation"], "probing": None}
-    without = resolve(parse_config({**with_probes(tiny_tree, labelled), "evaluation": plain}))
-    assert without.run_digest != run.run_digest
-    assert without.sae_digest == run.sae_digest
-    again = steps.evaluate(without)
-    assert again.metrics == record.metrics
-    assert again.optional == {}
-    steps.evaluate(run)
+    assert {"explained_variance", "random_explained_variance_low"} <= set(record.optional["meta_structure"])
+    assert record.optional["absorption"]["labels"] > 0  # what a token is made of is in any model's embedding
     with steps.tracked(run, {}) as tracked:
         outcome = steps.register(run, tracked)
     logged = tracked.client.get_run(tracked.run_id).data.metrics
+    assert logged["absorption/fraction"] == record.optional["absorption"]["fraction"]
     assert logged["probing/topics/sae_2"] == found["topics/sae_2"]
     assert logged["probing/topics/sae_2_low"] == found["topics/sae_2_low"]
     card = tracked.client.get_model_version(outcome.registered_model, outcome.model_version).description
