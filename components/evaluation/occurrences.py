@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from components.activations.dataset.forward import counted_tokens
 from components.corpus.tokens import read_sequences
 from components.evaluation.absorption import Occurrences
 from components.evaluation.held_out import HeldOut, right_padded
 from components.evaluation.passages import Reader
 from components.evaluation.settings import AbsorptionSettings
 from components.evaluation.token_classes import CLASSES, TokenClasses
-from components.language_model.hook_points import capture
 
 
 def token_labels(tokenizer: Any, kinds: np.ndarray, settings: AbsorptionSettings) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -33,7 +31,6 @@ def read_occurrences(reader: Reader, text: HeldOut, tokenizer: Any, settings: Ab
     """The first occurrences of every kind of token with a label, in training sequences that are spread evenly."""
     from scipy.sparse import csr_matrix, vstack
 
-    limit = reader.exclusion.norm_limits.get(str(reader.point))
     split = text.manifest.splits["train"]
     chosen = min(split.sequences, -(-settings.tokens * split.sequences // split.tokens))
     seen: Counter[int] = Counter()
@@ -41,23 +38,19 @@ def read_occurrences(reader: Reader, text: HeldOut, tokenizer: Any, settings: Ab
     for number in (np.arange(chosen) * split.sequences // chosen).tolist():
         block = right_padded(read_sequences(text.url, text.manifest, "train", number, number + 1))
         ids = block.tokens[0]
-        labelled = token_labels(tokenizer, ids, settings)[0] >= 0
+        activations, counted = reader.activations(block)
         wanted = []
-        for place in np.flatnonzero(counted_tokens(block, reader.exclusion)[0] & labelled).tolist():
+        for place in np.flatnonzero(counted[0].cpu().numpy() & (token_labels(tokenizer, ids, settings)[0] >= 0)).tolist():
             seen[int(ids[place])] += 1
             if seen[int(ids[place])] <= settings.occurrences:
                 wanted.append(place)
         if not wanted:
             continue
-        tokens = torch.tensor(block.tokens).to(reader.device).long()
-        x = capture(reader.model, [reader.point], {"input_ids": tokens})[reader.point][0, wanted]
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        kept = torch.ones(len(x), dtype=torch.bool) if limit is None else (x.norm(dim=1) <= limit).cpu()
-        x = x[kept.to(x.device)]
+        x = activations[0, wanted]
         with torch.no_grad():
             features.append(csr_matrix(reader.sae.reconstruct(x)[0].dense().float().cpu().numpy()))
         rows.append(x.float().cpu().numpy())
-        kinds.append(ids[wanted][kept.numpy()])
+        kinds.append(ids[wanted])
     every = np.concatenate(kinds)
     labels, names = token_labels(tokenizer, every, settings)
     return Occurrences(x=np.concatenate(rows), features=vstack(features).tocsr(), kinds=every, labels=labels, names=names)

@@ -34,7 +34,8 @@ class Reader:
     """What turns a passage's tokens into what probes read."""
 
     model: nn.Module
-    point: HookPoint
+    points: tuple[HookPoint, ...]
+    """What the SAE reads, side by side."""
     sae: Autoencoder
     d_sae: int
     mean: Tensor
@@ -44,6 +45,19 @@ class Reader:
     exclusion: Exclusion
     device: torch.device
     batch_sequences: int
+
+    def activations(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """`[n, length, d_in]`, float32 or wider, and which of them count, bool `[n, length]`."""
+        ids = torch.tensor(sequences.tokens).to(self.device).long()
+        captured = capture(self.model, list(self.points), {"input_ids": ids})
+        counted = torch.tensor(counted_tokens(sequences, self.exclusion)).to(self.device)
+        columns = []
+        for point in self.points:
+            column = captured[point].to(torch.promote_types(captured[point].dtype, torch.float32))
+            limit = self.exclusion.norm_limits.get(str(point))
+            counted = counted if limit is None else counted & (column.norm(dim=-1) <= limit)
+            columns.append(column)
+        return torch.cat(columns, dim=-1), counted
 
 
 def chosen_texts(texts: Iterable[LabelledText], settings: ProbingSettings, field: str) -> dict[str, list[LabelledText]]:
@@ -103,8 +117,6 @@ def cut(
 
 def read(reader: Reader, sequences: Sequences, labels: np.ndarray, owners: np.ndarray, names: tuple[str, ...]) -> Passages:
     """Means over the counted tokens of each passage; one without any is left out."""
-    counted = counted_tokens(sequences, reader.exclusion)
-    limit = reader.exclusion.norm_limits.get(str(reader.point))
     rows = unit_rows(reader.d_sae, len(reader.mean)).to(reader.device)
     mean = reader.mean.to(reader.device)
     found: dict[str, list[Tensor]] = {"sae": [], "coordinates": [], "random_directions": []}
@@ -112,13 +124,8 @@ def read(reader: Reader, sequences: Sequences, labels: np.ndarray, owners: np.nd
     with progress(logger, "probing", len(sequences), "passages") as advance, torch.no_grad():
         for start in range(0, len(sequences), reader.batch_sequences):
             block = sequences[start : start + reader.batch_sequences]
-            ids = torch.from_numpy(block.tokens).to(reader.device)
-            activations = capture(reader.model, [reader.point], {"input_ids": ids})[reader.point]
-            for row, passage in enumerate(activations):
-                x = passage[torch.from_numpy(counted[start + row]).to(reader.device)]
-                x = x.to(torch.promote_types(x.dtype, torch.float32))
-                if limit is not None:
-                    x = x[x.norm(dim=1) <= limit]
+            for row, (passage, counted) in enumerate(zip(*reader.activations(block), strict=True)):
+                x = passage[counted]
                 if len(x) == 0:
                     continue
                 kept.append(start + row)

@@ -27,7 +27,8 @@ from components.registry.records import Imported, Lineage, Outcome
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
-from components.steps.evaluation import measured_alone, reference_of
+from components.steps.evaluation import measured_alone
+from components.steps.reference import reference_of
 from components.steps.registration import model_tags
 from components.steps.stability import stability_tags
 from components.steps.tokens import prepare_tokens

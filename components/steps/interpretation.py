@@ -21,7 +21,7 @@ from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import own_sae
-from components.steps.exclusion import exclusion_of
+from components.steps.reference import exclusion_of
 
 
 def interpret(run: Specification) -> InterpretationRecord | None:

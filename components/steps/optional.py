@@ -6,7 +6,6 @@ import dataclasses
 import logging
 
 import torch
-from torch import Tensor
 
 from components.corpus.labelled import read_labelled
 from components.corpus.manifest import TokenManifest
@@ -20,25 +19,17 @@ from components.evaluation.results import Evaluation
 from components.interop.coders import AnySAE, NormalizedSAE
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run.specification import Specification
-from components.steps.exclusion import exclusion_of
+from components.steps.reference import exclusion_of, reference_of
 
 logger = logging.getLogger(__name__)
 
 
-def wanted(run: Specification) -> bool:
-    """Whether there is anything of the kind to measure."""
-    settings = run.config.evaluation
-    return any(kind is not None for kind in (settings.probing, settings.meta_structure, settings.absorption))
-
-
-def with_optional(
-    run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest
-) -> Evaluation:
-    """The same evaluation with what `evaluation.probing` and the like ask for. mean `[d_in]`: of training activations."""
+def with_optional(run: Specification, found: Evaluation, sae: AnySAE, token_manifest: TokenManifest) -> Evaluation:
+    """The same evaluation with what `evaluation.probing` and the like ask for."""
     if run.config.evaluation.probing is not None:
-        found = _probed(run, found, sae, mean, token_manifest)
+        found = _probed(run, found, sae, token_manifest)
     if run.config.evaluation.absorption is not None:
-        found = _with_absorption(run, found, sae, mean, token_manifest)
+        found = _with_absorption(run, found, sae, token_manifest)
     structure = run.config.evaluation.meta_structure
     if structure is not None:
         living = torch.from_numpy(~found.features["dead"].to_numpy(zero_copy_only=False)).to(sae.W_dec.device)
@@ -47,10 +38,10 @@ def with_optional(
     return found
 
 
-def _probed(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest) -> Evaluation:
+def _probed(run: Specification, found: Evaluation, sae: AnySAE, token_manifest: TokenManifest) -> Evaluation:
     config, settings = run.config, run.config.evaluation.probing
     assert settings is not None
-    reader, encoder = _reader(run, found, sae, mean, token_manifest), load_encoder(run.source)
+    reader, encoder = _reader(run, found, sae, token_manifest), load_encoder(run.source)
     bos = None if config.corpus.bos == "none" else encoder.bos
     length = min(settings.passage_tokens + (bos is not None), config.corpus.context_length)
     metrics: Metrics = {}
@@ -68,16 +59,14 @@ def _probed(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, to
     )
 
 
-def _with_absorption(
-    run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest
-) -> Evaluation:
+def _with_absorption(run: Specification, found: Evaluation, sae: AnySAE, token_manifest: TokenManifest) -> Evaluation:
     settings = run.config.evaluation.absorption
     assert settings is not None
-    if isinstance(sae, NormalizedSAE):
-        logger.warning("absorption: not measured, since features of an SAE that normalises each token do not add up to it")
+    if isinstance(sae, NormalizedSAE) or run.read_points:
+        logger.warning("absorption: not measured, since the features do not add up to the activations that they are read from")
         return found
     text = HeldOut(url=run.token_url, manifest=token_manifest)
-    reader = _reader(run, found, sae, mean, token_manifest)
+    reader = _reader(run, found, sae, token_manifest)
     seen = read_occurrences(reader, text, load_tokenizer(run.source), settings)
     decoder, bias = (part.detach().double().cpu().numpy() for part in (sae.W_dec, sae.b_dec))
     metrics, rows = absorption(seen, decoder, bias, settings)
@@ -86,14 +75,15 @@ def _with_absorption(
     )
 
 
-def _reader(run: Specification, found: Evaluation, sae: AnySAE, mean: Tensor, token_manifest: TokenManifest) -> passages.Reader:
-    model = kept_model(run.source, run.device)
+def _reader(run: Specification, found: Evaluation, sae: AnySAE, token_manifest: TokenManifest) -> passages.Reader:
+    model, points = kept_model(run.source, run.device), run.read_points or (run.point,)
+    means = [reference_of(run, model, token_manifest, point).mean for point in points]
     return passages.Reader(
         model=model,
-        point=run.point,
+        points=points,
         sae=sae,
         d_sae=sae.d_sae,
-        mean=mean,
+        mean=torch.cat(means),
         l0=max(1, round(found.metrics["l0"] or 0)),
         exclusion=exclusion_of(run, model, token_manifest),
         device=run.device,

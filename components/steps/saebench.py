@@ -18,17 +18,24 @@ from components.language_model.loading import LOADING, kept_model
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
-from components.steps.evaluation import own_sae, reference_of
-from components.steps.exclusion import exclusion_of
+from components.steps.evaluation import own_sae
 from components.steps.given import opened
+from components.steps.reference import exclusion_of, reference_of
 from components.steps.tokens import prepare_tokens
 
 FOLDER = "saebench"
 
 
+def require_autoencoder(run: Specification) -> None:
+    """A UserError unless the coder writes what it reads."""
+    if run.read_points:
+        raise UserError(f"--format: SAEBench's core result is of SAEs; a coder at '{run.hook_point}' has none")
+
+
 def write_saebench(run: Specification, url: str, record: EvaluationRecord, sae: str | None = None) -> str:
     """The address of the file. url, record: of the evaluation. sae: as `evaluate_given` takes it; the specification's own coder
     where it is None."""
+    require_autoencoder(run)
     with ExitStack() as stack:
         if sae is None:
             config = read_config(stack.enter_context(storage.local_copies(url, (CONFIG_NAME,))))
@@ -36,8 +43,8 @@ def write_saebench(run: Specification, url: str, record: EvaluationRecord, sae: 
         else:
             given = stack.enter_context(opened(run.config.tracking, run.config.storage.root, sae))
             config, needs_norm = given.config, given.config.get("normalize_activations") == "expected_average_only_in"
-            model = kept_model(run.source, run.device)
-            coder = given.load(run.device, reference_of(run, model, prepare_tokens(run)).mean_norm if needs_norm else None)
+            model, manifest = kept_model(run.source, run.device), prepare_tokens(run)
+            coder = given.load(run.device, reference_of(run, model, manifest, run.point).mean_norm if needs_norm else None)
         inner = coder.coder if isinstance(coder, NormalizedSAE) else coder
         if inner.reads != inner.writes:
             raise UserError("--format: SAEBench's core result is of SAEs; this coder does not write what it reads")
@@ -47,7 +54,7 @@ def write_saebench(run: Specification, url: str, record: EvaluationRecord, sae: 
             record,
             table["density"].to_numpy(),
             table["mean_activation"].to_numpy(),
-            _sums(run, coder, record.tokens),
+            _sums(run, coder),
             _weights(inner),
             _about(run, config),
         )
@@ -56,7 +63,7 @@ def write_saebench(run: Specification, url: str, record: EvaluationRecord, sae: 
     return address
 
 
-def _sums(run: Specification, coder: AnySAE, tokens: int) -> saebench.CoreSums:
+def _sums(run: Specification, coder: AnySAE) -> saebench.CoreSums:
     manifest, device = prepare_tokens(run), run.device
     with LOADING:
         model = kept_model(run.source, device)

@@ -119,6 +119,8 @@ def evaluate(
             raise UserError(f"--format: '{format_}' cannot be written; accepted is saebench")
 
         work = checked(config, overrides)
+        if format_ is not None:
+            steps.require_autoencoder(work)
         if sae is not None:
             url, record = steps.evaluate_given(work, sae, another_model)
         elif _alone(work):

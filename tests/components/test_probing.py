@@ -275,3 +275,23 @@ def test_a_table_has_a_line_for_each_probe():
     assert [(line.task, line.kind) for line in table] == [("my/task", kind) for kind in ("sae", "random_directions", "dense")]
     assert sizes(table) == [1, 16]
     assert [line.cell(1) for line in table] == ["0.010 (0.005 to 0.020)", "0.010", "0.900"]
+
+
+@pytest.mark.parametrize("place", ["transcoder", "crosscoder"])
+def test_a_coder_that_writes_elsewhere_is_probed_by_what_it_reads(tiny_tree: dict, labelled: Path, place: str):
+    tree = with_probes(tiny_tree, labelled)
+    points = ["mlp_in.1", "mlp_out.1"] if place == "transcoder" else ["resid_post.0", "resid_post.1"]
+    where = {"hook_point": points[0], "target": points[1]} if place == "transcoder" else {"crosscoder": points}
+    tree["activations"]["hook_points"] = points
+    tree["training"] |= where
+    tree["evaluation"] |= {"absorption": {"tokens": 500}, "meta_structure": {"steps": 5}}
+    run = resolve(parse_config(tree))
+    steps.extract(run)
+    steps.train(run)
+    found = steps.evaluate(run).optional
+    assert found["probing"]["topics/dense"] > 0.9
+    assert {"topics/sae_2", "topics/sae_2_low"} <= set(found["probing"])
+    assert "explained_variance" in found["meta_structure"]
+    assert "absorption" not in found  # its features do not add up to what they are read from
+    with pytest.raises(UserError, match="--format: SAEBench's core result is of SAEs"):
+        steps.require_autoencoder(run)
