@@ -12,7 +12,7 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import PurePosixPath
@@ -92,10 +92,14 @@ def damage_explained(file: ListedFile, where: str) -> Iterator[None]:
         raise UserError(f"{where}: '{file.path}' {what} ({reason})") from error
 
 
-def read_rows(file: ListedFile, kind: str, source: SourceSettings, where: str) -> Rows | None:
-    """The rows of a table that `kind_of` named; None for a `.json` that is none, and so a text."""
+def read_rows(
+    file: ListedFile, kind: str, source: SourceSettings, where: str, also: Mapping[str, str] | None = None
+) -> Rows | None:
+    """The rows of a table that `kind_of` named; None for a `.json` that is none, and so a text. also: further columns that a
+    Parquet file must have, by the settings under `where` that name them."""
     if kind == "parquet":
-        return _read_parquet(file, source, where)
+        setting = "text_column" if source.messages_column is None else "messages_column"
+        return _read_parquet(file, {setting: _wanted(source), **(also or {})}, where)
     return _read_lines(file, source, where) if kind == "lines" or _holds_lines(file, source) else _read_json(file, source)
 
 
@@ -174,18 +178,17 @@ def _names(line: str) -> list[str]:
     return names[-1]  # the outermost object ends last
 
 
-def _read_parquet(file: ListedFile, source: SourceSettings, where: str) -> Rows:
-    setting = "text_column" if source.messages_column is None else "messages_column"
-    column = _wanted(source)
+def _read_parquet(file: ListedFile, columns: Mapping[str, str], where: str) -> Rows:
     # Buffered and not read ahead: pages come one by one, where a whole column chunk would be held otherwise.
     filesystem, path = resolve(file.url)
     with pq.ParquetFile(path, filesystem=filesystem, buffer_size=_BUFFER_BYTES, pre_buffer=False) as table:
         names = table.schema_arrow.names
-        if names.count(column) != 1:
-            found = "is no column" if column not in names else "is the name of several columns"
-            raise UserError(f"{where}.{setting}: '{column}' {found} of '{file.path}', which has {', '.join(names)}")
+        for setting, column in columns.items():
+            if names.count(column) != 1:
+                found = "is no column" if column not in names else "is the name of several columns"
+                raise UserError(f"{where}.{setting}: '{column}' {found} of '{file.path}', which has {', '.join(names)}")
         number = 0
-        for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[column]):
+        for batch in table.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(dict.fromkeys(columns.values()))):
             for row in batch.to_pylist():
                 yield f"{file.name}:{number}", row
                 number += 1

@@ -76,6 +76,38 @@ class MixtureSourceSettings(SourceSettings):
     """Name of the source in the manifest and in `documents.parquet`; its kind, numbered where needed, if empty."""
 
 
+class LabelledSettings(Settings):
+    """Text with labels, for probes (`evaluation.probing`)."""
+
+    source: Literal["standard_library", "code_or_prose", "files"] = "standard_library"
+    """Which package of the running interpreter's standard library a passage comes from, whether one is code or docstring, or
+    the rows of files."""
+
+    name: str = Field(default="", pattern=r"^[a-zA-Z0-9_.-]*$", max_length=64)
+    """Name of the task among the results; the source's where it is empty."""
+
+    paths: tuple[str, ...] = ()
+    """Parquet or JSONL files, folders or glob patterns, local or `s3://` (`files` only); a row is a document."""
+
+    text_column: str = "text"
+    """Column or key that holds the text (`files` only)."""
+
+    label_column: str = "label"
+    """Column or key that holds the label: strings, whole numbers, true or false (`files` only)."""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.source
+
+    @model_validator(mode="after")
+    def _paths_belong_to_files(self) -> LabelledSettings:
+        if self.source == "files" and not self.paths:
+            raise ValueError("evaluation.probing.tasks: paths is empty; with source 'files' name at least one file or pattern")
+        if self.source != "files" and self.paths:
+            raise ValueError(f"evaluation.probing.tasks: paths has no effect with source '{self.source}'; use source 'files'")
+        return self
+
+
 class NearDuplicateSettings(Settings):
     threshold: float = Field(default=0.8, gt=0.0, le=1.0)
     """Jaccard similarity of two documents' sets of shingles, estimated by MinHash, from which on the later is dropped."""

@@ -62,13 +62,10 @@ def random_directions(reference: Reference, features: int, count: int) -> Varian
     One scale for all, the one that fits training activations best, keeps overlapping directions from overshooting.
     Drawn on the CPU, so that every device has the same ones.
     """
-    # The type is given since another thread that loads a model changes the default one meanwhile.
-    seeded = torch.Generator().manual_seed(RANDOM_SEED)
-    drawn = torch.randn(features, reference.d_in, generator=seeded, dtype=torch.float32)
-    rows = (drawn / drawn.norm(dim=1, keepdim=True)).to(reference.mean)
+    rows = unit_rows(features, reference.d_in).to(reference.mean)
 
     def code(centred: Tensor) -> Tensor:
-        return _largest(torch.relu(centred @ rows.to(centred).T), count)
+        return largest_of(torch.relu(centred @ rows.to(centred).T), count)
 
     sample = reference.sample - reference.mean
     rebuilt = (code(sample) @ rows).double()  # a float32 sum would depend on the number of threads, in the seventh digit
@@ -88,7 +85,7 @@ def neurons(reference: Reference, output: nn.Module | None, count: int) -> Varia
 
     def coordinates(rows: Rows) -> Reconstruction:
         mean = reference.mean.to(rows.x)
-        chosen = _largest(rows.x - mean, count)
+        chosen = largest_of(rows.x - mean, count)
         return Reconstruction(mean + chosen, (chosen != 0).sum(dim=1))
 
     if output is None:
@@ -100,13 +97,21 @@ def neurons(reference: Reference, output: nn.Module | None, count: int) -> Varia
 
     def reconstruct(rows: Rows) -> Reconstruction:
         assert rows.neurons is not None
-        chosen = _largest(rows.neurons, count, lengths.to(rows.neurons))
+        chosen = largest_of(rows.neurons, count, lengths.to(rows.neurons))
         return Reconstruction(output(chosen).to(rows.x), (chosen != 0).sum(dim=1))
 
     return reconstruct
 
 
-def _largest(values: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+def unit_rows(count: int, width: int) -> Tensor:
+    """Random directions, float32 `[count, width]`, always the same ones."""
+    # The type is given since another thread that loads a model changes the default one meanwhile.
+    seeded = torch.Generator().manual_seed(RANDOM_SEED)
+    drawn = torch.randn(count, width, generator=seeded, dtype=torch.float32)
+    return drawn / drawn.norm(dim=1, keepdim=True)
+
+
+def largest_of(values: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
     """`[n, m]` with all but the `count` entries of largest magnitude (times weight `[m]`) of each row set to zero."""
     magnitudes = values.abs() if weights is None else values.abs() * weights
     places = magnitudes.topk(min(count, values.shape[1]), dim=1).indices

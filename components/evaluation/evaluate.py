@@ -79,6 +79,7 @@ def write_evaluation(
         metrics=evaluation.metrics,
         breakdown=evaluation.breakdown,
         baselines=evaluation.baselines,
+        optional=evaluation.optional,
         about=about,
         device=str(device),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import Field
+
 from components import storage
 from components.records import read_record
 from components.settings import Record
@@ -31,11 +33,13 @@ class EvaluationRecord(Record):
     identity: dict[str, Any]
     metrics: Metrics
     breakdown: dict[str, list[Row]]
-    """`position` and `token_class`: a row per group with its tokens and metrics."""
+    """`position` and `token_class`: a row per group with its tokens and metrics. `probing`, where asked for: per label."""
     baselines: list[Row]
     """A row per reconstruction, the coder's first, all on the same tokens."""
     about: About
     device: str
+    optional: dict[str, Metrics] = Field(default_factory=dict)
+    """What was asked for besides, by kind (`probing`): names to numbers, with `_low` and `_high`."""
 
     @property
     def tokens(self) -> int:

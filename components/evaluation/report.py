@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from components.evaluation import charts
 from components.evaluation.charts import Dot
+from components.evaluation.probing_table import lines, sizes
 from components.evaluation.record import EvaluationRecord
 
 _TILES = (
@@ -36,6 +37,7 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
     source = resources.files("components.evaluation").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     metrics, breakdown = record.metrics, record.breakdown
+    probes = lines(record.optional.get("probing", {}))
     return environment.from_string(source).render(
         about=record.about,
         metrics=metrics,
@@ -49,6 +51,9 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
         positions=_groups(breakdown["position"], _range),
         classes=_groups(breakdown["token_class"], lambda row: str(row["token_class"])),
         baselines=[{**row, "label": _NAMES[str(row["name"])]} for row in record.baselines],
+        probes=probes,
+        probe_sizes=sizes(probes),
+        probed=breakdown.get("probing", []),
         pareto=_pareto(metrics, earlier),
         earlier=len(earlier),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ class Evaluation:
     baselines: list[Row]
     features: pa.Table
     """A row per feature."""
+    optional: dict[str, Metrics] = field(default_factory=dict)
 
 
 def active_features(settings: EvaluationSettings, measured: Measured) -> float:

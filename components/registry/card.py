@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Protocol
 
+from components.evaluation.probing_table import lines, sizes
 from components.registry.gates import markdown_table
 from components.registry.model_files import FILES_TAG
 from components.registry.records import Imported, Lineage
@@ -51,9 +53,16 @@ def _what(configuration: dict[str, Any]) -> tuple[str, str]:
 
 
 def model_card(
-    name: str, version: str, metrics: dict[str, Any], lineage: Lineage, tags: dict[str, str], decision: _Decided
+    name: str,
+    version: str,
+    metrics: dict[str, Any],
+    lineage: Lineage,
+    tags: dict[str, str],
+    decision: _Decided,
+    optional: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """tags: of the version. metrics: by name, with `_low` and `_high` beside those that have a confidence interval."""
+    """tags: of the version. metrics: by name, with `_low` and `_high` beside those that have a confidence interval. optional:
+    what was measured besides, by kind."""
     configuration = lineage.configuration
     corpus, model, training = configuration["corpus"], configuration["language_model"], configuration["training"]
     what, hook_point = _what(configuration)
@@ -98,7 +107,7 @@ On {measured} of documents that were not trained on; intervals are what the eval
 
 {_metric_table(metrics)}
 
-{_stability(tags)}## Gates
+{_probes(optional or {})}{_stability(tags)}## Gates
 
 When it was registered: **{decision.alias}**. {decision.reason}.
 
@@ -141,6 +150,25 @@ def _reproduction(version: str, imported: Imported | None) -> str:
         "above."
     )
     return f"{commands}\n{promise}"
+
+
+def _probes(optional: Mapping[str, Mapping[str, Any]]) -> str:
+    """The section on probes; nothing where none were asked for."""
+    table = [line for line in lines(optional.get("probing", {})) if line.kind in ("sae", "random_directions", "dense")]
+    if not table:
+        return ""
+    every = sizes(table)
+    rows = [f"| {line.task} | {line.label} | {' | '.join(line.cell(k, line.kind == 'sae') for k in every)} |" for line in table]
+    head = f"| task | probe reads | {' | '.join(f'k = {k}' for k in every)} |\n|{'---|' * (2 + len(every))}"
+    body = "\n".join(rows)
+    return f"""## Probes
+
+Balanced accuracy, 0.5 by chance, on documents that the probe has not seen; the rest is in `evaluation.json`.
+
+{head}
+{body}
+
+"""
 
 
 def _stability(tags: dict[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Candidate:
     """Of the version, beside its own."""
     model_tags: dict[str, str]
     """Of the registered model, if this is its first version."""
+    optional: dict[str, dict[str, int | float | None]] = field(default_factory=dict)
+    """What the evaluation measured besides, by kind."""
 
 
 def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[ModelVersion, Decision]:
@@ -96,7 +98,7 @@ def register(run: TrackedRun, candidate: Candidate, gates: Gates) -> tuple[Model
         decision = promote(client, name, number, gates, verified=verified)
         if decision.alias != CHAMPION:
             client.set_registered_model_alias(name, CHALLENGER, number)
-        card = model_card(candidate.name, number, candidate.metrics, candidate.lineage, tagged, decision)
+        card = model_card(candidate.name, number, candidate.metrics, candidate.lineage, tagged, decision, candidate.optional)
         client.update_model_version(name, number, shortened(card))
         run.log_text(card, f"sae/{CARD_NAME}")
         client.set_model_version_tag(name, number, DONE_TAG, "true")

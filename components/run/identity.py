@@ -69,6 +69,8 @@ TRAINING = Fields(
 )  # fmt: skip
 EVALUATION = Fields(
     always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
+    later=("meta_structure", "absorption"),
+    resolved=("probing",),
     without_effect=("batch_sequences",),
 )
 INTERPRETATION = Fields(always=("tokens", "examples", "logits"))
@@ -142,15 +144,26 @@ def coder_on_text_identity(
     model: Mapping[str, Any],
     place: Mapping[str, Any],
     stored: ActivationSettings,
+    labelled: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Of an evaluation or an interpretation: what a coder does on held-out text in a language model. place: see `placed`."""
+    """Of an evaluation or an interpretation: what a coder does on held-out text in a language model. place: see `placed`.
+    labelled: what decides the text of each probing task."""
     kind, fields = (
         ("evaluation", EVALUATION) if isinstance(settings, EvaluationSettings) else ("interpretation", INTERPRETATION)
     )
+    probed = probing(settings, labelled) if isinstance(settings, EvaluationSettings) else {}
     return identity(
-        kind, weights=weights_sha256, tokens=tokens, model=dict(model), settings=fields.of(settings), **place,
+        kind, weights=weights_sha256, tokens=tokens, model=dict(model), settings=fields.of(settings), **place, **probed,
         **excluded(stored),
     )  # fmt: skip
+
+
+def probing(settings: EvaluationSettings, labelled: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Probes, as a field of an identity, where there are any: by the contents of their text, and not by its paths."""
+    if settings.probing is None:
+        return {}
+    tasks = [{"name": task.title, **content} for task, content in zip(settings.probing.tasks, labelled, strict=True)]
+    return {"probing": {**settings.probing.model_dump(mode="json", exclude={"tasks"}), "tasks": tasks}}
 
 
 def evaluation_set_identity(
@@ -172,10 +185,17 @@ def evaluation_set_identity(
 
 
 def run_identity(
-    name: str, coder: str, tokens: str, settings: EvaluationSettings, model: str, experiment: str
+    name: str,
+    coder: str,
+    tokens: str,
+    settings: EvaluationSettings,
+    model: str,
+    experiment: str,
+    labelled: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """All that a run's results depend on; where it is stored is left out. model: the registered one."""
+    """All that a run's results depend on; where it is stored is left out. model: the registered one. labelled: see
+    `coder_on_text_identity`."""
     return identity(
         "run", name=name, coder=coder, tokens=tokens, metrics=VERSIONS["evaluation"], evaluation=EVALUATION.of(settings),
-        registered_model=model, experiment=experiment,
+        registered_model=model, experiment=experiment, **probing(settings, labelled),
     )  # fmt: skip

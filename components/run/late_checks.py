@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from components import storage
+from components.corpus.labelled import list_labelled, read_labelled
+from components.evaluation.passages import chosen_texts
 from components.registry.gates import load_gates
 from components.run.config import ExecutionSettings, RunConfig
 from components.settings import UserError
@@ -29,6 +31,16 @@ def check_later_steps(config: RunConfig, d_sae: int, registered_model: str, eval
         require_registered_name(config, registered_model)
         if storage.is_local(config.storage.root):  # else MLflow may be named later, with `sae register`
             tracking_uri(config.tracking, config.storage.root)
+        require_labelled_text(config)
+
+
+def require_labelled_text(config: RunConfig) -> None:
+    """That the files of probing tasks have their columns, and labels with enough documents."""
+    settings = config.evaluation.probing
+    for number, task in enumerate(() if settings is None else settings.tasks):
+        if settings is not None and task.source == "files":
+            (listed,) = list_labelled([task])
+            chosen_texts(read_labelled(task, number, listed), settings, f"evaluation.probing.tasks.{number}")
 
 
 def require_something_to_predict(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from components import storage
 from components.activations.dataset.job import Extraction
 from components.activations.dataset.manifest import Manifest, read_manifest
 from components.corpus import sources as corpus_sources
+from components.corpus.labelled import list_labelled
 from components.corpus.manifest import TokenManifest, read_token_manifest
 from components.corpus.sources import ListedSource, corpus_content, list_corpus
 from components.evaluation.record import EvaluationRecord, read_evaluation
@@ -50,6 +51,8 @@ class Specification(Record):
     model: ModelRecord
     sources: tuple[ListedSource, ...]
     """Of the corpus, in the order of its settings."""
+    labelled: tuple[ListedSource, ...] = ()
+    """Of the labelled text of `evaluation.probing`, in the order of its tasks."""
     reads: tuple[str, ...]
     """Hook points that the coder reads."""
     writes: tuple[str, ...]
@@ -234,8 +237,9 @@ class Specification(Record):
 
     def _on_text_identity(self, settings: EvaluationSettings | InterpretationSettings, weights_sha256: str) -> dict[str, Any]:
         return identity.coder_on_text_identity(
-            settings, weights_sha256, self.token_digest, self.model.identity, self._placed, self.config.activations
-        )
+            settings, weights_sha256, self.token_digest, self.model.identity, self._placed, self.config.activations,
+            self._labelled_content,
+        )  # fmt: skip
 
     def interpretation_record(self) -> InterpretationRecord | None:
         """Of the trained coder's feature data, None where there is none."""
@@ -279,9 +283,13 @@ class Specification(Record):
         return identity.digest(
             identity.run_identity(
                 config.name, self.sae_digest, self.token_digest, config.evaluation, self.registered_model,
-                config.tracking.experiment,
+                config.tracking.experiment, self._labelled_content,
             )
         )  # fmt: skip
+
+    @property
+    def _labelled_content(self) -> list[dict[str, Any]]:
+        return [source.content for source in self.labelled]
 
     @property
     def base_digest(self) -> str:
@@ -325,6 +333,7 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     tokens = identity.token_identity(config.corpus, content, model.tokenizer, config.seed, date)
     token_digest = identity.digest(tokens)
     names = [column.name for column in model.columns]
+    probing = config.evaluation.probing
     stored = identity.activation_identity(config.activations, token_digest, model.identity, names, config.seed)
     resolved = Specification(
         config=config,
@@ -332,6 +341,7 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
         code=git_tags(),
         model=model,
         sources=sources,
+        labelled=() if probing is None else list_labelled(probing.tasks),
         reads=reads,
         writes=writes,
         token_identity=tokens,

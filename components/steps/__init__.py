@@ -16,6 +16,7 @@ from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
+from components.steps.saebench import require_autoencoder, write_saebench
 from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, train, training_tokens
 
@@ -40,6 +41,7 @@ __all__ = [
     "measure_span",
     "prepare_tokens",
     "register",
+    "require_autoencoder",
     "require_evaluated",
     "run_address",
     "search_features", "show_feature", "steer",
@@ -47,4 +49,5 @@ __all__ = [
     "tracked",
     "train",
     "training_tokens",
+    "write_saebench",
 ]  # fmt: skip

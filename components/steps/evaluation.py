@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from components import storage
 from components.activations.dataset.forward import resolve_exclusion
@@ -21,12 +20,14 @@ from components.evaluation.record import About, EvaluationRecord
 from components.evaluation.span_totals import Measured, SpanSums
 from components.interop.coders import AnySAE
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, load_saelens
-from components.language_model.hook_points import HookPoint, parse_hook_point
+from components.language_model.hook_points import parse_hook_point
 from components.language_model.loading import LOADING, kept_model, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
+from components.steps.optional import with_optional
+from components.steps.reference import reference_of
 from components.training.job import TrainingRecord
 
 
@@ -90,9 +91,10 @@ def measure_baselines(
 
 def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> EvaluationRecord:
     """The merged sums of both passes -> the evaluation record beside the SAE."""
-    record, _ = require_trained(run)
+    record, token_manifest = require_trained(run)
     sae = own_sae(run.sae_url, run.device)
     found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
+    found = with_optional(run, found, sae, token_manifest)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
     digest, device = identity.digest(named), torch.device(measured.device)
     written = evaluation.write_evaluation(run.sae_url, digest, named, found, device, about)
@@ -149,26 +151,10 @@ def measured_alone(
         )
     about = _about(run, sae, url, architecture, name)
     whole = together(found) if len(found) > 1 else found[run.writes[0]]
+    whole = with_optional(run, whole, sae, token_manifest)
     written = evaluation.write_evaluation(url, digest, named, whole, device, about)
     KeptSpans(kept_url).forget()
     return written
-
-
-def exclusion_of(run: Specification, model: nn.Module, token_manifest: TokenManifest) -> Exclusion:
-    """Tokens that do not count, of this configuration."""
-    return resolve_exclusion(
-        run.config.activations.exclude, run.source, model, [run.point, *run.read_points], run.token_url, token_manifest,
-        run.device,
-    )  # fmt: skip
-
-
-def reference_of(run: Specification, model: nn.Module, token_manifest: TokenManifest, point: HookPoint) -> evaluation.Reference:
-    """What this configuration's evaluations take from training text at a hook point."""
-    settings, text = run.config.evaluation, evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
-    excluded = exclusion_of(run, model, token_manifest)
-    return evaluation.reference_statistics(
-        model, point, text, settings.reference_tokens, settings.batch_sequences, run.device, excluded
-    )
 
 
 def _about(run: Specification, sae: AnySAE, url: str, architecture: str, name: str | None = None) -> About:

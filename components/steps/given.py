@@ -27,7 +27,8 @@ from components.registry.records import Imported, Lineage, Outcome
 from components.run import identity
 from components.run.specification import Specification
 from components.settings import UserError
-from components.steps.evaluation import measured_alone, reference_of
+from components.steps.evaluation import measured_alone
+from components.steps.reference import reference_of
 from components.steps.registration import model_tags
 from components.steps.stability import stability_tags
 from components.steps.tokens import prepare_tokens
@@ -90,6 +91,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
             run_digest=present.digest,
             weights_sha256=weights_sha256,
             metrics=present.metrics,
+            optional=present.optional,
             evaluation_set=run.evaluation_set(present.tokens),
             lineage=lineage,
             tags={
@@ -213,6 +215,8 @@ def _tracked(run: Specification, url: str, record: EvaluationRecord, sae: str) -
     )
     with opening as open_run:
         open_run.log_evaluation(record.metrics)
+        for kind, values in record.optional.items():
+            open_run.log_evaluation(values, group=kind)
         with storage.local_copies(url, evaluation.FILES) as folder:
             open_run.log_artifact_folder(folder, "evaluation")
         yield open_run

@@ -20,7 +20,8 @@ from components.run import identity
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
-from components.steps.evaluation import exclusion_of, own_sae
+from components.steps.evaluation import own_sae
+from components.steps.reference import exclusion_of
 
 
 def interpret(run: Specification) -> InterpretationRecord | None:

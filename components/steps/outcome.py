@@ -20,6 +20,8 @@ class Summary(Record):
     digests: dict[str, str]
     paths: dict[str, str]
     metrics: Metrics
+    optional: dict[str, Metrics]
+    """What the evaluation measured besides, see `EvaluationRecord`."""
     mlflow_uri: str
     outcome: Outcome
     seconds: dict[str, float]
@@ -93,6 +95,7 @@ def summary(run: Specification, outcome: Outcome, seconds: dict[str, float], reu
         digests={"tokens": run.token_digest, "activations": run.dataset_digest, "sae": run.sae_digest},
         paths={"tokens": run.token_url, "activations": run.dataset_url, "sae": run.sae_url, **browser},
         metrics=measured.metrics,
+        optional=measured.optional,
         mlflow_uri=redacted(tracking_uri(run.config.tracking, run.config.storage.root)),
         outcome=outcome,
         seconds={name: round(value, 2) for name, value in seconds.items()},

@@ -65,6 +65,8 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
     open_run.complete_points(trained.curves)
     open_run.log_dataset(manifest, run.dataset_url)
     open_run.log_evaluation(metrics)
+    for kind, values in measured.optional.items():
+        open_run.log_evaluation(values, group=kind)
     lineage = Lineage(
         mlflow_run=open_run.run_id,
         prefect_flow_run=open_run.tags.get(FLOW_RUN_TAG),
@@ -118,6 +120,7 @@ def register(run: Specification, open_run: Any) -> Outcome:
             run_digest=run.run_digest,
             weights_sha256=trained.weights_sha256,
             metrics=metrics,
+            optional=measured.optional,
             evaluation_set=run.evaluation_set(measured.tokens),
             lineage=lineage,
             tags={

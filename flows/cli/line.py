@@ -99,6 +99,9 @@ def evaluate(
     another_model: Annotated[
         bool, typer.Option("--another-model", help="Although that SAE names another language model than CONFIG.")
     ] = False,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="`saebench`: also as SAEBench's `core` result (JSON), beside the rest.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure an SAE on CONFIG's held-out documents, through its language model and at its hook point.
@@ -109,15 +112,23 @@ def evaluate(
     with command(as_json) as show:
         log_to_stderr()
         from components import steps
+        from components.settings import UserError
+
+        if format_ not in (None, "saebench"):
+            raise UserError(f"--format: '{format_}' cannot be written; accepted is saebench")
 
         work = checked(config, overrides)
+        if format_ is not None:
+            steps.require_autoencoder(work)
         if sae is not None:
             url, record = steps.evaluate_given(work, sae, another_model)
         elif _alone(work):
             url, record = work.sae_url, steps.evaluate(work)
         else:
             url, record = _evaluate_on_workers(work)
-        show({"url": url, "metrics": record.metrics, "baselines": record.baselines}, print_tree)
+        core = {} if format_ is None else {"saebench": steps.write_saebench(work, url, record, sae)}
+        found = {"url": url, **core, "metrics": record.metrics, "baselines": record.baselines}
+        show({**found, **({"optional": record.optional} if record.optional else {})}, print_tree)
 
 
 def register(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:

@@ -18,6 +18,17 @@ def print_summary(summary: dict[str, Any]) -> None:
     ):  # fmt: skip
         value = metrics[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
+    _add_probes(table, summary["optional"].get("probing", {}))
+    if (absorbed := summary["optional"].get("absorption")) and absorbed["fraction"] is not None:
+        table.add_section()
+        for name in ("fraction", "full"):
+            interval = f"({absorbed[f'{name}_low']:.4f} to {absorbed[f'{name}_high']:.4f})"
+            table.add_row(f"absorption, {name}", f"{absorbed[name]:.4f} {interval}")
+    if structure := summary["optional"].get("meta_structure"):
+        table.add_section()
+        for name in ("explained_variance", "random_explained_variance", "nearest_cosine", "random_nearest_cosine"):
+            if name in structure:
+                table.add_row(f"meta-structure, {name}", f"{structure[name]:.4f}")
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
     if "browser" in summary["paths"]:
@@ -27,6 +38,23 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("MLflow run", summary["mlflow_run"])
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
     terminal().print(table)
+
+
+def _add_probes(table: Any, probing: dict[str, Any]) -> None:
+    from components.evaluation.probing_table import lines, sizes
+
+    found = lines(probing)
+    if found:
+        table.add_section()
+    for line in found:
+        every = sizes(found)
+        if line.kind == "sae":
+            shown = "\n".join(f"k {k}: {line.cell(k)}" for k in every)
+        elif line.kind == "dense":
+            shown = line.cell(0)
+        else:
+            shown = ", ".join(line.cell(k, interval=False) for k in every)
+        table.add_row(f"{line.task}, {line.label}", shown)
 
 
 def print_plan(estimate: dict[str, Any]) -> None:

@@ -49,13 +49,15 @@ def s3(s3_server: Seaweed) -> str:
     return "s3://acts"
 
 
-# SAELens 6.54, sparsify, dictionary_learning and circuit-tracer with what their SAE classes import beyond our own environment.
+# SAELens 6.54, sparsify, dictionary_learning, circuit-tracer and SAEBench with what their classes import beyond our own
+# environment.
 PACKAGES = [
     "sae-lens==6.54.12", "transformer-lens==2.16.1", "einops==0.8.2", "jaxtyping==0.3.11", "wadler-lindig==0.1.8",
     "fancy-einsum==0.0.3", "beartype==0.14.1", "better-abc==0.0.3", "simple-parsing==0.1.8", "docstring-parser==0.18.0",
     "babe==0.0.7", "py2store==0.1.24", "dol==0.3.100", "config2py==0.1.76", "nltk==3.9.2", "plotly==6.5.0",
     "plotly-express==0.4.1", "narwhals==2.29.0", "typeguard==4.6.0", "wandb==0.31.0",
     "eai-sparsify==1.3.3", "natsort==8.4.0", "schedulefree==1.4.1", "dictionary-learning==0.1.0", "circuit-tracer==0.5.0",
+    "sae-bench==0.6.0",
 ]  # fmt: skip
 
 
