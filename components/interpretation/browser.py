@@ -65,6 +65,10 @@ class FeatureData:
         near = zip(measured["neighbours"][feature], measured["neighbour_cosines"][feature], strict=True) if listed else ()
         return {
             "examples": [self._example(one) for one in examples],
+            "histogram": {
+                "edges": [_short(edge) for edge in self._effects["histogram_edges"][feature]],
+                "counts": self._effects["histogram"][feature],
+            },
             "likely": likely,
             "unlikely": unlikely,
             "neighbours": [[other, _short(cosine)] for other, cosine in near],
@@ -91,6 +95,7 @@ class FeatureData:
         window = slice(first, found["place"] + _WINDOW + 1)
         return {
             "kind": found["kind"],
+            "quantile": found["quantile"],
             "activation": _short(found["activation"]),
             "document": found["document"],
             "position": found["position"],

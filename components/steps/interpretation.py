@@ -61,7 +61,7 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
         living=int((examples.firing > 0).sum()),
     )
     effects = effects_of(model, run.point, written_at(run, sae), settings.logits)
-    write_feature_data(interpretation_url(run.sae_url), record, examples, text, effects)
+    write_feature_data(interpretation_url(run.sae_url), record, examples, settings.quantiles, text, effects)
     return record
 
 

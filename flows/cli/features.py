@@ -137,7 +137,8 @@ def _print_feature(result: dict[str, Any]) -> None:
         console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
     for example in result["examples"]:
-        line = Text(f"{example['activation']:>8.3g} {example['kind']:<10} ", style="dim")
+        kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
+        line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")
         for token, activation in zip(example["tokens"], example["activations"], strict=True):
             line.append(_shown(token), style="bold black on yellow" if activation > 0 else "not dim")
         console.print(line)

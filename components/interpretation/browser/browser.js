@@ -102,6 +102,30 @@ function example(found, largest) {
   return line;
 }
 
+function histogram(edges, counts) {
+  const most = Math.max(...counts);
+  const bars = counts.map((count, place) => {
+    const bar = make("i", {title: `${number(edges[place])} to ${number(edges[place + 1])}: ${count.toLocaleString()} tokens`});
+    bar.style.height = count === 0 ? "0" : `max(1px, ${100 * count / most}%)`;
+    return bar;
+  });
+  return make("section", {}, make("h2", {}, "How strongly it fires"),
+    make("div", {className: "histogram", role: "img", ariaLabel: "histogram of activations"}, ...bars),
+    make("p", {className: "faint ends"}, make("span", {}, number(edges[0])), make("span", {}, "activation, four bins to each doubling"),
+      make("span", {}, number(edges[edges.length - 1]))));
+}
+
+function quantiles(examples, largest) {
+  const groups = new Map();
+  for (const one of examples) groups.set(one.quantile, [...(groups.get(one.quantile) || []), one]);
+  return [...groups.entries()].sort(([a], [b]) => b - a).map(([quantile, some], place, all) => {
+    const values = some.map((one) => one.activation);
+    const title = place === 0 ? "strongest" : place === all.length - 1 ? "weakest" : "next";
+    return make("details", {open: true}, make("summary", {}, `${title} group: ${number(Math.min(...values))} to ${number(Math.max(...values))}`),
+      ...some.map((one) => example(one, largest)));
+  });
+}
+
 async function feature(id) {
   const main = document.getElementById("main");
   const row = TABLE.features[id];
@@ -131,8 +155,10 @@ async function feature(id) {
       + `largest ${number(row.max)}, mean ${number(row.mean)}`),
     make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), " · ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? [" · nearest: ", ...near] : [])),
     make("div", {className: "columns"}, ...(found.likely.length ? [words("Makes likely", found.likely), words("Makes unlikely", found.unlikely)] : [])),
+    ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
     kind("Where it fires most", "strongest"),
-    kind("Drawn at random from all sequences in which it fires", "sample"));
+    make("h2", {}, "Drawn at random from all tokens on which it fires, by strength"),
+    ...quantiles(found.examples.filter((one) => one.kind === "sample"), row.max));
   main.focus({preventScroll: true});
   scrollTo(0, 0);
 }
