@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
@@ -12,27 +13,32 @@ import pyarrow.parquet as pq
 
 from components import storage
 from components.evaluation.record import About
+from components.evaluation.stability import COUNTS
+from components.interpretation.matches import MatchesRecord, matched_features
 from components.interpretation.record import interpretation_url
 
 FOLDER = "browser"
 _WINDOW = 24
 _FEATURES_PER_BLOCK = 64
 _SHOWN_WORDS = 6
-_STATIC = ("index.html", "browser.css", "browser.js")
+_STATIC = ("index.html", "browser.css", "browser.js", "map.js")
 _LINE_ENDS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 
 Decode = Callable[[int], str]
 
 
-def write_browser(sae_url: str, about: About, decode: Decode) -> str:
+def write_browser(sae_url: str, about: About, decode: Decode, matches: MatchesRecord | None = None) -> str:
     """Put the browser of a coder's feature data beside it; the address of its page. decode: the text of one token."""
-    target, data, rows = storage.join(sae_url, FOLDER), FeatureData(sae_url, decode), []
+    target, data, rows = storage.join(sae_url, FOLDER), FeatureData(sae_url, decode, matches), []
     for number, first in enumerate(range(0, data.d_sae, _FEATURES_PER_BLOCK)):
         block = [data.feature(feature) for feature in range(first, min(first + _FEATURES_PER_BLOCK, data.d_sae))]
         rows += [feature.pop("row") for feature in block]
         _put(storage.join(target, "blocks", f"{number:05d}.js"), f"block({number}, {_json(block)});")
     name = f"{about.name}: {about.architecture}, {about.d_sae:,} features of {about.language_model} at {about.hook_point}"
-    table = {"about": name, "block": _FEATURES_PER_BLOCK, "features": rows}
+    table = {"about": name, "block": _FEATURES_PER_BLOCK, "compared": None, "features": rows}
+    if matches is not None:
+        counts = {name: matches.counts[name] for name in COUNTS}
+        table["compared"] = {"with": f"version {matches.version} of {matches.registered_model}", "counts": counts}
     _put(storage.join(target, "table.js"), f"const TABLE = {_json(table)};")
     for file in _STATIC:
         source = resources.files("components.interpretation").joinpath("browser", file)
@@ -41,10 +47,11 @@ def write_browser(sae_url: str, about: About, decode: Decode) -> str:
 
 
 class FeatureData:
-    """What is known of each feature of the coder at `sae_url`, as plain JSON. Memory: the tables."""
+    """What is known of each feature of the coder at `sae_url`, as plain JSON. Memory: the tables. matches: that lie there."""
 
-    def __init__(self, sae_url: str, decode: Decode) -> None:
+    def __init__(self, sae_url: str, decode: Decode, matches: MatchesRecord | None = None) -> None:
         self._words, url = _Words(decode), interpretation_url(sae_url)
+        self._matches = {} if matches is None else matched_features(sae_url)
         with storage.local_copies(url, ("examples.parquet", "features.parquet")) as folder:
             self._examples = pq.read_table(folder / "examples.parquet").combine_chunks()
             self._effects: dict[str, list[Any]] = pq.read_table(folder / "features.parquet").to_pydict()
@@ -59,7 +66,7 @@ class FeatureData:
         start, stop = self._starts[feature : feature + 2]
         examples = self._examples.slice(start, stop - start).to_pylist()
         likely, unlikely = self._logits(feature)
-        measured, words = self._measured, self._words
+        measured, words, match = self._measured, self._words, self._matches.get(feature)
         peaks = dict.fromkeys(words(one["tokens"][one["place"]]) for one in examples if one["kind"] == "strongest")
         listed = "neighbours" in measured
         near = zip(measured["neighbours"][feature], measured["neighbour_cosines"][feature], strict=True) if listed else ()
@@ -72,8 +79,11 @@ class FeatureData:
             "likely": likely,
             "unlikely": unlikely,
             "neighbours": [[other, _short(cosine)] for other, cosine in near],
+            "match": match and {**match, "cosine": None if match["cosine"] is None else _short(match["cosine"])},
             "row": {
                 "feature": feature,
+                "status": match["status"] if match else "",
+                "place": self._place(feature),
                 "density": _short(measured["density"][feature]),
                 "max": _short(measured["max_activation"][feature]),
                 "mean": _short(measured["mean_activation"][feature]),
@@ -82,6 +92,11 @@ class FeatureData:
                 "logits": " ".join(word for word, _ in likely[:_SHOWN_WORDS]),
             },
         }
+
+    def _place(self, feature: int) -> list[float] | None:
+        if "map_x" not in self._effects or math.isnan(self._effects["map_x"][feature]):
+            return None
+        return [_short(self._effects[name][feature]) for name in ("map_x", "map_y")]
 
     def _logits(self, feature: int) -> tuple[list[list[Any]], list[list[Any]]]:
         if "logit_tokens" not in self._effects:

@@ -81,8 +81,9 @@ def write_feature_data(
     quantiles: int,
     text: HeldOut,
     effects: tuple[Tensor, Tensor] | None,
+    places: np.ndarray | None,
 ) -> None:
-    """Put both tables and then the record under `url`."""
+    """Put both tables and then the record under `url`. places: see `layout`."""
     sequences = _Sequences(text, record.requested)
     d_sae, drawn = examples.firing.numel(), examples.drawn
     starts = torch.searchsorted(drawn.features, torch.arange(d_sae + 1, device=drawn.features.device)).tolist()
@@ -101,6 +102,8 @@ def write_feature_data(
         "feature": np.arange(d_sae, dtype=np.int32), "sequences": examples.firing.cpu().numpy(),
         "fired": histogram.sum(axis=1), "histogram_edges": edges, "histogram": counts,
     }  # fmt: skip
+    if places is not None:
+        columns |= {"map_x": places[:, 0], "map_y": places[:, 1]}
     if effects is not None:
         ids, values = (part.cpu().numpy() for part in effects)
         columns |= {"logit_tokens": list(ids.astype(np.int32)), "logit_effects": list(values.astype(np.float32))}

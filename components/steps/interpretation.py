@@ -9,11 +9,12 @@ import pyarrow.parquet as pq
 from components import storage
 from components.evaluation.columns import OneColumn
 from components.evaluation.held_out import HeldOut
-from components.evaluation.record import About
 from components.interop.coders import AnySAE
 from components.interpretation import search, steering
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
 from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
+from components.interpretation.layout import layout
+from components.interpretation.matches import read_matches
 from components.interpretation.record import InterpretationRecord, interpretation_url
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run import identity
@@ -21,6 +22,7 @@ from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import exclusion_of, own_sae
+from components.steps.matches import match_with_champion
 
 
 def interpret(run: Specification) -> InterpretationRecord | None:
@@ -37,7 +39,8 @@ def interpret(run: Specification) -> InterpretationRecord | None:
     if present is None:
         storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
         present = _feature_data(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
-    _write_browser(run, measured.about)
+    matches = match_with_champion(run, record.weights_sha256)
+    write_browser(run.sae_url, measured.about, _decode(run), matches)
     return present
 
 
@@ -60,8 +63,9 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
         sequences=sequences,
         living=int((examples.firing > 0).sum()),
     )
-    effects = effects_of(model, run.point, written_at(run, sae), settings.logits)
-    write_feature_data(interpretation_url(run.sae_url), record, examples, settings.quantiles, text, effects)
+    effects, rows = effects_of(model, run.point, written_at(run, sae), settings.logits), getattr(sae, "W_dec", None)
+    places = None if rows is None else layout(rows.detach(), examples.firing > 0)
+    write_feature_data(interpretation_url(run.sae_url), record, examples, settings.quantiles, text, effects, places)
     return record
 
 
@@ -152,13 +156,11 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
 def _data(run: Specification) -> FeatureData:
     if run.interpretation_record() is None:
         raise UserError(f"sae: there is no feature data beside {run.sae_url} yet; run `sae features make`")
-    return FeatureData(run.sae_url, _decode(run))
+    record = run.training_record()
+    assert record is not None
+    return FeatureData(run.sae_url, _decode(run), read_matches(run.sae_url, record.weights_sha256))
 
 
 def _decode(run: Specification) -> Decode:
     tokenizer = load_tokenizer(run.source)
     return lambda token: str(tokenizer.decode([token]))
-
-
-def _write_browser(run: Specification, about: About) -> None:
-    write_browser(run.sae_url, about, _decode(run))

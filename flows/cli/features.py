@@ -136,6 +136,9 @@ def _print_feature(result: dict[str, Any]) -> None:
     for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
         console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
+    if match := result["match"]:
+        near = "" if match["nearest"] is None else f", nearest is its feature {match['nearest']} ({match['cosine']:.2f})"
+        console.print(f"compared with the champion of the time: {match['status']}{near}")
     for example in result["examples"]:
         kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
         line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")

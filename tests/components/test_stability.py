@@ -164,6 +164,7 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     tiny_tree["training"] |= {"tokens": 10_000, "learning_rate": 1e-2}
     first, earlier = registered(tiny_tree)
     later_run, later = registered(tiny_tree, seed=1, corpus={**tiny_tree["corpus"], "train_tokens": 5_000})
+    steps.interpret(later_run)
     client = connect(first.config.tracking, first.config.storage.root)
     assert isinstance(client, MlflowClient)
     name = first.registered_model
@@ -198,6 +199,16 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     compared = compare_versions(client, [f"{name}/1", f"{name}/2"], Gates())
     assert compared["stability"] == [None, found]
     assert earlier.alias == "champion"
+
+    # the same in the browser and in `sae features show`
+    page = (Path(later_run.sae_url) / "browser" / "table.js").read_text()
+    shown = json.loads(page.removeprefix("const TABLE = ").removesuffix(";"))
+    assert shown["compared"]["with"] == f"version 1 of {name}"
+    assert shown["compared"]["counts"] == {key: found[key] for key in ("persisted", "split", "new", "merged", "vanished")}
+    for row in shown["features"]:
+        assert row["status"] == expected.get(("version", row["feature"]), ("", None))[0]
+    match = steps.show_feature(later_run, kept_here := next(i for (side, i) in expected if side == "version"))["match"]
+    assert (match["status"], match["nearest"]) == expected["version", kept_here]
 
 
 def test_asked_again_a_champion_is_not_compared_with_itself(tiny_tree: dict):

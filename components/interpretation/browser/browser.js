@@ -1,7 +1,7 @@
 "use strict";
 // What is shown comes from table.js and blocks/*.js, which call the two functions below: a page from disk may load scripts, not files.
 const PAGE = 100;
-const state = {sort: "density", down: true, query: "", living: true, page: 0};
+const state = {sort: "density", down: true, query: "", living: true, status: "", page: 0};
 const waiting = new Map();
 const blocks = new Map();
 
@@ -38,11 +38,27 @@ const COLUMNS = [["feature", "feature"], ["density", "density"], ["max", "larges
 
 function chosen() {
   const query = state.query.trim().toLowerCase();
-  const rows = TABLE.features.filter((row) => (!state.living || row.density > 0)
+  const rows = TABLE.features.filter((row) => (!state.living || row.density > 0) && (!state.status || row.status === state.status)
     && (!query || String(row.feature) === query || (row.tokens + " " + row.logits).toLowerCase().includes(query)));
   const sign = state.down ? -1 : 1;
   const key = state.sort;
   return rows.sort((a, b) => sign * (typeof a[key] === "string" ? a[key].localeCompare(b[key]) : a[key] - b[key]) || a.feature - b.feature);
+}
+
+function statuses(fill) {
+  const options = ["", "persisted", "split", "new"].map((status) => make("option", {value: status, selected: status === state.status},
+    status ? `${status}: ${TABLE.compared.counts[status].toLocaleString()}` : `all, compared with ${TABLE.compared.with}`));
+  return make("select", {ariaLabel: "compared with the version before", onchange: (event) => {
+    state.status = event.target.value;
+    state.page = 0;
+    fill();
+  }}, ...options);
+}
+
+function matched(match) {
+  if (!match || !TABLE.compared) return [];
+  const near = match.nearest === null ? "" : `: nearest is its feature ${match.nearest} (${number(match.cosine)})`;
+  return [make("p", {}, `${match.status}, compared with ${TABLE.compared.with}${near}`)];
 }
 
 function list() {
@@ -85,7 +101,7 @@ function list() {
         oninput: (event) => { state.query = event.target.value; state.page = 0; fill(); }}),
       make("label", {}, make("input", {type: "checkbox", checked: state.living,
         onchange: (event) => { state.living = event.target.checked; fill(); }}), " only those that fire"),
-      count, pager),
+      ...(TABLE.compared ? [statuses(fill)] : []), count, pager),
     make("div", {className: "wide"}, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body)));
   fill();
 }
@@ -154,6 +170,7 @@ async function feature(id) {
     make("p", {className: "faint"}, `fires on ${number(100 * row.density)}% of tokens, in ${row.sequences.toLocaleString()} sequences; `
       + `largest ${number(row.max)}, mean ${number(row.mean)}`),
     make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), " · ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? [" · nearest: ", ...near] : [])),
+    ...matched(found.match),
     make("div", {className: "columns"}, ...(found.likely.length ? [words("Makes likely", found.likely), words("Makes unlikely", found.unlikely)] : [])),
     ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
     kind("Where it fires most", "strongest"),
@@ -165,15 +182,15 @@ async function feature(id) {
 
 function route() {
   const id = location.hash.slice(1);
-  document.title = id ? `Feature ${id}` : "Features";
-  if (/^\d+$/.test(id)) feature(Number(id)); else list();
+  document.title = /^\d+$/.test(id) ? `Feature ${id}` : "Features";
+  if (/^\d+$/.test(id)) feature(Number(id)); else if (id === "map") map(); else list();
 }
 
 document.getElementById("about").textContent = TABLE.about;
 addEventListener("hashchange", route);
 addEventListener("keydown", (event) => {
   const id = Number(location.hash.slice(1));
-  if (!location.hash.slice(1) || event.target.tagName === "INPUT") return;
+  if (!/^\d+$/.test(location.hash.slice(1)) || event.target.tagName === "INPUT") return;
   if (event.key === "ArrowLeft" && id > 0) location.hash = String(id - 1);
   if (event.key === "ArrowRight" && id + 1 < TABLE.features.length) location.hash = String(id + 1);
   if (event.key === "Escape") location.hash = "";

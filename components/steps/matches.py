@@ -1,0 +1,47 @@
+"""Coder -> which of its features the champion has, for the browser and for explanations that carry over."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+from components import storage
+from components.evaluation import stability
+from components.interpretation.matches import MatchesRecord, read_matches, write_matches
+from components.run.specification import Specification
+from components.settings import UserError
+
+logger = logging.getLogger(__name__)
+_DIGEST_TAG = "sae.digest"
+
+
+def match_with_champion(run: Specification, weights_sha256: str) -> MatchesRecord | None:
+    """Beside the feature data: the coder's features compared with those of today's champion. None where there is none, or none
+    that can be compared; where the coder is the champion itself, what was found before. It fails no run."""
+    from components.registry.download import champion_files
+
+    with tempfile.TemporaryDirectory(prefix="sae-champion-") as scratch:
+        try:
+            tracking, root = run.config.tracking, run.config.storage.root
+            champion = champion_files(tracking, root, run.registered_model, stability.FILES, Path(scratch))
+        except UserError as error:
+            logger.warning("interpret: features are not compared with the champion's: %s", error)
+            return None
+        if champion is None or champion.tags.get(_DIGEST_TAG) == run.sae_digest:
+            return read_matches(run.sae_url, weights_sha256)
+        earlier = stability.Dictionary.read(Path(scratch))
+    with storage.local_copies(run.sae_url, stability.FILES) as folder:
+        later = stability.Dictionary.read(folder)
+    if later.rows.shape[1] != earlier.rows.shape[1]:
+        return None
+    counts, table = stability.compare(later, earlier)
+    record = MatchesRecord(
+        weights_sha256=weights_sha256,
+        registered_model=run.registered_model,
+        version=str(champion.version),
+        sae_digest=champion.tags.get(_DIGEST_TAG),
+        counts=counts,
+    )
+    write_matches(run.sae_url, record, table)
+    return record
