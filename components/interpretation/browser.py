@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from components import storage
 from components.evaluation.record import About
 from components.evaluation.stability import COUNTS
+from components.interpretation.explanations.table import Explanation
 from components.interpretation.matches import MatchesRecord, matched_features
 from components.interpretation.record import interpretation_url
 
@@ -27,9 +28,9 @@ _LINE_ENDS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 Decode = Callable[[int], str]
 
 
-def write_browser(sae_url: str, about: About, decode: Decode, matches: MatchesRecord | None = None) -> str:
-    """Put the browser of a coder's feature data beside it; the address of its page. decode: the text of one token."""
-    target, data, rows = storage.join(sae_url, FOLDER), FeatureData(sae_url, decode, matches), []
+def write_browser(sae_url: str, about: About, data: FeatureData) -> str:
+    """Put the browser of a coder's feature data beside it; the address of its page."""
+    target, rows, matches = storage.join(sae_url, FOLDER), list[dict[str, Any]](), data.matches
     for number, first in enumerate(range(0, data.d_sae, _FEATURES_PER_BLOCK)):
         block = [data.feature(feature) for feature in range(first, min(first + _FEATURES_PER_BLOCK, data.d_sae))]
         rows += [feature.pop("row") for feature in block]
@@ -47,10 +48,20 @@ def write_browser(sae_url: str, about: About, decode: Decode, matches: MatchesRe
 
 
 class FeatureData:
-    """What is known of each feature of the coder at `sae_url`, as plain JSON. Memory: the tables. matches: that lie there."""
+    """What is known of each feature of the coder at `sae_url`, as plain JSON. Memory: the tables.
 
-    def __init__(self, sae_url: str, decode: Decode, matches: MatchesRecord | None = None) -> None:
-        self._words, url = _Words(decode), interpretation_url(sae_url)
+    decode: the text of one token. matches, explanations: what lies there of them.
+    """
+
+    def __init__(
+        self,
+        sae_url: str,
+        decode: Decode,
+        matches: MatchesRecord | None = None,
+        explanations: Mapping[int, Explanation] | None = None,
+    ) -> None:
+        self.matches, self.explanations = matches, explanations or {}
+        self._words, url = Words(decode), interpretation_url(sae_url)
         self._matches = {} if matches is None else matched_features(sae_url)
         with storage.local_copies(url, ("examples.parquet", "features.parquet")) as folder:
             self._examples = pq.read_table(folder / "examples.parquet").combine_chunks()
@@ -67,6 +78,7 @@ class FeatureData:
         examples = self._examples.slice(start, stop - start).to_pylist()
         likely, unlikely = self._logits(feature)
         measured, words, match = self._measured, self._words, self._matches.get(feature)
+        said = self.explanations.get(feature)
         peaks = dict.fromkeys(words(one["tokens"][one["place"]]) for one in examples if one["kind"] == "strongest")
         listed = "neighbours" in measured
         near = zip(measured["neighbours"][feature], measured["neighbour_cosines"][feature], strict=True) if listed else ()
@@ -79,9 +91,12 @@ class FeatureData:
             "likely": likely,
             "unlikely": unlikely,
             "neighbours": [[other, _short(cosine)] for other, cosine in near],
+            "explained": said and said.model_dump(exclude={"feature"}),
             "match": match and {**match, "cosine": None if match["cosine"] is None else _short(match["cosine"])},
             "row": {
                 "feature": feature,
+                "explanation": said.explanation if said else "",
+                "score": said and said.detection,
                 "status": match["status"] if match else "",
                 "place": self._place(feature),
                 "density": _short(measured["density"][feature]),
@@ -120,7 +135,7 @@ class FeatureData:
         }
 
 
-class _Words:
+class Words:
     """The text of tokens, each decoded once."""
 
     def __init__(self, decode: Decode) -> None:

@@ -102,7 +102,11 @@ class Drawn:
 class Examples:
     """Adds up sequence after sequence, in the order of their numbers."""
 
-    def __init__(self, count: int, drawn: int, d_sae: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self, count: int, drawn: int, d_sae: int, length: int, device: torch.device, features: Tensor | None = None
+    ) -> None:
+        """features `[d_sae]`: their numbers, where these are some of many; what is drawn of each is the same then."""
+        self._names = torch.arange(d_sae, device=device) if features is None else features
         self.strongest = Kept.nothing(count, d_sae, length, device)
         self.drawn = Drawn.nothing(drawn, d_sae, length, device)
         self.firing = torch.zeros(d_sae, dtype=torch.int64, device=device)
@@ -121,7 +125,7 @@ class Examples:
         rows, places, features = (activations > 0).nonzero(as_tuple=True)
         bins = bin_of(activations[rows, places, features])
         self.histogram.view(-1).index_add_(0, features * BINS + bins, torch.ones_like(features))
-        drawn = lots(documents[rows, places], positions[rows, places], features)
+        drawn = lots(documents[rows, places], positions[rows, places], self._names[features])
         kept = drawn > self.drawn.least[features]
         rows, places, features, drawn = rows[kept], places[kept], features[kept], drawn[kept]
         self.drawn.add(drawn, features, numbers[rows], places, by_feature[rows, features])

@@ -6,8 +6,6 @@ and, put last, `interpretation.json`.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,61 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from components import storage
-from components.activations.dataset.forward import counted_tokens
-from components.activations.exclusion import Exclusion
-from components.evaluation.held_out import HeldOut, right_padded
-from components.evaluation.measurements import Autoencoder
+from components.evaluation.held_out import HeldOut
+from components.interpretation.activations import ByNumber, Pass
 from components.interpretation.examples import Examples, bin_edges
 from components.interpretation.logits import logit_effects
 from components.interpretation.record import InterpretationRecord
 from components.interpretation.settings import InterpretationSettings
-from components.language_model.hook_points import HookPoint, capture
-from components.progress import progress
+from components.language_model.hook_points import HookPoint
 from components.records import put_record
 
-_ENTRIES_AT_ONCE = 1 << 25
 _FEATURES_PER_GROUP = 64
 
-logger = logging.getLogger(__name__)
 
-
-@torch.no_grad()
-def find_examples(
-    settings: InterpretationSettings,
-    sae: Autoencoder,
-    d_sae: int,
-    model: nn.Module,
-    points: Sequence[HookPoint],
-    text: HeldOut,
-    exclusion: Exclusion,
-    batch_sequences: int,
-    device: torch.device,
-) -> tuple[Examples, int, int]:
-    """Examples of every feature, tokens and sequences that were looked at. points: what the coder reads, side by side."""
-    length = text.manifest.context_length
-    examples = Examples(settings.examples, settings.drawn, d_sae, length, device)
-    at_once = max(1, min(batch_sequences, _ENTRIES_AT_ONCE // (length * d_sae)))
-    tokens, number = 0, 0
-    with progress(logger, "interpret", min(settings.tokens, text.tokens), "tokens") as advance:
-        for block in text.batches(settings.tokens, at_once):
-            block = right_padded(block)
-            counted = torch.tensor(counted_tokens(block, exclusion)).to(device)
-            captured = capture(model, points, {"input_ids": torch.tensor(block.tokens).to(device).long()})
-            columns = [captured[point].to(torch.promote_types(captured[point].dtype, torch.float32)) for point in points]
-            for point, column in zip(points, columns, strict=True):
-                limit = exclusion.norm_limits.get(str(point))
-                if limit is not None:
-                    counted = counted & (column.norm(dim=-1) <= limit)
-            x = torch.cat(columns, dim=-1)
-            found = torch.zeros(*counted.shape, d_sae, device=device)
-            features, _ = sae.reconstruct(x[counted])
-            found[counted] = features.dense().float()
-            numbers = torch.arange(number, number + len(block), device=device)
-            places = (torch.tensor(of).to(device).long() for of in (block.documents, block.positions))
-            examples.add(found, numbers, *places)
-            number, tokens = number + len(block), tokens + int(counted.sum())
-            advance(int((block.documents >= 0).sum()), "")
-    return examples, tokens, number
+def find_examples(settings: InterpretationSettings, held_out: Pass) -> tuple[Examples, int, int]:
+    """Examples of every feature, tokens and sequences that were looked at."""
+    length = held_out.text.manifest.context_length
+    examples = Examples(settings.examples, settings.drawn, held_out.d_sae, length, held_out.device)
+    tokens = sequences = 0
+    for batch in held_out.batches():
+        examples.add(batch.activations, batch.numbers, batch.documents, batch.positions)
+        sequences, tokens = sequences + len(batch.numbers), tokens + batch.counted
+    return examples, tokens, sequences
 
 
 def write_feature_data(
@@ -84,7 +48,7 @@ def write_feature_data(
     places: np.ndarray | None,
 ) -> None:
     """Put both tables and then the record under `url`. places: see `layout`."""
-    sequences = _Sequences(text, record.requested)
+    sequences = ByNumber(text, record.requested)
     d_sae, drawn = examples.firing.numel(), examples.drawn
     starts = torch.searchsorted(drawn.features, torch.arange(d_sae + 1, device=drawn.features.device)).tolist()
     with (
@@ -139,7 +103,7 @@ def _histograms(counted: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]
     return edges, counts
 
 
-def _rows(feature: int, examples: Examples, starts: list[int], quantiles: int, sequences: _Sequences) -> list[dict[str, Any]]:
+def _rows(feature: int, examples: Examples, starts: list[int], quantiles: int, sequences: ByNumber) -> list[dict[str, Any]]:
     kept, drawn = examples.strongest, examples.drawn
     found = []
 
@@ -165,19 +129,6 @@ def _rows(feature: int, examples: Examples, starts: list[int], quantiles: int, s
         quantile = quantiles - 1 - rank * quantiles // len(order)
         add("sample", rank, quantile, numbers[at], int(places[at]), along[at])
     return found
-
-
-class _Sequences:
-    """Held-out sequences by number, as the model saw them."""
-
-    def __init__(self, text: HeldOut, tokens: int) -> None:
-        self._blocks = [right_padded(block) for block in text.batches(tokens, 256)]
-        self._starts = np.cumsum([0, *map(len, self._blocks)])
-
-    def of(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        block, row = self._blocks[place], number - int(self._starts[place])
-        return block.tokens[row], block.documents[row], block.positions[row]
 
 
 def effects_of(model: nn.Module, point: HookPoint, sae: Any, count: int) -> tuple[Tensor, Tensor] | None:

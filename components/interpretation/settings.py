@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from components.interpretation.explanations.settings import ExplainerSettings
 from components.settings import Settings
 
 
@@ -22,3 +23,6 @@ class InterpretationSettings(Settings):
 
     logits: int = Field(default=10, ge=0, le=1_000)
     """Tokens that each feature makes most and least likely, so many of each."""
+
+    explainer: ExplainerSettings = ExplainerSettings()
+    """Who says in words what features stand for (`sae features explain`)."""

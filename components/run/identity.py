@@ -71,7 +71,7 @@ EVALUATION = Fields(
     always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),
     without_effect=("batch_sequences",),
 )
-INTERPRETATION = Fields(always=("tokens", "examples", "drawn", "quantiles", "logits"))
+INTERPRETATION = Fields(always=("tokens", "examples", "drawn", "quantiles", "logits"), without_effect=("explainer",))
 COMPARED = Fields(always=("tokens", "reference_tokens"))
 """What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
 

@@ -11,6 +11,7 @@ from components.steps.evaluation import (
     measure_baselines,
     measure_span,
 )
+from components.steps.explanation import explain, search_explanations
 from components.steps.extraction import extract
 from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_given",
     "evaluation_job",
     "evaluation_reference",
+    "explain",
     "export_given",
     "extract",
     "finish_evaluation",
@@ -42,7 +44,7 @@ __all__ = [
     "register",
     "require_evaluated",
     "run_address",
-    "search_features", "show_feature", "steer",
+    "search_explanations", "search_features", "show_feature", "steer",
     "summary",
     "tracked",
     "train",

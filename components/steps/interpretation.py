@@ -11,7 +11,9 @@ from components.evaluation.columns import OneColumn
 from components.evaluation.held_out import HeldOut
 from components.interop.coders import AnySAE
 from components.interpretation import search, steering
+from components.interpretation.activations import Pass
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
+from components.interpretation.explanations.table import read_explanations
 from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
 from components.interpretation.layout import layout
 from components.interpretation.matches import read_matches
@@ -22,7 +24,7 @@ from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import exclusion_of, own_sae
-from components.steps.matches import match_with_champion
+from components.steps.matches import carry_over, match_with_champion
 
 
 def interpret(run: Specification) -> InterpretationRecord | None:
@@ -40,8 +42,16 @@ def interpret(run: Specification) -> InterpretationRecord | None:
         storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
         present = _feature_data(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
     matches = match_with_champion(run, record.weights_sha256)
-    write_browser(run.sae_url, measured.about, _decode(run), matches)
+    carry_over(run, record.weights_sha256, matches)
+    refresh_browser(run)
     return present
+
+
+def refresh_browser(run: Specification) -> None:
+    """Write the browser with all that is known by now."""
+    measured = run.evaluation_record()
+    assert measured is not None
+    write_browser(run.sae_url, measured.about, _data(run))
 
 
 def browser_address(run: Specification) -> str:
@@ -49,11 +59,9 @@ def browser_address(run: Specification) -> str:
 
 
 def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
-    settings, device = run.config.interpretation, run.device
-    model, sae = kept_model(run.source, device), own_sae(run.sae_url, device)
-    excluded = exclusion_of(run, model, text.manifest)
-    size, points = run.config.evaluation.batch_sequences, run.read_points or (run.point,)
-    examples, tokens, sequences = find_examples(settings, sae, sae.d_sae, model, points, text, excluded, size, device)
+    settings, held_out = run.config.interpretation, held_out_pass(run, text)
+    model, sae = held_out.model, held_out.sae
+    examples, tokens, sequences = find_examples(settings, held_out)
     named = run.interpretation_identity(weights_sha256)
     record = InterpretationRecord(
         digest=identity.digest(named),
@@ -74,6 +82,23 @@ def written_at(run: Specification, sae: AnySAE) -> AnySAE | OneColumn:
     return OneColumn(sae, -1) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
 
 
+def held_out_pass(run: Specification, text: HeldOut) -> Pass:
+    """Of the trained coder over the tokens that its features are looked at on."""
+    device, model = run.device, kept_model(run.source, run.device)
+    sae = own_sae(run.sae_url, device)
+    return Pass(
+        sae=sae,
+        d_sae=sae.d_sae,
+        model=model,
+        points=run.read_points or (run.point,),
+        text=text,
+        tokens=run.config.interpretation.tokens,
+        exclusion=exclusion_of(run, model, text.manifest),
+        batch_sequences=run.config.evaluation.batch_sequences,
+        device=device,
+    )
+
+
 def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, Any]]:
     """A row per feature that fires, as the browser's table has it, largest `sort` first."""
     keys = {"density": "density", "max_activation": "max", "mean_activation": "mean", "feature": "feature"}
@@ -81,7 +106,11 @@ def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, 
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
     data = _data(run)
     rows = [data.feature(feature)["row"] for feature in range(data.d_sae)]
-    found = [row for row in rows if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']}".lower()]
+    found = [
+        row
+        for row in rows
+        if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']} {row['explanation']}".lower()
+    ]
     return sorted(found, key=lambda row: row[keys[sort]], reverse=sort != "feature")
 
 
@@ -99,7 +128,7 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     most. They need no feature data."""
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
-    encoder, decode = load_encoder(run.source), _decode(run)
+    encoder, decode = load_encoder(run.source), decode_of(run)
     ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.encode([*texts, *against])]
     for text, tokens in zip([*texts, *against], ids, strict=True):
         if not tokens:
@@ -135,7 +164,7 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
     with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
         largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
-    encoder, decode = load_encoder(run.source), _decode(run)
+    encoder, decode = load_encoder(run.source), decode_of(run)
     room = run.model.longest_text or run.config.corpus.context_length
     bos = [] if run.config.corpus.bos == "none" else [encoder.bos]
     ids = [*bos, *encoder.encode([prompt])[0]]
@@ -158,9 +187,11 @@ def _data(run: Specification) -> FeatureData:
         raise UserError(f"sae: there is no feature data beside {run.sae_url} yet; run `sae features make`")
     record = run.training_record()
     assert record is not None
-    return FeatureData(run.sae_url, _decode(run), read_matches(run.sae_url, record.weights_sha256))
+    matches = read_matches(run.sae_url, record.weights_sha256)
+    return FeatureData(run.sae_url, decode_of(run), matches, read_explanations(run.sae_url, record.weights_sha256))
 
 
-def _decode(run: Specification) -> Decode:
+def decode_of(run: Specification) -> Decode:
+    """The text of one token."""
     tokenizer = load_tokenizer(run.source)
     return lambda token: str(tokenizer.decode([token]))

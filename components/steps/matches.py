@@ -8,9 +8,11 @@ from pathlib import Path
 
 from components import storage
 from components.evaluation import stability
-from components.interpretation.matches import MatchesRecord, read_matches, write_matches
+from components.interpretation.explanations.table import carried, read_explanations, write_explanations
+from components.interpretation.matches import MatchesRecord, matched_features, read_matches, write_matches
 from components.run.specification import Specification
 from components.settings import UserError
+from components.training.job import read_training_record
 
 logger = logging.getLogger(__name__)
 _DIGEST_TAG = "sae.digest"
@@ -45,3 +47,19 @@ def match_with_champion(run: Specification, weights_sha256: str) -> MatchesRecor
     )
     write_matches(run.sae_url, record, table)
     return record
+
+
+def carry_over(run: Specification, weights_sha256: str, matches: MatchesRecord | None) -> None:
+    """What was said of the champion's features, to those of this coder that they persist in; where its folder is still under
+    the same root."""
+    if matches is None or matches.sae_digest is None:
+        return
+    folder = storage.join(run.config.storage.root, "saes")
+    for name in storage.list_folders(folder):
+        earlier_url = storage.join(folder, name)
+        record = read_training_record(earlier_url) if name.endswith(f"-{matches.sae_digest}") else None
+        earlier = {} if record is None else read_explanations(earlier_url, record.weights_sha256)
+        if earlier:
+            own = read_explanations(run.sae_url, weights_sha256)
+            found = carried(own, earlier, matched_features(run.sae_url), f"version {matches.version}")
+            write_explanations(run.sae_url, weights_sha256, found.values())

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flows.cli.line import checked
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree
 
 app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
 Sort = Annotated[str, typer.Option("--sort", help="density, max_activation, mean_activation or feature; largest first.")]
@@ -63,17 +63,53 @@ def show_(
 @app.command()
 def search(
     config: Config,
-    texts: Annotated[list[str], typer.Option("--text", help="A text that they should fire on. Repeatable.")],
+    texts: Annotated[list[str] | None, typer.Option("--text", help="A text that they should fire on. Repeatable.")] = None,
     against: Annotated[list[str] | None, typer.Option("--against", help="A text that they should not. Repeatable.")] = None,
+    explanation: Annotated[
+        str | None, typer.Option("--explanation", help="Words of what was said of them (`sae features explain`).")
+    ] = None,
     overrides: Overrides = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find features by what they fire on: `--text "raise ValueError(x)" --against "return x"`."""
+    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`) or by `--explanation`."""
     with command(as_json) as show:
         from components import steps
+        from components.settings import UserError
 
-        show({"features": steps.search_features(checked(config, overrides), texts, against or [], limit)}, _print_found)
+        if bool(texts) == (explanation is not None):
+            raise UserError("--text or --explanation: one of the two is needed")
+        run = checked(config, overrides)
+        if explanation is not None:
+            show({"features": steps.search_explanations(run, explanation, limit)}, _print_explained)
+        else:
+            show({"features": steps.search_features(run, texts or [], against or [], limit)}, _print_found)
+
+
+@app.command()
+def explain(
+    config: Config,
+    features: Annotated[
+        int, typer.Option("--features", help="How many should have an explanation, drawn at random of those that fire.", min=1)
+    ] = 50,
+    chosen: Annotated[list[int] | None, typer.Option("--feature", help="This one. Repeatable.", min=0)] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option("--max-cost", help="Dollars that it may cost; else interpretation.explainer.max_cost.", min=0),
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost, and ask nothing.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a language model say what features stand for, and score what it says (`interpretation.explainer`)."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        found = steps.explain(checked(config, overrides), features, chosen or [], max_cost, estimate)
+        show(found, print_tree)
+        if found["stopped"] is not None:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -113,6 +149,17 @@ def _print_found(result: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def _print_explained(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "detection", "fuzzing", "explanation")
+    for row in result["features"]:
+        scores = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("detection", "fuzzing"))
+        table.add_row(str(row["feature"]), *scores, Text(_shown(row["explanation"])))
+    Console().print(table)
+
+
 def _print_made(result: dict[str, Any]) -> None:
     print(result["browser"])
 
@@ -133,6 +180,16 @@ def _print_feature(result: dict[str, Any]) -> None:
 
     console, row = Console(), result["row"]
     console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
+    if said := result["explained"]:
+        scores = ", ".join(f"{name} {said[name]:.2f}" for name in ("detection", "fuzzing") if said[name] is not None)
+        origin = (
+            said["explainer"]
+            if said["carried_from"] is None
+            else f"of its feature {said['carried_feature']} in {said['carried_from']}"
+        )
+        console.print(
+            Text(f"explained as: {_shown(said['explanation'])} ({'; '.join(part for part in (scores, origin) if part)})")
+        )
     for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
         console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))

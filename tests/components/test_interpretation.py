@@ -195,7 +195,8 @@ def test_the_browser_is_whole_speaks_to_nobody_and_text_stays_text(plan: Specifi
     steps.interpret(plan)
     hostile = "</script><script>alert(1)</script>\u2028\u202e"
     about = About(name=hostile, language_model="m", hook_point="resid_post.1", architecture="relu", d_in=32, d_sae=plan.d_sae)
-    browser.write_browser(plan.sae_url, about, lambda token: f"{hostile}{token}")
+    data = browser.FeatureData(plan.sae_url, lambda token: f"{hostile}{token}")
+    browser.write_browser(plan.sae_url, about, data)
     folder = Path(plan.sae_url) / "browser"
     for path in folder.rglob("*.*"):
         content = path.read_text()

@@ -33,13 +33,15 @@ function make(tag, properties, ...children) {
 }
 
 const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/[\u202a-\u202e\u2066-\u2069\u200e\u200f]/g, "�");
-const number = (value) => value === null ? "-" : value === 0 ? "0" : Number(value.toPrecision(4)).toString();
+const number = (value) => value === null || value === undefined ? "-" : value === 0 ? "0" : Number(value.toPrecision(4)).toString();
 const COLUMNS = [["feature", "feature"], ["density", "density"], ["max", "largest"], ["mean", "mean"], ["tokens", "fires most on"], ["logits", "makes likely"]];
+const WORDS = ["tokens", "logits", "explanation"];
+if (TABLE.features.some((row) => row.explanation)) COLUMNS.splice(1, 0, ["score", "score"], ["explanation", "explanation"]);
 
 function chosen() {
   const query = state.query.trim().toLowerCase();
   const rows = TABLE.features.filter((row) => (!state.living || row.density > 0) && (!state.status || row.status === state.status)
-    && (!query || String(row.feature) === query || (row.tokens + " " + row.logits).toLowerCase().includes(query)));
+    && (!query || String(row.feature) === query || (row.tokens + " " + row.logits + " " + row.explanation).toLowerCase().includes(query)));
   const sign = state.down ? -1 : 1;
   const key = state.sort;
   return rows.sort((a, b) => sign * (typeof a[key] === "string" ? a[key].localeCompare(b[key]) : a[key] - b[key]) || a.feature - b.feature);
@@ -53,6 +55,15 @@ function statuses(fill) {
     state.page = 0;
     fill();
   }}, ...options);
+}
+
+function explained(said) {
+  if (!said) return [];
+  const scores = ["detection", "fuzzing"].filter((name) => said[name] !== null).map((name) => `${name} ${number(said[name])}`);
+  const origin = said.carried_from === null ? said.explainer
+    : `carried over: said of feature ${said.carried_feature} of ${said.carried_from} (cosine ${number(said.carried_cosine)}) by ${said.explainer}`;
+  return [make("p", {className: "explanation", dir: "auto"}, shown(said.explanation)),
+    make("p", {className: "faint"}, [...scores, shown(origin)].join(" · "), scores.length ? " (balanced accuracy, 0.5 is chance)" : "")];
 }
 
 function matched(match) {
@@ -73,9 +84,9 @@ function list() {
     const part = rows.slice(state.page * PAGE, (state.page + 1) * PAGE);
     body.replaceChildren(...part.map((row) => make("tr", {},
       make("td", {className: "number"}, make("a", {href: `#${row.feature}`}, String(row.feature))),
-      ...["density", "max", "mean"].map((name) => make("td", {className: "number"}, number(row[name]))),
-      make("td", {className: "words-cell"}, make("code", {}, shown(row.tokens))),
-      make("td", {className: "words-cell"}, make("code", {}, shown(row.logits))))));
+      ...COLUMNS.slice(1).map(([name]) => name === "explanation" ? make("td", {className: "words-cell said-of"}, shown(row.explanation))
+        : WORDS.includes(name) ? make("td", {className: "words-cell"}, make("code", {}, shown(row[name])))
+        : make("td", {className: "number"}, number(row[name]))))));
     count.textContent = `${rows.length.toLocaleString()} of ${TABLE.features.length.toLocaleString()} features`;
     const turn = (step) => () => { state.page += step; fill(); };
     pager.replaceChildren(
@@ -87,8 +98,8 @@ function list() {
     }
   }
   const heads = COLUMNS.map(([key, label]) => {
-    const head = make("th", {className: key === "tokens" || key === "logits" ? "" : "number"}, make("button", {onclick: () => {
-      state.down = state.sort === key ? !state.down : key !== "feature" && key !== "tokens" && key !== "logits";
+    const head = make("th", {className: WORDS.includes(key) ? "" : "number"}, make("button", {onclick: () => {
+      state.down = state.sort === key ? !state.down : key !== "feature" && !WORDS.includes(key);
       state.sort = key;
       fill();
     }}, label));
@@ -97,7 +108,7 @@ function list() {
   });
   main.replaceChildren(
     make("div", {className: "controls"},
-      make("input", {type: "search", placeholder: "a token, or a feature's number", ariaLabel: "search", value: state.query,
+      make("input", {type: "search", placeholder: "a token, a word, or a feature's number", ariaLabel: "search", value: state.query,
         oninput: (event) => { state.query = event.target.value; state.page = 0; fill(); }}),
       make("label", {}, make("input", {type: "checkbox", checked: state.living,
         onchange: (event) => { state.living = event.target.checked; fill(); }}), " only those that fire"),
@@ -170,7 +181,7 @@ async function feature(id) {
     make("p", {className: "faint"}, `fires on ${number(100 * row.density)}% of tokens, in ${row.sequences.toLocaleString()} sequences; `
       + `largest ${number(row.max)}, mean ${number(row.mean)}`),
     make("p", {}, make("a", {href: `#${id - 1}`}, "‹ previous"), " · ", make("a", {href: `#${id + 1}`}, "next ›"), ...(near.length ? [" · nearest: ", ...near] : [])),
-    ...matched(found.match),
+    ...explained(found.explained), ...matched(found.match),
     make("div", {className: "columns"}, ...(found.likely.length ? [words("Makes likely", found.likely), words("Makes unlikely", found.unlikely)] : [])),
     ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
     kind("Where it fires most", "strongest"),
