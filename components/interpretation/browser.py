@@ -72,8 +72,9 @@ class FeatureData:
         found = self._examples["feature"].to_numpy()
         self._starts = np.searchsorted(found, np.arange(self.d_sae + 1)).tolist()
 
-    def feature(self, feature: int) -> dict[str, Any]:
-        """Examples, tokens that it makes likely and unlikely, neighbours, and its `row` of the table."""
+    def feature(self, feature: int, window: int = _WINDOW) -> dict[str, Any]:
+        """Its `row` of the table, neighbours, what it makes likely and unlikely, and examples of at most `window` tokens to
+        each side."""
         start, stop = self._starts[feature : feature + 2]
         examples = self._examples.slice(start, stop - start).to_pylist()
         likely, unlikely = self._logits(feature)
@@ -83,7 +84,7 @@ class FeatureData:
         listed = "neighbours" in measured
         near = zip(measured["neighbours"][feature], measured["neighbour_cosines"][feature], strict=True) if listed else ()
         return {
-            "examples": [self._example(one) for one in examples],
+            "examples": [self._example(one, window) for one in examples],
             "histogram": {
                 "edges": [_short(edge) for edge in self._effects["histogram_edges"][feature]],
                 "counts": self._effects["histogram"][feature],
@@ -120,9 +121,9 @@ class FeatureData:
         pairs = [[self._words(token), _short(effect)] for token, effect in zip(ids, effects, strict=True)]
         return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
-    def _example(self, found: dict[str, Any]) -> dict[str, Any]:
-        first = max(0, found["place"] - _WINDOW)
-        window = slice(first, found["place"] + _WINDOW + 1)
+    def _example(self, found: dict[str, Any], width: int) -> dict[str, Any]:
+        first = max(0, found["place"] - width)
+        window = slice(first, found["place"] + width + 1)
         return {
             "kind": found["kind"],
             "quantile": found["quantile"],

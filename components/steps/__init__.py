@@ -13,6 +13,7 @@ from components.steps.evaluation import (
 )
 from components.steps.explanation import explain, search_explanations
 from components.steps.extraction import extract
+from components.steps.feature_export import export_features
 from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
@@ -28,6 +29,7 @@ __all__ = [
     "evaluation_job",
     "evaluation_reference",
     "explain",
+    "export_features",
     "export_given",
     "extract",
     "finish_evaluation",

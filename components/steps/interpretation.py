@@ -40,7 +40,7 @@ def interpret(run: Specification) -> InterpretationRecord | None:
         return present
     if present is None:
         storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
-        present = _feature_data(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
+        present = _feature_tables(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
     matches = match_with_champion(run, record.weights_sha256)
     carry_over(run, record.weights_sha256, matches)
     refresh_browser(run)
@@ -51,14 +51,14 @@ def refresh_browser(run: Specification) -> None:
     """Write the browser with all that is known by now."""
     measured = run.evaluation_record()
     assert measured is not None
-    write_browser(run.sae_url, measured.about, _data(run))
+    write_browser(run.sae_url, measured.about, feature_data(run))
 
 
 def browser_address(run: Specification) -> str:
     return storage.join(run.sae_url, FOLDER, "index.html")
 
 
-def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
+def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
     settings, held_out = run.config.interpretation, held_out_pass(run, text)
     model, sae = held_out.model, held_out.sae
     examples, tokens, sequences = find_examples(settings, held_out)
@@ -104,7 +104,7 @@ def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, 
     keys = {"density": "density", "max_activation": "max", "mean_activation": "mean", "feature": "feature"}
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
-    data = _data(run)
+    data = feature_data(run)
     rows = [data.feature(feature)["row"] for feature in range(data.d_sae)]
     found = [
         row
@@ -116,7 +116,7 @@ def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, 
 
 def show_feature(run: Specification, feature: int) -> dict[str, Any]:
     """Examples, logits and neighbours of one feature, as plain JSON."""
-    data = _data(run)
+    data = feature_data(run)
     if not 0 <= feature < data.d_sae:
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {data.d_sae - 1}")
     return data.feature(feature)
@@ -182,7 +182,8 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
     }
 
 
-def _data(run: Specification) -> FeatureData:
+def feature_data(run: Specification) -> FeatureData:
+    """What is known of the trained coder's features; a UserError where nothing is yet."""
     if run.interpretation_record() is None:
         raise UserError(f"sae: there is no feature data beside {run.sae_url} yet; run `sae features make`")
     record = run.training_record()

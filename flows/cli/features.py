@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -110,6 +111,25 @@ def explain(
         show(found, print_tree)
         if found["stopped"] is not None:
             raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="neuronpedia (upload batches), feature-json (as circuit-tracer reads it) or delphi.")
+    ],
+    source_set: Annotated[str | None, typer.Option("--source-set", help="Neuronpedia's name of the set.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the features in another project's format."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        show(steps.export_features(checked(config, overrides), format_, folder, source_set), print_tree)
 
 
 @app.command()

@@ -60,6 +60,11 @@ def test_features_are_made_listed_and_shown(config: str):
     assert str(feature) in sae("list", config)
     assert f"feature {feature}: fires on" in sae("show", config, str(feature))
     assert CliRunner().invoke(app, ["features", "show", config, "9999"]).exit_code == 2
+    folder = Path(config).parent / "exported"
+    written = json.loads(sae("export", config, str(folder), "--format", "feature-json", "--json"))
+    assert (folder / "features" / "index.json.gz").is_file()
+    assert written["features"] == 64
+    assert CliRunner().invoke(app, ["features", "export", config, str(folder), "--format", "delphi"]).exit_code == 2
     with serving(sensible) as server:
         explainer = {"endpoint": server.base, "model": "m", "input_price": "1", "output_price": "2", "scored": "4"}
         named = [part for name, value in explainer.items() for part in ("--set", f"interpretation.explainer.{name}={value}")]
