@@ -14,6 +14,7 @@ from components.steps.evaluation import (
 from components.steps.explanation import explain, search_explanations
 from components.steps.extraction import extract
 from components.steps.feature_export import export_features
+from components.steps.finding import attribute, search_direction
 from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
@@ -22,6 +23,7 @@ from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, train, training_tokens
 
 __all__ = [
+    "attribute",
     "browser_address",
     "comparison",
     "evaluate",
@@ -46,7 +48,7 @@ __all__ = [
     "register",
     "require_evaluated",
     "run_address",
-    "search_explanations", "search_features", "show_feature", "steer",
+    "search_direction", "search_explanations", "search_features", "show_feature", "steer",
     "summary",
     "tracked",
     "train",

@@ -69,22 +69,46 @@ def search(
     explanation: Annotated[
         str | None, typer.Option("--explanation", help="Words of what was said of them (`sae features explain`).")
     ] = None,
+    direction: Annotated[
+        Path | None, typer.Option("--direction", help="A .npy of a direction, such as a probe's weights; by cosine.")
+    ] = None,
     overrides: Overrides = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`) or by `--explanation`."""
+    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`), by `--explanation` or by
+    `--direction`."""
     with command(as_json) as show:
         from components import steps
         from components.settings import UserError
 
-        if bool(texts) == (explanation is not None):
-            raise UserError("--text or --explanation: one of the two is needed")
+        if [bool(texts), explanation is not None, direction is not None].count(True) != 1:
+            raise UserError("--text, --explanation or --direction: one of them is needed")
         run = checked(config, overrides)
         if explanation is not None:
             show({"features": steps.search_explanations(run, explanation, limit)}, _print_explained)
+        elif direction is not None:
+            show({"features": steps.search_direction(run, direction, limit)}, print_tree)
         else:
             show({"features": steps.search_features(run, texts or [], against or [], limit)}, _print_found)
+
+
+@app.command()
+def attribute(
+    config: Config,
+    prompt: Annotated[str, typer.Option("--prompt", help="What the model continues.")],
+    token: Annotated[str, typer.Option("--token", help="A next token.")],
+    other: Annotated[str | None, typer.Option("--other", help="Another; else the mean of all.")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Take each away and run on, too: slower, and exact.")] = False,
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find features that bring the model to one next token rather than another: gradient times activation, or ablation."""
+    with command(as_json) as show:
+        from components import steps
+
+        show(steps.attribute(checked(config, overrides), prompt, token, other, limit, ablate), _print_attributed)
 
 
 @app.command()
@@ -167,6 +191,20 @@ def _print_found(result: dict[str, Any]) -> None:
         numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["texts"]), str(row["against"]))
         table.add_row(*numbers, Text("  ".join(map(_shown, row["tokens"]))))
     Console().print(table)
+
+
+def _print_attributed(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "attribution", "ablation", "most on", title=Text(_shown(result["prompt"])))
+    for row in result["features"]:
+        ablation = "-" if row["ablation"] is None else f"{row['ablation']:.3g}"
+        table.add_row(str(row["feature"]), f"{row['attribution']:.3g}", ablation, Text(_shown(row["token"])))
+    console = Console()
+    console.print(table)
+    if result["spearman"] is not None:
+        console.print(f"Both orders of the {result['firing']} features that fire agree to {result['spearman']:.3f} (Spearman).")
 
 
 def _print_explained(result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from completions import sensible, serving
@@ -60,6 +61,10 @@ def test_features_are_made_listed_and_shown(config: str):
     assert str(feature) in sae("list", config)
     assert f"feature {feature}: fires on" in sae("show", config, str(feature))
     assert CliRunner().invoke(app, ["features", "show", config, "9999"]).exit_code == 2
+    attributed = sae("attribute", config, "--prompt", "the feature fires", "--token", "self", "--ablate")
+    assert "(Spearman)" in attributed
+    np.save(probe := Path(config).parent / "probe.npy", np.ones(32))
+    assert len(json.loads(sae("search", config, "--direction", str(probe), "--limit", "3", "--json"))["features"]) == 3
     folder = Path(config).parent / "exported"
     written = json.loads(sae("export", config, str(folder), "--format", "feature-json", "--json"))
     assert (folder / "features" / "index.json.gz").is_file()
