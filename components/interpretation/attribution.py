@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from components.evaluation.measurements import Autoencoder
-from components.language_model.hook_points import HookPoint, capture, logits_gradient, spliced_logits
+from components.language_model.hook_points import HookPoint, capture_beside, logits_gradient, spliced_logits
 
 _AT_ONCE = 32
 
@@ -26,15 +26,16 @@ def attribution(
     target: int,
     other: int | None,
     device: torch.device,
+    reads: Sequence[HookPoint] = (),
 ) -> tuple[Tensor, Tensor]:
     """`sum_t f_t (gradient_t . W_dec)` of each feature `[d_sae]`, and the features `[length, d_sae]` of the prompt's tokens.
 
     leave: first tokens whose features do not count (BOS). target, other: tokens; without `other` the logit of `target` less the
-    mean of all.
+    mean of all. point: what the coder writes to; reads: what it reads, where that is not the same.
     """
     tokens = torch.tensor([list(ids)], device=device)
-    x, gradient = logits_gradient(model, point, tokens, lambda logits: _difference(logits, target, other).sum())
-    found = _features(sae, x[0], leave)
+    _, gradient = logits_gradient(model, point, tokens, lambda logits: _difference(logits, target, other).sum())
+    found = _features(model, reads or (point,), sae, tokens, leave)
     rows: Tensor = sae.W_dec  # type: ignore[attr-defined]
     along = gradient[0].to(rows.dtype) @ rows.detach().T  # [length, d_in] @ [d_in, d_sae]
     return (found.to(rows.dtype) * along).sum(dim=0).float().cpu(), found.cpu()
@@ -51,10 +52,11 @@ def ablation(
     other: int | None,
     features: Sequence[int],
     device: torch.device,
+    reads: Sequence[HookPoint] = (),
 ) -> Tensor:
     """By how much the difference falls when a feature is taken away on all tokens, `[len(features)]`."""
     tokens = torch.tensor([list(ids)], device=device)
-    found = _features(sae, capture(model, [point], {"input_ids": tokens})[point][0], leave)
+    found = _features(model, reads or (point,), sae, tokens, leave)
     rows: Tensor = sae.W_dec.detach()  # type: ignore[attr-defined]
     before = _difference(spliced_logits(model, point, lambda _: None, tokens), target, other)
     effects = []
@@ -86,11 +88,12 @@ def cosines(rows: Tensor, direction: Tensor) -> Tensor:
     return units @ torch.nn.functional.normalize(direction.to(units), dim=0)
 
 
-def _features(sae: Autoencoder, x: Tensor, leave: int) -> Tensor:
-    """`[length, d_in]` -> `[length, d_sae]`."""
-    with torch.no_grad():
-        found, _ = sae.reconstruct(x.to(torch.promote_types(x.dtype, torch.float32)))
-        dense = found.dense().float().clone()
+@torch.no_grad()
+def _features(model: nn.Module, reads: Sequence[HookPoint], sae: Autoencoder, tokens: Tensor, leave: int) -> Tensor:
+    """Of one prompt `[1, length]`, `[length, d_sae]`."""
+    x = capture_beside(model, reads, {"input_ids": tokens})[0]
+    found, _ = sae.reconstruct(x.to(torch.promote_types(x.dtype, torch.float32)))
+    dense = found.dense().float().clone()
     dense[:leave] = 0
     return dense
 

@@ -241,7 +241,7 @@ def logits_gradient(
         kept.append(activation.detach().requires_grad_())
         return kept[-1]
 
-    with torch.enable_grad(), _hooked(model, point, leaf, len(tokens)):
+    with torch.enable_grad(), hooked(model, point, leaf, len(tokens)):
         value = metric(model(input_ids=tokens, use_cache=False).logits)
         (gradient,) = torch.autograd.grad(value, kept[-1])
     return kept[-1].detach(), gradient

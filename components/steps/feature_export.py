@@ -39,5 +39,5 @@ def export_features(run: Specification, format: str, folder: Path, source_set: s
     manifest = run.token_manifest()
     assert manifest is not None
     held_out = held_out_pass(run, HeldOut(url=run.token_url, manifest=manifest))
-    count = delphi.write(folder, held_out, run.source.location, run.config.corpus.title)
+    count = delphi.write(folder, held_out, run.point, run.source.location, run.config.corpus.title)
     return {"format": format, "folder": str(folder), "activations": count, "hookpoint": delphi.hookpoint(run.point)}

@@ -13,7 +13,7 @@ from components.language_model.loading import kept_model, load_encoder
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import own_sae
-from components.steps.interpretation import decode_of
+from components.steps.interpretation import decode_of, written_at
 
 
 def search_direction(run: Specification, path: Path, limit: int) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def search_direction(run: Specification, path: Path, limit: int) -> list[dict[st
         direction = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"--direction: '{path}' is no .npy file of numbers: {str(error).splitlines()[0]}") from error
-    sae = own_sae(run.sae_url, torch.device("cpu"))
+    sae = written_at(run, own_sae(run.sae_url, torch.device("cpu")))
     width = sae.W_dec.shape[1]
     if not isinstance(direction, np.ndarray) or direction.dtype.kind not in "fiu" or direction.size != width:
         found = f"{getattr(direction, 'dtype', type(direction).__name__)} {list(getattr(direction, 'shape', ()))}"
@@ -48,12 +48,13 @@ def attribute(run: Specification, prompt: str, token: str, other: str | None, li
     room = run.model.longest_text or run.config.corpus.context_length
     if not len(bos) < len(ids) <= room:
         raise UserError(f"--prompt: {len(ids) - len(bos)} tokens are not accepted: 1 to {room - len(bos)} are")
-    model, sae, leave = kept_model(run.source, run.device), own_sae(run.sae_url, run.device), len(bos)
-    values, found = attribution.attribution(model, run.point, sae, ids, leave, target, against, run.device)
+    model, leave, reads = kept_model(run.source, run.device), len(bos), run.read_points
+    sae = written_at(run, own_sae(run.sae_url, run.device))
+    values, found = attribution.attribution(model, run.point, sae, ids, leave, target, against, run.device, reads)
     firing = (found.amax(dim=0) > 0).nonzero()[:, 0]
     effects = torch.zeros(0)
     if ablate:
-        effects = attribution.ablation(model, run.point, sae, ids, leave, target, against, firing.tolist(), run.device)
+        effects = attribution.ablation(model, run.point, sae, ids, leave, target, against, firing.tolist(), run.device, reads)
     order = (effects if ablate else values[firing]).argsort(descending=True, stable=True)[:limit]
     rows = []
     for place in order.tolist():

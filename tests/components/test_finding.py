@@ -114,7 +114,9 @@ def test_the_more_a_feature_is_turned_up_the_likelier_its_tokens(plan: Specifica
     for feature in range(0, 64, 9):
         probabilities = []
         for value in (0.0, 2.0, 5.0, 10.0):
-            logits = spliced_logits(model, last, clamped(sae, feature, value * 10), tokens)[0, 1:]
+            logits = spliced_logits(
+                model, last, lambda x, value=value, feature=feature: clamped(sae, feature, value * 10)(x, x), tokens
+            )[0, 1:]
             probabilities.append(float(logits.softmax(dim=-1)[:, ids[feature, 0]].mean()))
         assert probabilities == sorted(probabilities)
         assert probabilities[-1] > probabilities[0]

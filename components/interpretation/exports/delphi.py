@@ -24,7 +24,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 _NAMES = {"resid_post": "layers.{}", "mlp_out": "layers.{}.mlp", "attn_out": "layers.{}.self_attn"}
 
 
-def write(folder: Path, held_out: Pass, model_name: str, dataset: str) -> int:
+def write(folder: Path, held_out: Pass, point: HookPoint, model_name: str, dataset: str) -> int:
     """One pass over the text. Memory: 14 bytes per activation, and the tokens. The number of activations."""
     locations, activations, tokens = [], [], []
     for batch in held_out.batches():
@@ -38,7 +38,7 @@ def write(folder: Path, held_out: Pass, model_name: str, dataset: str) -> int:
     place = np.concatenate([np.zeros((0, 3), np.uint32), *locations])
     value = np.concatenate([np.zeros(0, np.float16), *activations])
     text = np.concatenate(tokens).astype(np.int64)
-    target = folder / "latents" / hookpoint(held_out.point)
+    target = folder / "latents" / hookpoint(point)
     target.mkdir(parents=True)
     edges = np.linspace(0, held_out.d_sae, min(SPLITS, held_out.d_sae) + 1).astype(int).tolist()
     for first, stop in pairwise(edges):
