@@ -15,13 +15,14 @@ from components import storage
 from components.evaluation.record import About
 from components.evaluation.stability import COUNTS
 from components.interpretation.explanations.table import Explanation
-from components.interpretation.matches import MatchesRecord, matched_features
+from components.interpretation.matches import MatchesRecord, gone_features, matched_features
 from components.interpretation.record import interpretation_url
 
 FOLDER = "browser"
 _WINDOW = 24
 _FEATURES_PER_BLOCK = 64
 _SHOWN_WORDS = 6
+_GONE = ("feature", "status", "nearest", "cosine", "density")
 _STATIC = ("index.html", "browser.css", "browser.js", "map.js")
 _LINE_ENDS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 
@@ -38,8 +39,19 @@ def write_browser(sae_url: str, about: About, data: FeatureData) -> str:
     name = f"{about.name}: {about.architecture}, {about.d_sae:,} features of {about.language_model} at {about.hook_point}"
     table = {"about": name, "block": _FEATURES_PER_BLOCK, "compared": None, "features": rows}
     if matches is not None:
-        counts = {name: matches.counts[name] for name in COUNTS}
-        table["compared"] = {"with": f"version {matches.version} of {matches.registered_model}", "counts": counts}
+        table["compared"] = {
+            "with": f"version {matches.version} of {matches.registered_model}",
+            "counts": {name: matches.counts[name] for name in COUNTS},
+            "kept": matches.counts["kept_share"],
+            "browser": None if matches.folder is None else f"../../{matches.folder}/{FOLDER}/index.html",
+            "gone": [
+                [
+                    row[name] if name in ("feature", "status", "nearest") or row[name] is None else _short(row[name])
+                    for name in _GONE
+                ]
+                for row in gone_features(sae_url)
+            ],
+        }
     _put(storage.join(target, "table.js"), f"const TABLE = {_json(table)};")
     for file in _STATIC:
         source = resources.files("components.interpretation").joinpath("browser", file)

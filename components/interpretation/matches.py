@@ -15,6 +15,7 @@ from components.settings import Record
 
 TABLE = "matches.parquet"
 _RECORD = "matches.json"
+MOST_GONE = 1_000
 
 
 class MatchesRecord(Record):
@@ -26,6 +27,8 @@ class MatchesRecord(Record):
     version: str
     sae_digest: str | None
     """The version's, None of one that was imported."""
+    folder: str | None = None
+    """The version's, beside this coder's; None where it is elsewhere."""
     counts: dict[str, Any]
     """Features that are persisted, split, new, merged, vanished; shares of them."""
 
@@ -49,3 +52,13 @@ def matched_features(sae_url: str) -> dict[int, dict[str, Any]]:
         table = pq.read_table(folder / TABLE, columns=["side", "feature", "status", "nearest", "cosine"])
     rows = table.filter(pc.equal(table["side"], "version")).to_pylist()
     return {row["feature"]: {name: row[name] for name in ("status", "nearest", "cosine")} for row in rows}
+
+
+def gone_features(sae_url: str) -> list[dict[str, Any]]:
+    """Features of the version that are not here any more, `vanished` or `merged` (with `nearest` here and its `cosine`), those
+    that added most to its reconstruction first: at most `MOST_GONE`."""
+    with storage.local_copies(interpretation_url(sae_url), (TABLE,)) as folder:
+        table = pq.read_table(folder / TABLE, columns=["side", "feature", "status", "nearest", "cosine", "density", "weight"])
+    wanted = pc.and_(pc.equal(table["side"], "champion"), pc.is_in(table["status"], pa.array(["vanished", "merged"])))
+    rows = table.filter(wanted).sort_by([("weight", "descending"), ("feature", "ascending")]).slice(0, MOST_GONE)
+    return rows.drop_columns(["side", "weight"]).to_pylist()

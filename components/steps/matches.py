@@ -43,6 +43,7 @@ def match_with_champion(run: Specification, weights_sha256: str) -> MatchesRecor
         registered_model=run.registered_model,
         version=str(champion.version),
         sae_digest=champion.tags.get(_DIGEST_TAG),
+        folder=_folder(run, champion.tags.get(_DIGEST_TAG)),
         counts=counts,
     )
     write_matches(run.sae_url, record, table)
@@ -52,14 +53,18 @@ def match_with_champion(run: Specification, weights_sha256: str) -> MatchesRecor
 def carry_over(run: Specification, weights_sha256: str, matches: MatchesRecord | None) -> None:
     """What was said of the champion's features, to those of this coder that they persist in; where its folder is still under
     the same root."""
-    if matches is None or matches.sae_digest is None:
+    if matches is None or matches.folder is None:
         return
-    folder = storage.join(run.config.storage.root, "saes")
-    for name in storage.list_folders(folder):
-        earlier_url = storage.join(folder, name)
-        record = read_training_record(earlier_url) if name.endswith(f"-{matches.sae_digest}") else None
-        earlier = {} if record is None else read_explanations(earlier_url, record.weights_sha256)
-        if earlier:
-            own = read_explanations(run.sae_url, weights_sha256)
-            found = carried(own, earlier, matched_features(run.sae_url), f"version {matches.version}")
-            write_explanations(run.sae_url, weights_sha256, found.values())
+    earlier_url = storage.join(run.config.storage.root, "saes", matches.folder)
+    record = read_training_record(earlier_url)
+    earlier = {} if record is None else read_explanations(earlier_url, record.weights_sha256)
+    if earlier:
+        own = read_explanations(run.sae_url, weights_sha256)
+        found = carried(own, earlier, matched_features(run.sae_url), f"version {matches.version}")
+        write_explanations(run.sae_url, weights_sha256, found.values())
+
+
+def _folder(run: Specification, sae_digest: str | None) -> str | None:
+    """Of that coder, beside this one's."""
+    names = () if sae_digest is None else storage.list_folders(storage.join(run.config.storage.root, "saes"))
+    return next((name for name in names if name.endswith(f"-{sae_digest}")), None)

@@ -213,6 +213,9 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     assert shown["compared"]["counts"] == {key: found[key] for key in ("persisted", "split", "new", "merged", "vanished")}
     for row in shown["features"]:
         assert row["status"] == expected.get(("version", row["feature"]), ("", None))[0]
+    gone = {i: status for (side, i), (status, _) in expected.items() if side == "champion" and status in ("vanished", "merged")}
+    assert {row[0]: row[1] for row in shown["compared"]["gone"]} == gone
+    assert shown["compared"]["browser"] == f"../../{Path(first.sae_url).name}/browser/index.html"
     match = steps.show_feature(later_run, kept_here := next(i for (side, i) in expected if side == "version"))["match"]
     assert (match["status"], match["nearest"]) == expected["version", kept_here]
     own = read_explanations(later_run.sae_url, later_run.training_record().weights_sha256)

@@ -66,10 +66,29 @@ function explained(said) {
     make("p", {className: "faint"}, [...scores, shown(origin)].join(" · "), scores.length ? " (balanced accuracy, 0.5 is chance)" : "")];
 }
 
+const there = (id) => TABLE.compared.browser ? make("a", {href: `${TABLE.compared.browser}#${id}`}, String(id)) : String(id);
+
 function matched(match) {
   if (!match || !TABLE.compared) return [];
-  const near = match.nearest === null ? "" : `: nearest is its feature ${match.nearest} (${number(match.cosine)})`;
-  return [make("p", {}, `${match.status}, compared with ${TABLE.compared.with}${near}`)];
+  const near = match.nearest === null ? [] : [": nearest is its feature ", there(match.nearest), ` (${number(match.cosine)})`];
+  return [make("p", {}, `${match.status}, compared with ${TABLE.compared.with}`, ...near)];
+}
+
+function versions() {
+  const {counts, gone, kept} = TABLE.compared;
+  const cell = (text) => make("td", {className: "number"}, text);
+  const chosen = (status) => make("a", {href: "#", onclick: () => { state.status = status; state.page = 0; }}, `${counts[status].toLocaleString()} ${status}`);
+  document.getElementById("main").replaceChildren(
+    make("h2", {}, `Compared with ${TABLE.compared.with}`),
+    make("p", {}, "Here: ", chosen("persisted"), ", ", chosen("split"), ", ", chosen("new"), "."),
+    make("p", {}, `There: ${counts.persisted.toLocaleString()} persisted, ${counts.merged.toLocaleString()} merged, ${counts.vanished.toLocaleString()} vanished`
+      + (kept === null ? "." : `: ${number(100 * kept)}% of what fired there is here, too.`)),
+    make("h2", {}, "What is not here any more"),
+    make("p", {className: "faint"}, `Those that added most to the reconstruction first${gone.length < counts.merged + counts.vanished ? `, ${gone.length} of them` : ""}.`),
+    make("div", {className: "wide"}, make("table", {},
+      make("thead", {}, make("tr", {}, ...["its feature", "density", "", "nearest here", "cosine"].map((text) => make("th", {className: text ? "number" : ""}, text)))),
+      make("tbody", {}, ...gone.map(([id, status, nearest, cosine, density]) => make("tr", {}, cell(there(id)), cell(number(density)),
+        make("td", {}, status), cell(nearest === null ? "-" : make("a", {href: `#${nearest}`}, String(nearest))), cell(number(cosine))))))));
 }
 
 function list() {
@@ -194,10 +213,11 @@ async function feature(id) {
 function route() {
   const id = location.hash.slice(1);
   document.title = /^\d+$/.test(id) ? `Feature ${id}` : "Features";
-  if (/^\d+$/.test(id)) feature(Number(id)); else if (id === "map") map(); else list();
+  if (/^\d+$/.test(id)) feature(Number(id)); else if (id === "map") map(); else if (id === "versions" && TABLE.compared) versions(); else list();
 }
 
 document.getElementById("about").textContent = TABLE.about;
+if (TABLE.compared) document.querySelector("nav").append(" · ", make("a", {href: "#versions"}, "Versions"));
 addEventListener("hashchange", route);
 addEventListener("keydown", (event) => {
   const id = Number(location.hash.slice(1));
