@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from completions import Handler, Reply, sensible, serving, usage
+from transformers import AutoTokenizer
 
 from components import steps
 from components.evaluation.held_out import HeldOut
@@ -25,9 +26,11 @@ from components.interpretation.explanations.asking import Answer, Charged, Unava
 from components.interpretation.explanations.cost import Answers, Budget, CapReached, Prices
 from components.interpretation.explanations.endpoint import Endpoint, retry_after
 from components.interpretation.explanations.evidence import gather
+from components.interpretation.explanations.local import LocalExplainer
 from components.interpretation.explanations.prompts import Excerpt, read_explanation, read_judgements
 from components.interpretation.explanations.scoring import balanced_accuracy, questions_of
 from components.interpretation.explanations.table import Explanation, carried, read_explanations
+from components.language_model.loading import load_encoder
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -411,8 +414,19 @@ def test_explanations_carry_over_to_persisted_features_and_own_ones_stay():
     assert found[2].carried_from is None
 
 
-def test_a_model_that_runs_here_answers(plan: Specification, tiny_model: str):
-    found = steps.explain(asking(plan, model=tiny_model, input_price=None, answer_tokens=16, scored=2), 1, [], 0.0, False)
+@pytest.mark.parametrize("template", [None, "{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}"])
+def test_a_model_that_runs_here_answers(plan: Specification, tiny_model: str, template: str | None, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    if template is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(model)
+    answer = LocalExplainer(str(model), torch.device("cpu")).ask([{"role": "user", "content": "the sparse feature"}], 5)
+    words = len(load_encoder(plan.source).encode(["the sparse feature\n\n"])[0])
+    assert (answer.input_tokens > words) is (template is not None)  # the role is there, too
+    assert answer.output_tokens <= 5
+    found = steps.explain(asking(plan, model=str(model), input_price=None, answer_tokens=16, scored=2), 1, [], 0.0, False)
     assert found["spent"] == 0.0
     assert found["explained"] + len(found["failed"]) == 1
     assert found["requests"] >= 1
