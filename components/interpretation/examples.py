@@ -58,45 +58,66 @@ class Kept:
         self.activations = torch.cat([self.activations, activations]).gather(0, places)
 
 
-@dataclass
 class Drawn:
-    """For each feature the `count` tokens of highest lot, of those on which it fires. Flat, in the order of features and then
-    of falling lots."""
+    """For each feature the `count` tokens of highest lot, of those on which it fires."""
 
-    count: int
+    def __init__(self, count: int, d_sae: int, length: int, device: torch.device) -> None:
+        self._count, self._known = count, torch.zeros(0, 5, dtype=torch.int64, device=device)
+        # What is kept of a feature along a sequence has a row of its own: none moves when others come and go.
+        self._rows = torch.zeros(d_sae * count, length, device=device)
+        self.least = torch.full((d_sae,), -1, dtype=torch.int64, device=device)
+        """Lot that another token must exceed, `[d_sae]`."""
+
+    def add(self, lots: Tensor, features: Tensor, sequences: Tensor, places: Tensor, activations: Tensor) -> None:
+        """lots, features, numbers of sequences and places in them, int64 `[m]`, in any order; activations of the features along
+        those sequences `[m, length]`."""
+        if len(lots) == 0:
+            return
+        arrived = torch.stack([features, lots, sequences, places, torch.arange(len(lots), device=lots.device)], dim=1)
+        touched = torch.zeros(len(self.least), dtype=torch.bool, device=lots.device)
+        touched[features] = True
+        concerned = touched[self._known[:, 0]]
+        several, stay = torch.cat([self._known[concerned], arrived]), self._known[~concerned]
+        is_new = torch.arange(len(several), device=lots.device) >= len(several) - len(arrived)
+        order = _by_feature_and_lot(several)
+        several, is_new = several[order], is_new[order]
+        starts = torch.searchsorted(several[:, 0].contiguous(), torch.arange(len(self.least) + 1, device=lots.device))
+        rank = torch.arange(len(several), device=lots.device) - starts[several[:, 0]]
+        last = several[rank == self._count - 1]
+        self.least[last[:, 0]] = last[:, 1]
+        kept, is_new = several[rank < self._count], is_new[rank < self._count]
+        taken = torch.zeros(len(self._rows), dtype=torch.bool, device=lots.device)
+        taken[torch.cat([stay[:, 4], kept[~is_new, 4]])] = True
+        free = (~taken).nonzero()[: int(is_new.sum()), 0]
+        self._rows[free] = activations[kept[is_new, 4]]
+        kept[is_new, 4] = free
+        self._known = torch.cat([stay, kept])
+
+    def include(self, other: Drawn) -> None:
+        """Those of other tokens."""
+        features, lots, sequences, places, rows = other._known.T
+        self.add(lots, features, sequences, places, other._rows[rows])
+
+    def found(self) -> Tokens:
+        features, _, sequences, places, rows = self._known[_by_feature_and_lot(self._known)].T
+        return Tokens(features, sequences, places, self._rows[rows])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """In the order of features, and then of falling lots."""
+
     features: Tensor
-    """int64 `[m]`, as are lots, sequences (their numbers) and places in them."""
-    lots: Tensor
+    """int64 `[m]`, as are the numbers of their sequences, and places in them."""
     sequences: Tensor
     places: Tensor
     activations: Tensor
     """Of the feature along that sequence, float32 `[m, length]`."""
-    least: Tensor
-    """Lot that another token must exceed, `[d_sae]`."""
 
-    @classmethod
-    def nothing(cls, count: int, d_sae: int, length: int, device: torch.device) -> Drawn:
-        none = torch.zeros(0, dtype=torch.int64, device=device)
-        least = torch.full((d_sae,), -1, dtype=torch.int64, device=device)
-        return cls(count, none, none, none, none, torch.zeros(0, length, device=device), least)
 
-    def add(self, lots: Tensor, features: Tensor, sequences: Tensor, places: Tensor, activations: Tensor) -> None:
-        """The same of other tokens, in any order."""
-        joined = (
-            torch.cat([self.features, features]), torch.cat([self.lots, lots]), torch.cat([self.sequences, sequences]),
-            torch.cat([self.places, places]),
-        )  # fmt: skip
-        order = joined[1].argsort(descending=True, stable=True)
-        order = order[joined[0][order].argsort(stable=True)]
-        sorted_features = joined[0][order]
-        starts = torch.searchsorted(sorted_features, torch.arange(len(self.least) + 1, device=order.device))
-        ranks = torch.arange(len(order), device=order.device) - starts[sorted_features]
-        order = order[ranks < self.count]
-        self.features, self.lots, self.sequences, self.places = (part[order] for part in joined)
-        self.activations = torch.cat([self.activations, activations])[order]
-        full = starts.diff() >= self.count
-        last = ranks[ranks < self.count] == self.count - 1
-        self.least[full] = self.lots[last]
+def _by_feature_and_lot(known: Tensor) -> Tensor:
+    order = known[:, 1].argsort(descending=True, stable=True)
+    return order[known[order, 0].argsort(stable=True)]
 
 
 class Examples:
@@ -108,7 +129,7 @@ class Examples:
         """features `[d_sae]`: their numbers, where these are some of many; what is drawn of each is the same then."""
         self._names = torch.arange(d_sae, device=device) if features is None else features
         self.strongest = Kept.nothing(count, d_sae, length, device)
-        self.drawn = Drawn.nothing(drawn, d_sae, length, device)
+        self.drawn = Drawn(drawn, d_sae, length, device)
         self.firing = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """Sequences in which each feature fires."""
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int64, device=device)
@@ -135,8 +156,7 @@ class Examples:
         self.firing += other.firing
         self.histogram += other.histogram
         self.strongest.add_each(other.strongest.scores, other.strongest.sequences, other.strongest.activations)
-        more = other.drawn
-        self.drawn.add(more.lots, more.features, more.sequences, more.places, more.activations)
+        self.drawn.include(other.drawn)
 
 
 def bin_of(activations: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from components import storage
 from components.evaluation.held_out import HeldOut
 from components.interpretation.activations import ByNumber, Pass
-from components.interpretation.examples import Examples, bin_edges
+from components.interpretation.examples import Examples, Kept, Tokens, bin_edges
 from components.interpretation.logits import logit_effects
 from components.interpretation.record import InterpretationRecord
 from components.interpretation.settings import InterpretationSettings
@@ -49,7 +49,7 @@ def write_feature_data(
 ) -> None:
     """Put both tables and then the record under `url`. places: see `layout`."""
     sequences = ByNumber(text, record.requested)
-    d_sae, drawn = examples.firing.numel(), examples.drawn
+    d_sae, drawn = examples.firing.numel(), examples.drawn.found()
     starts = torch.searchsorted(drawn.features, torch.arange(d_sae + 1, device=drawn.features.device)).tolist()
     with (
         storage.whole_file(storage.join(url, "examples.parquet")) as path,
@@ -57,7 +57,7 @@ def write_feature_data(
     ):
         for start in range(0, d_sae, _FEATURES_PER_GROUP):
             block = range(start, min(start + _FEATURES_PER_GROUP, d_sae))
-            rows = [row for feature in block for row in _rows(feature, examples, starts, quantiles, sequences)]
+            rows = [row for feature in block for row in _rows(feature, examples.strongest, drawn, starts, quantiles, sequences)]
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=_EXAMPLES))
     histogram = examples.histogram.cpu().numpy()
@@ -103,8 +103,9 @@ def _histograms(counted: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]
     return edges, counts
 
 
-def _rows(feature: int, examples: Examples, starts: list[int], quantiles: int, sequences: ByNumber) -> list[dict[str, Any]]:
-    kept, drawn = examples.strongest, examples.drawn
+def _rows(
+    feature: int, kept: Kept, drawn: Tokens, starts: list[int], quantiles: int, sequences: ByNumber
+) -> list[dict[str, Any]]:
     found = []
 
     def add(kind: str, rank: int, quantile: int, sequence: int, place: int, activations: np.ndarray) -> None:

@@ -59,6 +59,7 @@ def test_examples_are_those_of_the_whole_matrix_whatever_the_batches_and_spans(b
     found = parts[0]
     for part in parts[1:]:
         found.include(part)
+    kept_tokens = found.drawn.found()
     largest, flat = activations.amax(dim=1).numpy(), activations.reshape(-1, 12)
     for feature in range(12):
         firing = np.flatnonzero(largest[:, feature] > 0)
@@ -70,9 +71,9 @@ def test_examples_are_those_of_the_whole_matrix_whatever_the_batches_and_spans(b
         tokens = (flat[:, feature] > 0).nonzero()[:, 0]
         drawn = lots(DOCUMENTS.reshape(-1)[tokens], POSITIONS.reshape(-1)[tokens], torch.tensor(feature))
         chosen = tokens[drawn.argsort(descending=True)][:7]
-        own = found.drawn.features == feature
-        assert (found.drawn.sequences[own] * 6 + found.drawn.places[own]).tolist() == chosen.tolist()
-        assert torch.equal(found.drawn.activations[own], activations[chosen // 6, :, feature])
+        own = kept_tokens.features == feature
+        assert (kept_tokens.sequences[own] * 6 + kept_tokens.places[own]).tolist() == chosen.tolist()
+        assert torch.equal(kept_tokens.activations[own], activations[chosen // 6, :, feature])
         values = flat[tokens, feature].numpy().clip(bin_edges()[0], np.nextafter(bin_edges()[-1], np.float32(0)))
         assert found.histogram[feature].tolist() == np.histogram(values, bins=bin_edges().astype(np.float64))[0].tolist()
 

@@ -34,8 +34,8 @@ def gather(held_out: Pass, features: Sequence[int], shown: int, scored: int, dec
     """Memory: `len(features) x (shown + scored) x context_length` numbers, a few times."""
     chosen = torch.tensor(features, device=held_out.device)
     length = held_out.text.manifest.context_length
-    strongest, drawn = max(1, shown // 4), 2 * (shown + scored)
-    examples = Examples(strongest, drawn, len(features), length, held_out.device, chosen)
+    strongest, count = max(1, shown // 4), 2 * (shown + scored)
+    examples = Examples(strongest, count, len(features), length, held_out.device, chosen)
     sequences = ByNumber(held_out.text, held_out.tokens)
     candidates, silent = _candidates(len(sequences), length, _CANDIDATES_PER_SCORED * scored), _Silent()
     for batch in held_out.batches():
@@ -49,13 +49,10 @@ def gather(held_out: Pass, features: Sequence[int], shown: int, scored: int, dec
         values = np.zeros(len(tokens), np.float32) if along is None else along
         return Excerpt(tuple(decode(int(token)) for token in tokens[window]), tuple(float(value) for value in values[window]))
 
-    found = []
+    drawn, found = examples.drawn.found(), []
     for index, feature in enumerate(features):
-        rows = (examples.drawn.features == index).nonzero()[:, 0]
-        pool = [
-            (int(examples.drawn.sequences[row]), int(examples.drawn.places[row]), examples.drawn.activations[row].cpu().numpy())
-            for row in rows
-        ]
+        rows = (drawn.features == index).nonzero()[:, 0]
+        pool = [(int(drawn.sequences[row]), int(drawn.places[row]), drawn.activations[row].cpu().numpy()) for row in rows]
         kept = examples.strongest.scores[:, index] > 0
         top = [
             (int(number), int(along.argmax()), along.cpu().numpy())
