@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -83,8 +83,18 @@ def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def tiny_tree(tiny_model: str, text_corpus: str, tmp_path: Path) -> dict:
+def tiny_tree(tiny_tree_in: Callable[[Path], dict], tmp_path: Path) -> dict:
     """A configuration, as plain values, that runs in about a second."""
+    return tiny_tree_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tiny_tree_in(tiny_model: str, text_corpus: str) -> Callable[[Path], dict]:
+    """The same with its storage root and gates in a folder."""
+    return lambda folder: _tiny_tree(tiny_model, text_corpus, folder)
+
+
+def _tiny_tree(tiny_model: str, text_corpus: str, tmp_path: Path) -> dict:
     return {
         "name": "tiny",
         "device": "cpu",

@@ -6,8 +6,6 @@ and, put last, `interpretation.json`.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,79 +15,59 @@ import torch
 from torch import Tensor, nn
 
 from components import storage
-from components.activations.dataset.forward import counted_tokens
-from components.activations.exclusion import Exclusion
-from components.evaluation.held_out import HeldOut, right_padded
-from components.evaluation.measurements import Autoencoder
-from components.interpretation.examples import Examples, Kept
+from components.evaluation.held_out import HeldOut
+from components.interpretation.activations import ByNumber, Pass
+from components.interpretation.examples import Examples, Kept, Tokens, bin_edges
 from components.interpretation.logits import logit_effects
 from components.interpretation.record import InterpretationRecord
 from components.interpretation.settings import InterpretationSettings
-from components.language_model.hook_points import HookPoint, capture
-from components.progress import progress
+from components.language_model.hook_points import HookPoint
 from components.records import put_record
 
-_ENTRIES_AT_ONCE = 1 << 25
 _FEATURES_PER_GROUP = 64
 
-logger = logging.getLogger(__name__)
 
-
-@torch.no_grad()
-def find_examples(
-    settings: InterpretationSettings,
-    sae: Autoencoder,
-    d_sae: int,
-    model: nn.Module,
-    points: Sequence[HookPoint],
-    text: HeldOut,
-    exclusion: Exclusion,
-    batch_sequences: int,
-    device: torch.device,
-) -> tuple[Examples, int, int]:
-    """Examples of every feature, tokens and sequences that were looked at. points: what the coder reads, side by side."""
-    length = text.manifest.context_length
-    examples = Examples(settings.examples, d_sae, length, device)
-    at_once = max(1, min(batch_sequences, _ENTRIES_AT_ONCE // (length * d_sae)))
-    tokens, number = 0, 0
-    with progress(logger, "interpret", min(settings.tokens, text.tokens), "tokens") as advance:
-        for block in text.batches(settings.tokens, at_once):
-            block = right_padded(block)
-            counted = torch.tensor(counted_tokens(block, exclusion)).to(device)
-            captured = capture(model, points, {"input_ids": torch.tensor(block.tokens).to(device).long()})
-            columns = [captured[point].to(torch.promote_types(captured[point].dtype, torch.float32)) for point in points]
-            for point, column in zip(points, columns, strict=True):
-                limit = exclusion.norm_limits.get(str(point))
-                if limit is not None:
-                    counted = counted & (column.norm(dim=-1) <= limit)
-            x = torch.cat(columns, dim=-1)
-            found = torch.zeros(*counted.shape, d_sae, device=device)
-            features, _ = sae.reconstruct(x[counted])
-            found[counted] = features.dense().float()
-            examples.add(found, torch.arange(number, number + len(block), device=device))
-            number, tokens = number + len(block), tokens + int(counted.sum())
-            advance(int((block.documents >= 0).sum()), "")
-    return examples, tokens, number
+def find_examples(settings: InterpretationSettings, held_out: Pass) -> tuple[Examples, int, int]:
+    """Examples of every feature, tokens and sequences that were looked at."""
+    length = held_out.text.manifest.context_length
+    examples = Examples(settings.examples, settings.drawn, held_out.d_sae, length, held_out.device)
+    tokens = sequences = 0
+    for batch in held_out.batches():
+        examples.add(batch.activations, batch.numbers, batch.documents, batch.positions)
+        sequences, tokens = sequences + len(batch.numbers), tokens + batch.counted
+    return examples, tokens, sequences
 
 
 def write_feature_data(
-    url: str, record: InterpretationRecord, examples: Examples, text: HeldOut, effects: tuple[Tensor, Tensor] | None
+    url: str,
+    record: InterpretationRecord,
+    examples: Examples,
+    quantiles: int,
+    text: HeldOut,
+    effects: tuple[Tensor, Tensor] | None,
+    places: np.ndarray | None,
 ) -> None:
-    """Put both tables and then the record under `url`."""
-    sequences = _Sequences(text, record.requested)
-    d_sae = examples.firing.numel()
+    """Put both tables and then the record under `url`. places: see `layout`."""
+    sequences = ByNumber(text, record.requested)
+    d_sae, drawn = examples.firing.numel(), examples.drawn.found()
+    starts = torch.searchsorted(drawn.features, torch.arange(d_sae + 1, device=drawn.features.device)).tolist()
     with (
         storage.whole_file(storage.join(url, "examples.parquet")) as path,
         pq.ParquetWriter(path, _EXAMPLES, compression="zstd") as writer,
     ):
         for start in range(0, d_sae, _FEATURES_PER_GROUP):
             block = range(start, min(start + _FEATURES_PER_GROUP, d_sae))
-            rows = [row for feature in block for row in _rows(feature, examples, sequences)]
+            rows = [row for feature in block for row in _rows(feature, examples.strongest, drawn, starts, quantiles, sequences)]
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=_EXAMPLES))
+    histogram = examples.histogram.cpu().numpy()
+    edges, counts = _histograms(histogram)
     columns: dict[str, Any] = {
-        "feature": np.arange(d_sae, dtype=np.int32), "sequences": examples.firing.cpu().numpy()
+        "feature": np.arange(d_sae, dtype=np.int32), "sequences": examples.firing.cpu().numpy(),
+        "fired": histogram.sum(axis=1), "histogram_edges": edges, "histogram": counts,
     }  # fmt: skip
+    if places is not None:
+        columns |= {"map_x": places[:, 0], "map_y": places[:, 1]}
     if effects is not None:
         ids, values = (part.cpu().numpy() for part in effects)
         columns |= {"logit_tokens": list(ids.astype(np.int32)), "logit_effects": list(values.astype(np.float32))}
@@ -103,7 +81,8 @@ _EXAMPLES = pa.schema(
         "feature": pa.int32(),
         "kind": pa.string(),  # strongest, sample
         "rank": pa.int32(),
-        "activation": pa.float32(),  # the largest of the sequence
+        "quantile": pa.int32(),  # of a sample: 0 is the group of the smallest activations; else -1
+        "activation": pa.float32(),  # of a sequence that is among the strongest, the largest; of a sample, that of its token
         "place": pa.int32(),  # where that is
         "document": pa.int64(),
         "position": pa.int32(),  # of that token in its document
@@ -113,35 +92,44 @@ _EXAMPLES = pa.schema(
 )
 
 
-def _rows(feature: int, examples: Examples, sequences: _Sequences) -> list[dict[str, Any]]:
+def _histograms(counted: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """counted `[d_sae, BINS]` -> of each feature the edges and counts of the bins from the first to the last that holds one."""
+    edges, counts, every = [], [], bin_edges()
+    for row in counted:
+        filled = np.flatnonzero(row)
+        first, stop = (filled[0], filled[-1] + 1) if len(filled) else (0, 0)
+        counts.append(row[first:stop])
+        edges.append(every[first : stop + 1] if len(filled) else every[:0])
+    return edges, counts
+
+
+def _rows(
+    feature: int, kept: Kept, drawn: Tokens, starts: list[int], quantiles: int, sequences: ByNumber
+) -> list[dict[str, Any]]:
     found = []
-    kinds: dict[str, Kept] = {"strongest": examples.strongest, "sample": examples.sample}
-    for kind, kept in kinds.items():
-        for rank in range(int((kept.scores[:, feature] > 0).sum())):
-            activations = kept.activations[rank, feature].cpu().numpy()
-            place = int(activations.argmax())
-            tokens, documents, positions = sequences.of(int(kept.sequences[rank, feature]))
-            found.append(
-                {
-                    "feature": feature, "kind": kind, "rank": rank, "activation": float(activations[place]), "place": place,
-                    "document": int(documents[place]), "position": int(positions[place]), "tokens": tokens,
-                    "activations": activations,
-                }
-            )  # fmt: skip
+
+    def add(kind: str, rank: int, quantile: int, sequence: int, place: int, activations: np.ndarray) -> None:
+        tokens, documents, positions = sequences.of(sequence)
+        found.append(
+            {
+                "feature": feature, "kind": kind, "rank": rank, "quantile": quantile, "activation": float(activations[place]),
+                "place": place, "document": int(documents[place]), "position": int(positions[place]), "tokens": tokens,
+                "activations": activations,
+            }
+        )  # fmt: skip
+
+    for rank in range(int((kept.scores[:, feature] > 0).sum())):
+        activations = kept.activations[rank, feature].cpu().numpy()
+        add("strongest", rank, -1, int(kept.sequences[rank, feature]), int(activations.argmax()), activations)
+    chosen = slice(starts[feature], starts[feature + 1])
+    places = drawn.places[chosen].cpu().numpy()
+    along = drawn.activations[chosen].cpu().numpy()
+    numbers = drawn.sequences[chosen].tolist()
+    order = np.argsort(-along[np.arange(len(places)), places], kind="stable")
+    for rank, at in enumerate(order):
+        quantile = quantiles - 1 - rank * quantiles // len(order)
+        add("sample", rank, quantile, numbers[at], int(places[at]), along[at])
     return found
-
-
-class _Sequences:
-    """Held-out sequences by number, as the model saw them."""
-
-    def __init__(self, text: HeldOut, tokens: int) -> None:
-        self._blocks = [right_padded(block) for block in text.batches(tokens, 256)]
-        self._starts = np.cumsum([0, *map(len, self._blocks)])
-
-    def of(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        place = int(np.searchsorted(self._starts, number, side="right")) - 1
-        block, row = self._blocks[place], number - int(self._starts[place])
-        return block.tokens[row], block.documents[row], block.positions[row]
 
 
 def effects_of(model: nn.Module, point: HookPoint, sae: Any, count: int) -> tuple[Tensor, Tensor] | None:

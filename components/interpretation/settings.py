@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from components.interpretation.explanations.settings import ExplainerSettings
 from components.settings import Settings
 
 
@@ -12,8 +13,16 @@ class InterpretationSettings(Settings):
     """Held-out tokens in which examples are looked for, at most; 0 for no interpretation."""
 
     examples: int = Field(default=10, ge=1, le=1_000)
-    """Of each feature: so many where it fires most, and as many drawn at random from all sequences in which it fires. Memory:
-    d_sae x examples x context_length numbers, twice."""
+    """Sequences of each feature in which it fires most. Memory: d_sae x (examples + drawn) x context_length numbers."""
+
+    drawn: int = Field(default=20, ge=1, le=1_000)
+    """Tokens of each feature drawn at random from all on which it fires, each shown in its sequence."""
+
+    quantiles: int = Field(default=5, ge=1, le=100)
+    """Groups of equal size, by activation, in which the drawn tokens are shown."""
 
     logits: int = Field(default=10, ge=0, le=1_000)
     """Tokens that each feature makes most and least likely, so many of each."""
+
+    explainer: ExplainerSettings = ExplainerSettings()
+    """Who says in words what features stand for (`sae features explain`)."""

@@ -231,6 +231,22 @@ def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor
         return model(input_ids=tokens, use_cache=False).logits
 
 
+def logits_gradient(
+    model: nn.Module, point: HookPoint, tokens: Tensor, metric: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The activation at `point` and the gradient there of a scalar `metric` of the logits, both `[batch, length, d_in]`."""
+    kept: list[Tensor] = []
+
+    def leaf(activation: Tensor) -> Tensor:
+        kept.append(activation.detach().requires_grad_())
+        return kept[-1]
+
+    with torch.enable_grad(), hooked(model, point, leaf, len(tokens)):
+        value = metric(model(input_ids=tokens, use_cache=False).logits)
+        (gradient,) = torch.autograd.grad(value, kept[-1])
+    return kept[-1].detach(), gradient
+
+
 def _without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
 

@@ -12,10 +12,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from components.registry.versions import stored_file
+from components.registry.versions import champion_of, stored_file
 from components.settings import UserError
 from components.tracking.settings import TrackingSettings
-from components.tracking.store import connect
+from components.tracking.store import connect, database_exists
 
 
 def registered_sae(settings: TrackingSettings, root: str, uri: str, folder: Path, field: str = "--sae") -> Path:
@@ -43,3 +43,18 @@ def version_files(client: MlflowClient, version: ModelVersion, names: Sequence[s
         except (MlflowException, OSError, UserError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(f"{name} of version {version.version} of {version.name} cannot be read: {reason}") from error
+
+
+def champion_files(settings: TrackingSettings, root: str, name: str, names: Sequence[str], folder: Path) -> ModelVersion | None:
+    """The champion of a registered model, with these of its files in `folder`; None where there is none. A UserError where the
+    registry or a file cannot be read."""
+    if not database_exists(settings, root):
+        return None
+    try:
+        client = connect(settings, root)
+        champion = champion_of(client, name)
+    except MlflowException as error:
+        raise UserError(f"the champion of {name} cannot be asked for: {str(error).splitlines()[0]}") from error
+    if champion is not None:
+        version_files(client, champion, names, folder)
+    return champion

@@ -35,7 +35,8 @@ def estimate(run: Specification) -> dict[str, Any]:
     window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
     training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 4 * window_bytes
     interpreted = config.interpretation
-    example_bytes = 2 * 4 * (interpreted.examples + config.evaluation.batch_sequences) * d_sae * config.corpus.context_length
+    examples = interpreted.examples + interpreted.drawn + 2 * config.evaluation.batch_sequences
+    example_bytes = 4 * examples * d_sae * config.corpus.context_length
     return {
         "name": config.name,
         "device": str(run.device),

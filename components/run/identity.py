@@ -25,7 +25,7 @@ from components.interpretation.settings import InterpretationSettings
 from components.settings import digest as content_digest
 from components.training.settings import TrainingSettings
 
-VERSIONS = {"tokens": 3, "activations": 3, "coder": 3, "evaluation": 3, "evaluation_set": 2, "run": 2, "interpretation": 1}
+VERSIONS = {"tokens": 3, "activations": 3, "coder": 3, "evaluation": 3, "evaluation_set": 2, "run": 2, "interpretation": 2}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ EVALUATION = Fields(
     resolved=("probing",),
     without_effect=("batch_sequences",),
 )
-INTERPRETATION = Fields(always=("tokens", "examples", "logits"))
+INTERPRETATION = Fields(always=("tokens", "examples", "drawn", "quantiles", "logits"), without_effect=("explainer",))
 COMPARED = Fields(always=("tokens", "reference_tokens"))
 """What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
 

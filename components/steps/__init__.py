@@ -11,7 +11,10 @@ from components.steps.evaluation import (
     measure_baselines,
     measure_span,
 )
+from components.steps.explanation import explain, search_explanations
 from components.steps.extraction import extract
+from components.steps.feature_export import export_features
+from components.steps.finding import attribute, search_direction
 from components.steps.given import evaluate_given, export_given, import_given
 from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
@@ -21,12 +24,15 @@ from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, train, training_tokens
 
 __all__ = [
+    "attribute",
     "browser_address",
     "comparison",
     "evaluate",
     "evaluate_given",
     "evaluation_job",
     "evaluation_reference",
+    "explain",
+    "export_features",
     "export_given",
     "extract",
     "finish_evaluation",
@@ -44,7 +50,7 @@ __all__ = [
     "require_autoencoder",
     "require_evaluated",
     "run_address",
-    "search_features", "show_feature", "steer",
+    "search_direction", "search_explanations", "search_features", "show_feature", "steer",
     "summary",
     "tracked",
     "train",

@@ -9,11 +9,14 @@ import pyarrow.parquet as pq
 from components import storage
 from components.evaluation.columns import OneColumn
 from components.evaluation.held_out import HeldOut
-from components.evaluation.record import About
 from components.interop.coders import AnySAE
 from components.interpretation import search, steering
+from components.interpretation.activations import Pass
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
+from components.interpretation.explanations.table import read_explanations
 from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
+from components.interpretation.layout import layout
+from components.interpretation.matches import read_matches
 from components.interpretation.record import InterpretationRecord, interpretation_url
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
 from components.run import identity
@@ -21,6 +24,7 @@ from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import own_sae
+from components.steps.matches import carry_over, match_with_champion
 from components.steps.reference import exclusion_of
 
 
@@ -37,21 +41,28 @@ def interpret(run: Specification) -> InterpretationRecord | None:
         return present
     if present is None:
         storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
-        present = _feature_data(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
-    _write_browser(run, measured.about)
+        present = _feature_tables(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
+    matches = match_with_champion(run, record.weights_sha256)
+    carry_over(run, record.weights_sha256, matches)
+    refresh_browser(run)
     return present
+
+
+def refresh_browser(run: Specification) -> None:
+    """Write the browser with all that is known by now."""
+    measured = run.evaluation_record()
+    assert measured is not None
+    write_browser(run.sae_url, measured.about, feature_data(run))
 
 
 def browser_address(run: Specification) -> str:
     return storage.join(run.sae_url, FOLDER, "index.html")
 
 
-def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
-    settings, device = run.config.interpretation, run.device
-    model, sae = kept_model(run.source, device), own_sae(run.sae_url, device)
-    excluded = exclusion_of(run, model, text.manifest)
-    size, points = run.config.evaluation.batch_sequences, run.read_points or (run.point,)
-    examples, tokens, sequences = find_examples(settings, sae, sae.d_sae, model, points, text, excluded, size, device)
+def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
+    settings, held_out = run.config.interpretation, held_out_pass(run, text)
+    model, sae = held_out.model, held_out.sae
+    examples, tokens, sequences = find_examples(settings, held_out)
     named = run.interpretation_identity(weights_sha256)
     record = InterpretationRecord(
         digest=identity.digest(named),
@@ -61,8 +72,9 @@ def _feature_data(run: Specification, text: HeldOut, weights_sha256: str) -> Int
         sequences=sequences,
         living=int((examples.firing > 0).sum()),
     )
-    effects = effects_of(model, run.point, written_at(run, sae), settings.logits)
-    write_feature_data(interpretation_url(run.sae_url), record, examples, text, effects)
+    effects, rows = effects_of(model, run.point, written_at(run, sae), settings.logits), getattr(sae, "W_dec", None)
+    places = None if rows is None else layout(rows.detach(), examples.firing > 0)
+    write_feature_data(interpretation_url(run.sae_url), record, examples, settings.quantiles, text, effects, places)
     return record
 
 
@@ -71,20 +83,41 @@ def written_at(run: Specification, sae: AnySAE) -> AnySAE | OneColumn:
     return OneColumn(sae, -1) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
 
 
+def held_out_pass(run: Specification, text: HeldOut) -> Pass:
+    """Of the trained coder over the tokens that its features are looked at on."""
+    device, model = run.device, kept_model(run.source, run.device)
+    sae = own_sae(run.sae_url, device)
+    return Pass(
+        sae=sae,
+        d_sae=sae.d_sae,
+        model=model,
+        points=run.read_points or (run.point,),
+        text=text,
+        tokens=run.config.interpretation.tokens,
+        exclusion=exclusion_of(run, model, text.manifest),
+        batch_sequences=run.config.evaluation.batch_sequences,
+        device=device,
+    )
+
+
 def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, Any]]:
     """A row per feature that fires, as the browser's table has it, largest `sort` first."""
     keys = {"density": "density", "max_activation": "max", "mean_activation": "mean", "feature": "feature"}
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
-    data = _data(run)
+    data = feature_data(run)
     rows = [data.feature(feature)["row"] for feature in range(data.d_sae)]
-    found = [row for row in rows if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']}".lower()]
+    found = [
+        row
+        for row in rows
+        if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']} {row['explanation']}".lower()
+    ]
     return sorted(found, key=lambda row: row[keys[sort]], reverse=sort != "feature")
 
 
 def show_feature(run: Specification, feature: int) -> dict[str, Any]:
     """Examples, logits and neighbours of one feature, as plain JSON."""
-    data = _data(run)
+    data = feature_data(run)
     if not 0 <= feature < data.d_sae:
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {data.d_sae - 1}")
     return data.feature(feature)
@@ -96,7 +129,7 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     most. They need no feature data."""
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
-    encoder, decode = load_encoder(run.source), _decode(run)
+    encoder, decode = load_encoder(run.source), decode_of(run)
     ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.of(rendered=True)([*texts, *against])]
     for text, tokens in zip([*texts, *against], ids, strict=True):
         if not tokens:
@@ -132,7 +165,7 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
     with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
         largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
-    encoder, decode = load_encoder(run.source), _decode(run)
+    encoder, decode = load_encoder(run.source), decode_of(run)
     room = run.model.longest_text or run.config.corpus.context_length
     bos = [] if run.config.corpus.bos == "none" else [encoder.bos]
     ids = [*bos, *encoder.of(rendered=True)([prompt])[0]]
@@ -150,16 +183,17 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
     }
 
 
-def _data(run: Specification) -> FeatureData:
+def feature_data(run: Specification) -> FeatureData:
+    """What is known of the trained coder's features; a UserError where nothing is yet."""
     if run.interpretation_record() is None:
         raise UserError(f"sae: there is no feature data beside {run.sae_url} yet; run `sae features make`")
-    return FeatureData(run.sae_url, _decode(run))
+    record = run.training_record()
+    assert record is not None
+    matches = read_matches(run.sae_url, record.weights_sha256)
+    return FeatureData(run.sae_url, decode_of(run), matches, read_explanations(run.sae_url, record.weights_sha256))
 
 
-def _decode(run: Specification) -> Decode:
+def decode_of(run: Specification) -> Decode:
+    """The text of one token."""
     tokenizer = load_tokenizer(run.source)
     return lambda token: str(tokenizer.decode([token]))
-
-
-def _write_browser(run: Specification, about: About) -> None:
-    write_browser(run.sae_url, about, _decode(run))

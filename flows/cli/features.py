@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flows.cli.line import checked
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, terminal
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
 
 app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
 Sort = Annotated[str, typer.Option("--sort", help="density, max_activation, mean_activation or feature; largest first.")]
@@ -62,17 +63,96 @@ def show_(
 @app.command()
 def search(
     config: Config,
-    texts: Annotated[list[str], typer.Option("--text", help="A text that they should fire on. Repeatable.")],
+    texts: Annotated[list[str] | None, typer.Option("--text", help="A text that they should fire on. Repeatable.")] = None,
     against: Annotated[list[str] | None, typer.Option("--against", help="A text that they should not. Repeatable.")] = None,
+    explanation: Annotated[
+        str | None, typer.Option("--explanation", help="Words of what was said of them (`sae features explain`).")
+    ] = None,
+    direction: Annotated[
+        Path | None, typer.Option("--direction", help="A .npy of a direction, such as a probe's weights; by cosine.")
+    ] = None,
     overrides: Overrides = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find features by what they fire on: `--text "raise ValueError(x)" --against "return x"`."""
+    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`), by `--explanation` or by
+    `--direction`."""
+    with command(as_json) as show:
+        from components import steps
+        from components.settings import UserError
+
+        if [bool(texts), explanation is not None, direction is not None].count(True) != 1:
+            raise UserError("--text, --explanation or --direction: one of them is needed")
+        run = checked(config, overrides)
+        if explanation is not None:
+            show({"features": steps.search_explanations(run, explanation, limit)}, _print_explained)
+        elif direction is not None:
+            show({"features": steps.search_direction(run, direction, limit)}, print_tree)
+        else:
+            show({"features": steps.search_features(run, texts or [], against or [], limit)}, _print_found)
+
+
+@app.command()
+def attribute(
+    config: Config,
+    prompt: Annotated[str, typer.Option("--prompt", help="What the model continues.")],
+    token: Annotated[str, typer.Option("--token", help="A next token.")],
+    other: Annotated[str | None, typer.Option("--other", help="Another; else the mean of all.")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Take each away and run on, too: slower, and exact.")] = False,
+    overrides: Overrides = None,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Find features that bring the model to one next token rather than another: gradient times activation, or ablation."""
     with command(as_json) as show:
         from components import steps
 
-        show({"features": steps.search_features(checked(config, overrides), texts, against or [], limit)}, _print_found)
+        show(steps.attribute(checked(config, overrides), prompt, token, other, limit, ablate), _print_attributed)
+
+
+@app.command()
+def explain(
+    config: Config,
+    features: Annotated[
+        int, typer.Option("--features", help="How many should have an explanation, drawn at random of those that fire.", min=1)
+    ] = 50,
+    chosen: Annotated[list[int] | None, typer.Option("--feature", help="This one. Repeatable.", min=0)] = None,
+    max_cost: Annotated[
+        float | None,
+        typer.Option("--max-cost", help="Dollars that it may cost; else interpretation.explainer.max_cost.", min=0),
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would cost, and ask nothing.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a language model say what features stand for, and score what it says (`interpretation.explainer`)."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        found = steps.explain(checked(config, overrides), features, chosen or [], max_cost, estimate)
+        show(found, print_tree)
+        if found["stopped"] is not None:
+            raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    config: Config,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="neuronpedia (upload batches), feature-json (as circuit-tracer reads it) or delphi.")
+    ],
+    source_set: Annotated[str | None, typer.Option("--source-set", help="Neuronpedia's name of the set.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the features in another project's format."""
+    with command(as_json) as show:
+        log_to_stderr()
+        from components import steps
+
+        show(steps.export_features(checked(config, overrides), format_, folder, source_set), print_tree)
 
 
 @app.command()
@@ -112,6 +192,31 @@ def _print_found(result: dict[str, Any]) -> None:
     terminal().print(table)
 
 
+def _print_attributed(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "attribution", "ablation", "most on", title=Text(_shown(result["prompt"])))
+    for row in result["features"]:
+        ablation = "-" if row["ablation"] is None else f"{row['ablation']:.3g}"
+        table.add_row(str(row["feature"]), f"{row['attribution']:.3g}", ablation, Text(_shown(row["token"])))
+    console = terminal()
+    console.print(table)
+    if result["spearman"] is not None:
+        console.print(f"Both orders of the {result['firing']} features that fire agree to {result['spearman']:.3f} (Spearman).")
+
+
+def _print_explained(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "detection", "fuzzing", "explanation")
+    for row in result["features"]:
+        scores = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("detection", "fuzzing"))
+        table.add_row(str(row["feature"]), *scores, Text(_shown(row["explanation"])))
+    terminal().print(table)
+
+
 def _print_made(result: dict[str, Any]) -> None:
     print(result["browser"])
 
@@ -132,11 +237,25 @@ def _print_feature(result: dict[str, Any]) -> None:
 
     console, row = terminal(), result["row"]
     console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
+    if said := result["explained"]:
+        scores = ", ".join(f"{name} {said[name]:.2f}" for name in ("detection", "fuzzing") if said[name] is not None)
+        origin = (
+            said["explainer"]
+            if said["carried_from"] is None
+            else f"of its feature {said['carried_feature']} in {said['carried_from']}"
+        )
+        console.print(
+            Text(f"explained as: {_shown(said['explanation'])} ({'; '.join(part for part in (scores, origin) if part)})")
+        )
     for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
         console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
+    if match := result["match"]:
+        near = "" if match["nearest"] is None else f", nearest is its feature {match['nearest']} ({match['cosine']:.2f})"
+        console.print(f"compared with the champion of the time: {match['status']}{near}")
     for example in result["examples"]:
-        line = Text(f"{example['activation']:>8.3g} {example['kind']:<10} ", style="dim")
+        kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
+        line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")
         for token, activation in zip(example["tokens"], example["activations"], strict=True):
             line.append(_shown(token), style="bold black on yellow" if activation > 0 else "not dim")
         console.print(line)

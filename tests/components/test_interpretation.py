@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from components import steps
 from components.corpus.tokens import read_sequences
 from components.evaluation.record import About
 from components.interpretation import browser
-from components.interpretation.examples import Examples, lots
+from components.interpretation.examples import Examples, bin_edges, lots
 from components.interpretation.logits import logit_effects
 from components.interpretation.steering import clamped
 from components.language_model.hook_points import HookPoint
@@ -28,41 +29,80 @@ from components.sae.architectures.relu import ReLUSAE, ReLUSettings
 CPU = torch.device("cpu")
 
 
-def added(activations: torch.Tensor, batch: int, count: int = 4) -> Examples:
-    """activations `[sequences, length, d_sae]`"""
-    examples = Examples(count, activations.shape[2], activations.shape[1], CPU)
+def planted() -> torch.Tensor:
+    """`[sequences, length, d_sae]`"""
+    activations = (torch.randn(40, 6, 12, generator=torch.Generator().manual_seed(0)) - 1.5).clamp_min(0)
+    activations[:, :, 3] = 0.0  # never fires
+    activations[:, :, 4] = (activations[:, :, 4] > 0).float()  # many ties
+    activations[:, :, 5] *= 1e-9  # under the first bin
+    return activations
+
+
+DOCUMENTS = torch.arange(40)[:, None].expand(40, 6) // 3
+POSITIONS = torch.arange(240).reshape(40, 6)
+
+
+def added(activations: torch.Tensor, batch: int, first: int = 0) -> Examples:
+    examples = Examples(4, 7, activations.shape[2], activations.shape[1], CPU)
     for start in range(0, len(activations), batch):
-        block = activations[start : start + batch]
-        examples.add(block, torch.arange(start, start + len(block)))
+        block = slice(first + start, first + start + batch)
+        numbers = torch.arange(first + start, first + start + len(activations[start : start + batch]))
+        examples.add(activations[start : start + batch], numbers, DOCUMENTS[block], POSITIONS[block])
     return examples
 
 
-@pytest.mark.parametrize("batch", [1, 3, 50])
-def test_examples_are_those_of_the_whole_matrix_whatever_the_batches(batch: int):
-    random = torch.Generator().manual_seed(0)
-    activations = (torch.randn(40, 6, 12, generator=random) - 1.5).clamp_min(0)
-    activations[:, :, 3] = 0.0  # never fires
-    activations[:, :, 4] = (activations[:, :, 4] > 0).float()  # many ties
-    found = added(activations, batch)
-    largest = activations.amax(dim=1).numpy()
+@pytest.mark.parametrize(("batch", "cuts"), [(1, []), (3, []), (50, []), (3, [17]), (2, [1, 9, 30])])
+def test_examples_are_those_of_the_whole_matrix_whatever_the_batches_and_spans(batch: int, cuts: list[int]):
+    activations = planted()
+    ends = [0, *cuts, 40]
+    parts = [added(activations[start:stop], batch, start) for start, stop in pairwise(ends)]
+    found = parts[0]
+    for part in parts[1:]:
+        found.include(part)
+    kept_tokens = found.drawn.found()
+    largest, flat = activations.amax(dim=1).numpy(), activations.reshape(-1, 12)
     for feature in range(12):
         firing = np.flatnonzero(largest[:, feature] > 0)
         best = firing[np.argsort(-largest[firing, feature], kind="stable")][:4]
         kept = found.strongest.scores[:, feature] > 0
         assert found.strongest.sequences[kept, feature].tolist() == best.tolist()
         assert torch.equal(found.strongest.activations[kept, feature], activations[best, :, feature])
-        drawn = firing[np.argsort(-lots(torch.arange(40), 12)[firing, feature].numpy())][:4]
-        kept = found.sample.scores[:, feature] > 0
-        assert found.sample.sequences[kept, feature].tolist() == drawn.tolist()
         assert found.firing[feature] == len(firing)
+        tokens = (flat[:, feature] > 0).nonzero()[:, 0]
+        drawn = lots(DOCUMENTS.reshape(-1)[tokens], POSITIONS.reshape(-1)[tokens], torch.tensor(feature))
+        chosen = tokens[drawn.argsort(descending=True)][:7]
+        own = kept_tokens.features == feature
+        assert (kept_tokens.sequences[own] * 6 + kept_tokens.places[own]).tolist() == chosen.tolist()
+        assert torch.equal(kept_tokens.activations[own], activations[chosen // 6, :, feature])
+        values = flat[tokens, feature].numpy().clip(bin_edges()[0], np.nextafter(bin_edges()[-1], np.float32(0)))
+        assert found.histogram[feature].tolist() == np.histogram(values, bins=bin_edges().astype(np.float64))[0].tolist()
 
 
 def test_lots_are_uniform_and_know_nothing_of_their_neighbours():
-    drawn = lots(torch.arange(2_000), 50).numpy()
-    assert 0 < drawn.min() < drawn.max() < 1
+    grid = torch.meshgrid(torch.arange(40), torch.arange(50), torch.arange(50), indexing="ij")
+    drawn = (lots(*(part.reshape(-1) for part in grid)).double() / 2.0**62).numpy().reshape(40, 50, 50)
+    assert 0 <= drawn.min() < drawn.max() < 1
     assert np.abs(np.histogram(drawn, bins=10, range=(0, 1))[0] / drawn.size - 0.1).max() < 0.005
-    assert abs(np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]) < 0.02
-    assert abs(np.corrcoef(drawn[:, :-1].ravel(), drawn[:, 1:].ravel())[0, 1]) < 0.02
+    for axis in range(3):
+        first, second = (np.take(drawn, range(*ends), axis).ravel() for ends in ((0, 39), (1, 40)))
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
+    assert len(np.unique(drawn)) == drawn.size
+
+
+def test_quantiles_are_groups_of_equal_size_by_activation(plan: Specification):
+    steps.interpret(plan)
+    rows = pq.read_table(Path(plan.sae_url) / "interpretation" / "examples.parquet").to_pylist()
+    features = pq.read_table(Path(plan.sae_url) / "interpretation" / "features.parquet").to_pylist()
+    full = 0
+    for feature in features:
+        sample = [row for row in rows if row["feature"] == feature["feature"] and row["kind"] == "sample"]
+        assert len(sample) == min(10, feature["fired"]) == min(10, sum(feature["histogram"]))
+        assert len(feature["histogram_edges"]) == (len(feature["histogram"]) + 1 if sample else 0)
+        assert [row["activation"] for row in sample] == sorted((row["activation"] for row in sample), reverse=True)
+        if len(sample) == 10:
+            full += 1
+            assert [row["quantile"] for row in sample] == [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert full > 5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -95,7 +135,7 @@ def test_logit_effects_are_the_derivative_of_the_logits_but_for_the_norms_scale(
 
 @pytest.fixture
 def plan(tiny_tree: dict) -> Specification:
-    tiny_tree["interpretation"] = {"tokens": 700, "examples": 3, "logits": 4}
+    tiny_tree["interpretation"] = {"tokens": 700, "examples": 3, "drawn": 10, "logits": 4}
     tiny_tree["evaluation"] = {"tokens": 900, "reference_tokens": 1_000, "baselines": []}
     plan = resolve(parse_config(tiny_tree))
     steps.extract(plan)
@@ -126,7 +166,8 @@ def test_the_tables_hold_what_the_coder_does_on_the_text(plan: Specification, mo
         expected = found[number, :, row["feature"]]
         firing = torch.tensor(row["activations"])
         torch.testing.assert_close(firing[firing > 0], expected[firing > 0], rtol=1e-4, atol=1e-5)
-        assert row["activation"] == pytest.approx(max(row["activations"]))
+        assert row["activation"] == row["activations"][place] > 0
+        assert row["kind"] == "sample" or row["activation"] == max(row["activations"])
         assert row["document"] == block.documents[number, place]
         assert row["position"] == block.positions[number, place]
 
@@ -155,7 +196,8 @@ def test_the_browser_is_whole_speaks_to_nobody_and_text_stays_text(plan: Specifi
     steps.interpret(plan)
     hostile = "</script><script>alert(1)</script>\u2028\u202e"
     about = About(name=hostile, language_model="m", hook_point="resid_post.1", architecture="relu", d_in=32, d_sae=plan.d_sae)
-    browser.write_browser(plan.sae_url, about, lambda token: f"{hostile}{token}")
+    data = browser.FeatureData(plan.sae_url, lambda token: f"{hostile}{token}")
+    browser.write_browser(plan.sae_url, about, data)
     folder = Path(plan.sae_url) / "browser"
     for path in folder.rglob("*.*"):
         content = path.read_text()

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from components import steps
 from components.evaluation import stability
 from components.evaluation.stability import Dictionary, compare, nearest_across
+from components.interpretation.explanations.table import Explanation, read_explanations, write_explanations
 from components.registry.catalogue import compare as compare_versions
 from components.registry.gates import Gates
 from components.registry.records import Outcome
@@ -164,6 +165,12 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     tiny_tree["training"] |= {"tokens": 10_000, "learning_rate": 1e-2}
     first, earlier = registered(tiny_tree)
     later_run, later = registered(tiny_tree, seed=1, corpus={**tiny_tree["corpus"], "train_tokens": 5_000})
+    said = [
+        Explanation(feature=number, explanation=f"said of {number}", detection=0.9, fuzzing=0.8, explainer="m")
+        for number in range(64)
+    ]
+    write_explanations(first.sae_url, first.training_record().weights_sha256, said)
+    steps.interpret(later_run)
     client = connect(first.config.tracking, first.config.storage.root)
     assert isinstance(client, MlflowClient)
     name = first.registered_model
@@ -198,6 +205,23 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     compared = compare_versions(client, [f"{name}/1", f"{name}/2"], Gates())
     assert compared["stability"] == [None, found]
     assert earlier.alias == "champion"
+
+    # the same in the browser and in `sae features show`
+    page = (Path(later_run.sae_url) / "browser" / "table.js").read_text()
+    shown = json.loads(page.removeprefix("const TABLE = ").removesuffix(";"))
+    assert shown["compared"]["with"] == f"version 1 of {name}"
+    assert shown["compared"]["counts"] == {key: found[key] for key in ("persisted", "split", "new", "merged", "vanished")}
+    for row in shown["features"]:
+        assert row["status"] == expected.get(("version", row["feature"]), ("", None))[0]
+    gone = {i: status for (side, i), (status, _) in expected.items() if side == "champion" and status in ("vanished", "merged")}
+    assert {row[0]: row[1] for row in shown["compared"]["gone"]} == gone
+    assert shown["compared"]["browser"] == f"../../{Path(first.sae_url).name}/browser/index.html"
+    match = steps.show_feature(later_run, kept_here := next(i for (side, i) in expected if side == "version"))["match"]
+    assert (match["status"], match["nearest"]) == expected["version", kept_here]
+    own = read_explanations(later_run.sae_url, later_run.training_record().weights_sha256)
+    persisted = {i: near for (side, i), (status, near) in expected.items() if side == "version" and status == "persisted"}
+    assert {feature: one.explanation for feature, one in own.items()} == {i: f"said of {near}" for i, near in persisted.items()}
+    assert {one.carried_from for one in own.values()} == {"version 1"}
 
 
 def test_asked_again_a_champion_is_not_compared_with_itself(tiny_tree: dict):

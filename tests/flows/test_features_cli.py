@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from completions import sensible, serving
 from typer.testing import CliRunner
 
 from components import steps
@@ -59,3 +61,25 @@ def test_features_are_made_listed_and_shown(config: str):
     assert str(feature) in sae("list", config)
     assert f"feature {feature}: fires on" in sae("show", config, str(feature))
     assert CliRunner().invoke(app, ["features", "show", config, "9999"]).exit_code == 2
+    attributed = sae("attribute", config, "--prompt", "the feature fires", "--token", "self", "--ablate")
+    assert "(Spearman)" in attributed
+    np.save(probe := Path(config).parent / "probe.npy", np.ones(32))
+    assert len(json.loads(sae("search", config, "--direction", str(probe), "--limit", "3", "--json"))["features"]) == 3
+    folder = Path(config).parent / "exported"
+    written = json.loads(sae("export", config, str(folder), "--format", "feature-json", "--json"))
+    assert (folder / "features" / "index.json.gz").is_file()
+    assert written["features"] == 64
+    assert CliRunner().invoke(app, ["features", "export", config, str(folder), "--format", "delphi"]).exit_code == 2
+    with serving(sensible) as server:
+        explainer = {"endpoint": server.base, "model": "m", "input_price": "1", "output_price": "2", "scored": "4"}
+        named = [part for name, value in explainer.items() for part in ("--set", f"interpretation.explainer.{name}={value}")]
+        estimate = json.loads(sae("explain", config, "--features", "2", "--estimate", "--json", *named))
+        assert server.requests == []
+        explained = json.loads(sae("explain", config, "--features", "2", "--max-cost", "0.1", "--json", *named))
+        assert (explained["explained"], explained["estimate"]) == (2, estimate["estimate"])
+        capped = CliRunner().invoke(app, ["features", "explain", config, "--feature", "0", "--max-cost", "0", "--json", *named])
+        assert (capped.exit_code, json.loads(capped.stdout)["stopped"]) == (1, "the cost cap is reached")
+    (first, *_) = json.loads(sae("search", config, "--explanation", "fires on", "--json"))["features"]
+    assert "explained as: fires on" in sae("show", config, str(first["feature"]))
+    assert str(first["feature"]) in sae("search", config, "--explanation", "fires")
+    assert CliRunner().invoke(app, ["features", "search", config]).exit_code == 2

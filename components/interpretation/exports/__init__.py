@@ -1,0 +1,1 @@
+"""Feature data in the formats of other projects: one file per format."""

@@ -1,0 +1,46 @@
+"""A map of features: their decoder directions in two dimensions, so that near ones mostly lie together."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_BY_NEIGHBOURS = 5_000
+"""Directions that t-SNE arranges, in seconds for a thousand; more are projected on their two principal components."""
+_ITERATIONS = 500
+_PERPLEXITY = 30.0
+
+
+def layout(rows: Tensor, living: Tensor) -> np.ndarray:
+    """rows `[d_sae, d_out]`, living `[d_sae]` -> float32 `[d_sae, 2]`, each coordinate from -1 to 1; NaN for features that do
+    not fire. The same rows give the same map on one machine.
+
+    t-SNE on unit rows (van der Maaten & Hinton 2008; started from the principal components), or those components alone.
+    """
+    places = np.full((len(rows), 2), np.nan, dtype=np.float32)
+    units = torch.nn.functional.normalize(rows[living].float().cpu(), dim=1).numpy()
+    count = len(units)
+    if count == 0:
+        return places
+    found = _principal(units)
+    if 3 < count <= MOST_BY_NEIGHBOURS:
+        from sklearn.manifold import TSNE
+
+        begun = found / max(float(found[:, 0].std()), 1e-12) * 1e-4
+        perplexity = min(_PERPLEXITY, (count - 1) / 3)
+        found = TSNE(init=begun, perplexity=perplexity, max_iter=_ITERATIONS, random_state=0).fit_transform(units)
+    span = float(np.abs(found).max())
+    places[living.cpu().numpy()] = found / span if span > 0 else found
+    return places
+
+
+def _principal(units: np.ndarray) -> np.ndarray:
+    """On the two principal components, `[n, 2]`, each turned so that its largest entry is positive."""
+    centred = units.astype(np.float64) - units.mean(axis=0, dtype=np.float64)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    axes = vectors[:, ::-1][:, :2]
+    axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+    found = np.zeros((len(units), 2), dtype=np.float32)
+    found[:, : axes.shape[1]] = centred @ axes
+    return found

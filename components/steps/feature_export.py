@@ -1,0 +1,43 @@
+"""Feature data -> the folders of other projects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from components.evaluation.held_out import HeldOut
+from components.interpretation.exports import delphi, feature_json, neuronpedia
+from components.run.specification import Specification
+from components.settings import UserError
+from components.steps.interpretation import feature_data, held_out_pass
+
+FORMATS = ("neuronpedia", "feature-json", "delphi")
+_SITES = {"resid_pre": "res-pre", "resid_post": "res", "mlp_out": "mlp", "attn_out": "att"}
+
+
+def export_features(run: Specification, format: str, folder: Path, source_set: str | None) -> dict[str, Any]:
+    """The feature data of a run in another project's format, in a new folder. source_set: Neuronpedia's name of it."""
+    if format not in FORMATS:
+        raise UserError(f"--format: '{format}' is not accepted: there are {', '.join(FORMATS)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"DIR: '{folder}' is not accepted: it is there already; a new or empty folder is")
+    data = feature_data(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    layer = run.point.layer or 0
+    every = range(data.d_sae)
+    match format:
+        case "neuronpedia":
+            name = neuronpedia.identifier(source_set or f"{_SITES.get(run.point.kind, 'sae')}-{run.config.name}")
+            model, source = neuronpedia.identifier(run.model.slug), f"{layer}-{name}"
+            features = (data.feature(feature, neuronpedia.WINDOW) for feature in every)
+            count = neuronpedia.write(folder, features, model, source)
+            return {"format": format, "folder": str(folder), "features": count, "modelId": model, "source": source}
+        case "feature-json":
+            features = (data.feature(feature, feature_json.WINDOW) for feature in every)
+            count = feature_json.write(folder, features, layer, f"{run.config.name}-{run.sae_digest}")
+            return {"format": format, "folder": str(folder), "features": count, "layer": layer}
+    manifest = run.token_manifest()
+    assert manifest is not None
+    held_out = held_out_pass(run, HeldOut(url=run.token_url, manifest=manifest))
+    count = delphi.write(folder, held_out, run.point, run.source.location, run.config.corpus.title)
+    return {"format": format, "folder": str(folder), "activations": count, "hookpoint": delphi.hookpoint(run.point)}
