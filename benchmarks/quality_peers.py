@@ -95,8 +95,8 @@ def by_saelens(work: dict[str, Any], batches: Batches, steps: int, folder: Path)
 def by_dictionary_learning(work: dict[str, Any], batches: Batches, steps: int, folder: Path) -> Path:
     """Its steps are lengths of long trainings (warm-up 1,000, thresholds from the 1,000th on, dead after 10 million tokens):
     shares of this one instead."""
-    for unused in ("nnsight", "zstandard"):  # which it imports to buffer activations and to read text
-        sys.modules[unused] = MagicMock()
+    absent = [name for name in ("nnsight", "zstandard") if name not in sys.modules]  # to buffer activations and to read text
+    sys.modules.update({name: MagicMock() for name in absent})
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
@@ -105,6 +105,8 @@ def by_dictionary_learning(work: dict[str, Any], batches: Batches, steps: int, f
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
 
+    for unused in absent:
+        del sys.modules[unused]  # other libraries ask whether they are there
     kind = {
         "standard": StandardTrainerAprilUpdate, "gated": GatedSAETrainer, "jumprelu": JumpReluTrainer,
         "topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "matryoshka": MatryoshkaBatchTopKTrainer,

@@ -111,13 +111,15 @@ class World:
         return strength @ self.directions + self.scale * self._mean, strength
 
 
+_FEW_DEAD = {"auxk": 8}
+"""Dead features that take part in AuxK on a token: of half of `d_in`, nearly all dead ones learn the same."""
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
-    "relu": ({"sparsity_coefficient": 3.0}, 4e-3),
+    "relu": ({"sparsity_coefficient": 3.0, "auxk_coefficient": 1 / 32}, 4e-3),
     "gated": ({"sparsity_coefficient": 3.0}, 4e-3),
     "jumprelu": ({"sparsity_coefficient": 2.0}, 4e-3),
-    "topk": ({}, 4e-3),
-    "batchtopk": ({}, 4e-3),
-    "matryoshka": ({}, 4e-3),
+    "topk": (_FEW_DEAD, 2e-3),
+    "batchtopk": ({"decoder_init_norm": 0.3, **_FEW_DEAD}, 2e-3),
+    "matryoshka": (_FEW_DEAD, 2e-3),
 }
 """Settings that are not the architecture's defaults, and the learning rate. Where there is a k, it is the true L0."""
 
@@ -139,7 +141,7 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
         options = options | {key: value for key, value in arguments.set if key in kind.model_fields}
         settings = TrainingSettings(
             tokens=arguments.tokens, batch_size=arguments.batch, learning_rate=arguments.learning_rate or rate,
-            learning_rate_warmup=0.02, dead_after_tokens=arguments.tokens // 10,
+            learning_rate_warmup=0.02, dead_after_tokens=30_000,
         )  # fmt: skip
         job = Training(
             url="", digest="", identity={}, settings=settings, coder=kind(d_sae=world.features, **options), dataset_url="",
@@ -238,8 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", default=[])
     parser.add_argument("--large", action="store_true", help="16,384 features in 768 dimensions, L0 34: slow")
-    parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--batch", type=int, default=1_024)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in: its own on the same data, too")
