@@ -31,13 +31,13 @@ from components.run.config import load_config
 from components.run.specification import Specification, resolve
 from components.sae.architectures import architectures
 from components.settings import digest
-from components.training.job import Training
+from components.training.job import Training, read_training_record
 from components.training.loop import train_together
 
 SPARSITIES: dict[str, tuple[str, tuple[float, ...], float, dict[str, Any]]] = {
     "relu": ("sparsity_coefficient", (1.2, 2.0, 3.4), 4e-3, {}),
     "gated": ("sparsity_coefficient", (2.5, 4.0, 6.0), 4e-3, {}),
-    "jumprelu": ("sparsity_coefficient", (0.7, 1.2, 2.2), 4e-3, {}),
+    "jumprelu": ("sparsity_coefficient", (0.7, 1.2, 3.0), 4e-3, {}),
     "topk": ("k", (7, 12, 20), 4e-3, {}),
     "batchtopk": ("k", (7, 12, 20), 4e-3, {"decoder_init_norm": 0.3}),
     "matryoshka": ("k", (7, 12, 20), 4e-3, {}),
@@ -85,8 +85,9 @@ AT_L0 = (8.0, 12.0, 16.0)
 MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_fraction")
 
 
-def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: int) -> dict[tuple[str, float], str]:
-    """Where the artifact of each architecture at each sparsity is, trained in lockstep if it was not there."""
+def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: int, kept: bool) -> dict[tuple[str, float], str]:
+    """Where the artifact of each architecture at each sparsity is, trained in lockstep if it was not there. kept: only those
+    that are there."""
     jobs: dict[tuple[str, float], Training] = {}
     base = plan.training()
     for name in names:
@@ -102,13 +103,15 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
             jobs[name, value] = dataclasses.replace(
                 base, url=storage.join(root, key), digest=key, identity=identity, settings=settings, coder=coder, seed=seed
             )
-    if jobs:
+    if kept:
+        jobs = {key: job for key, job in jobs.items() if read_training_record(job.url)}
+    elif jobs:
         train_together(list(jobs.values()), torch.device("cpu"))
     return {key: job.url for key, job in jobs.items()}
 
 
 def theirs(
-    plan: Specification, root: str, names: list[str], how: str, seed: int, tokens: int, peers: Path
+    plan: Specification, root: str, names: list[str], how: str, seed: int, tokens: int, peers: Path, kept: bool
 ) -> dict[tuple[str, float], str]:
     """The same of peers, trained by their own libraries on our batches in a process that sees them; what they could not train
     is left out, after their own words on why."""
@@ -128,7 +131,7 @@ def theirs(
             if not Path(folder).is_dir():
                 missing[folder] = work
             found[f"{name}, {how}", value] = folder
-    if missing:
+    if missing and not kept:
         works = Path(root) / "peers.json"
         works.write_text(json.dumps(missing))
         path = os.pathsep.join([str(Path(__file__).parents[1]), str(peers)])
@@ -168,37 +171,85 @@ Runs = dict[str, dict[int, list[dict[str, float]]]]
 """By architecture and seed: one point for each sparsity."""
 
 
+def at_l0(seeds: dict[int, list[dict[str, float]]], l0: float, metric: str) -> np.ndarray:
+    """The metric there of each seed, not a number where what was trained does not reach it."""
+    return np.array([interpolated(points, l0, metric) for points in seeds.values()])
+
+
 def table(runs: Runs) -> str:
-    """At equal L0, mean over seeds and half of what lies between the largest and the smallest."""
+    """At equal L0, best first: mean over seeds and half of what lies between the largest and the smallest."""
     columns = [(metric, l0) for metric in ("explained_variance", "loss_recovered") for l0 in AT_L0]
-    head = ["architecture", *(f"{metric} at {l0:g}" for metric, l0 in columns), "L0", "dead_fraction"]
+    head = ["architecture", *(f"{metric} at {l0:g}" for metric, l0 in columns), "L0", "dead_fraction", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, seeds in runs.items():
+
+    def best_first(name: str) -> float:
+        values = at_l0(runs[name], 12.0, "loss_recovered")
+        return -np.mean(values) if np.isfinite(values).all() else np.inf
+
+    for name in sorted(runs, key=best_first):
         cells = []
         for metric, l0 in columns:
-            values = [interpolated(points, l0, metric) for points in seeds.values()]
-            cells.append(f"{np.mean(values):.4f} ± {(max(values) - min(values)) / 2:.4f}")
-        first = next(iter(seeds.values()))
-        dead = max(point["dead_fraction"] for points in seeds.values() for point in points)
-        lines.append(
-            f"| {name} | " + " | ".join([*cells, ", ".join(f"{point['l0']:.1f}" for point in first), f"{dead:.3f}"]) + " |"
-        )
-    return "\n".join(lines).replace("nan ± nan", "-")
+            values = at_l0(runs[name], l0, metric)
+            spread = f"{values.mean():.4f} ± {np.ptp(values) / 2:.4f}"
+            cells.append(spread if np.isfinite(values).all() else "-")
+        reached = [np.mean([point["l0"] for point in points]) for points in zip(*runs[name].values(), strict=True)]
+        dead = max(point["dead_fraction"] for points in runs[name].values() for point in points)
+        cells += [", ".join(f"{l0:.1f}" for l0 in reached), f"{dead:.3f}", str(len(runs[name]))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def margins(runs: Runs, default: str) -> str:
+    """What the default leaves of the loss at equal L0, against the best peer."""
+    lines = []
+    for l0 in AT_L0:
+        left = {name: 1 - at_l0(seeds, l0, "loss_recovered").mean() for name, seeds in runs.items()}
+        peers = {name: value for name, value in left.items() if " " in name and np.isfinite(value)}
+        if peers and np.isfinite(left.get(default, np.nan)):
+            best = min(peers, key=lambda name: peers[name])
+            less = 1 - left[default] / peers[best]
+            lines.append(f"at {l0:g}, {default} leaves {left[default]:.4f} and {best} {peers[best]:.4f}: {less:+.1%} less")
+    return "\n".join(lines)
+
+
+COLOURS = dict(zip(SPARSITIES, ("tab:gray", "tab:green", "tab:orange", "tab:blue", "tab:red", "tab:purple"), strict=True))
+MARKERS = {"": "o", "saelens": "s", "dictionary_learning": "^", "sparsify": "D"}
 
 
 def picture(runs: Runs, path: str) -> None:
+    """Means over seeds, where the L0 is one that is compared at; the colour is the architecture's, filled are ours. What is
+    worse than the worst of ours is outside."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5))
     for axis, metric in zip(axes, ("explained_variance", "loss_recovered"), strict=True):
         for name, seeds in runs.items():
-            points = sorted((point["l0"], 1 - point[metric]) for points in seeds.values() for point in points)
-            axis.plot(*zip(*points, strict=True), "--x" if " " in name else "-o", label=name, ms=4)
-        axis.set(xlabel="L0", ylabel=f"1 - {metric}", xscale="log", yscale="log")
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+            library, _, kind = name.rpartition(",")[0].partition(" ") if " " in name else ("", "", name)
+            mean = [
+                [np.mean([point[key] for point in points]) for key in ("l0", metric)]
+                for points in zip(*seeds.values(), strict=True)
+            ]
+            l0, value = np.array(sorted(mean)).T
+            if not ((l0 > AT_L0[0] / 1.5) & (l0 < AT_L0[-1] * 1.5)).any():
+                continue
+            colour = COLOURS["relu" if kind == "standard" else kind]
+            style = {"ls": "-", "lw": 2.0} if not library else {"ls": "--" if name.endswith("ours") else ":", "lw": 1.0}
+            face = colour if not library else "white"
+            axis.plot(l0, 1 - value, marker=MARKERS[library], color=colour, mfc=face, ms=5, label=name, **style)
+        axis.set(xlabel="L0", ylabel=f"1 - {metric}", xscale="log", yscale="log", xlim=(AT_L0[0] / 1.35, AT_L0[-1] * 1.5))
+        axis.set_xticks([*AT_L0, 24], [*(f"{l0:g}" for l0 in AT_L0), "24"])
+        ticks = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4)
+        axis.set_yticks(ticks, [f"{value:g}" for value in ticks])
+        lost = {name: [1 - point[metric] for points in seeds.values() for point in points] for name, seeds in runs.items()}
+        top = max(max(values) for name, values in lost.items() if " " not in name)
+        axis.set_ylim(0.9 * min(min(values) for values in lost.values()), 1.1 * top)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="center right", frameon=False)
+    figure.tight_layout(rect=(0, 0, 0.8, 1))
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -212,6 +263,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--evaluation-tokens", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--kept", action="store_true", help="train nothing: a table of what is there")
     parser.add_argument("--picture", default="quality.png")
     arguments = parser.parse_args()
     plan = resolve(load_config(arguments.config, arguments.overrides))
@@ -219,13 +271,18 @@ def main() -> None:
     root = storage.join(plan.config.storage.root, "quality")
     runs: Runs = defaultdict(dict)
     for seed in range(arguments.seeds):
-        urls = ours(plan, root, arguments.ours, seed, arguments.tokens)
+        urls = ours(plan, root, arguments.ours, seed, arguments.tokens, arguments.kept)
         if arguments.peers:
             for how in arguments.rates:
-                urls |= theirs(plan, root, arguments.theirs, how, seed, arguments.tokens, arguments.peers)
+                urls |= theirs(plan, root, arguments.theirs, how, seed, arguments.tokens, arguments.peers, arguments.kept)
         for (name, _), metrics in measured(plan, urls, arguments.evaluation_tokens).items():
             runs[name].setdefault(seed, []).append(metrics)
+    for seeds in runs.values():  # of each seed all sparsities, or none
+        complete = max(map(len, seeds.values()))
+        for seed in [seed for seed, points in seeds.items() if len(points) < complete]:
+            del seeds[seed]
     print(table(runs))
+    print(margins(runs, "batchtopk"))
     picture(runs, arguments.picture)
 
 

@@ -11,7 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import MagicMock
 
 import torch
@@ -23,8 +23,16 @@ from components.activations.dataset.reader import ActivationReader
 BATCHES_FOR_SCALE = 50
 
 
-class Batches:
-    """Those that ours are trained on, from the first on each time they are asked for."""
+class Batches(Protocol):
+    """Those that ours are trained on, without end, from the first on each time they are asked for."""
+
+    d_in: int
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+class Stored:
+    """Those of an activation dataset."""
 
     def __init__(self, work: dict[str, Any]) -> None:
         self.work, self.manifest = work, require_manifest(work["dataset_url"])
@@ -40,7 +48,7 @@ class Batches:
             yield batch[name].float()
 
 
-def by_saelens(work: dict[str, Any], steps: int, folder: Path) -> Path:
+def by_saelens(work: dict[str, Any], batches: Batches, steps: int, folder: Path) -> Path:
     import sae_lens
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -49,7 +57,7 @@ def by_saelens(work: dict[str, Any], steps: int, folder: Path) -> Path:
         "standard": "StandardTrainingSAE", "gated": "GatedTrainingSAE", "jumprelu": "JumpReLUTrainingSAE",
         "topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE", "matryoshka": "MatryoshkaBatchTopKTrainingSAE",
     }  # fmt: skip
-    name, options, batches = kinds[work["architecture"]], dict(work["options"]), Batches(work)
+    name, options = kinds[work["architecture"]], dict(work["options"])
     if "matryoshka_widths" in options:
         options["matryoshka_widths"] = [round(share * work["d_sae"]) for share in options["matryoshka_widths"]]
     if "l1_coefficient" in options:
@@ -84,11 +92,11 @@ def by_saelens(work: dict[str, Any], steps: int, folder: Path) -> Path:
     return folder
 
 
-def by_dictionary_learning(work: dict[str, Any], steps: int, folder: Path) -> Path:
+def by_dictionary_learning(work: dict[str, Any], batches: Batches, steps: int, folder: Path) -> Path:
     """Its steps are lengths of long trainings (warm-up 1,000, thresholds from the 1,000th on, dead after 10 million tokens):
     shares of this one instead."""
-    for unused in ("nnsight", "zstandard"):  # which it imports to buffer activations and to read text
-        sys.modules[unused] = MagicMock()
+    absent = [name for name in ("nnsight", "zstandard") if name not in sys.modules]  # to buffer activations and to read text
+    sys.modules.update({name: MagicMock() for name in absent})
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
@@ -97,11 +105,13 @@ def by_dictionary_learning(work: dict[str, Any], steps: int, folder: Path) -> Pa
     from dictionary_learning.trainers.top_k import TopKTrainer
     from dictionary_learning.training import trainSAE
 
+    for unused in absent:
+        del sys.modules[unused]  # other libraries ask whether they are there
     kind = {
         "standard": StandardTrainerAprilUpdate, "gated": GatedSAETrainer, "jumprelu": JumpReluTrainer,
         "topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "matryoshka": MatryoshkaBatchTopKTrainer,
     }[work["architecture"]]  # fmt: skip
-    ranks, batches = work["architecture"] in ("topk", "batchtopk", "matryoshka"), Batches(work)
+    ranks = work["architecture"] in ("topk", "batchtopk", "matryoshka")
     settings: dict[str, Any] = {
         "steps": steps, "activation_dim": batches.d_in, "dict_size": work["d_sae"], "layer": 0, "lm_name": "ours",
         "warmup_steps": round(work["warmup"] * steps), "decay_start": round(0.8 * steps), "seed": work["seed"], "device": "cpu",
@@ -142,7 +152,7 @@ class _Model(nn.Module):
         return given
 
 
-def by_sparsify(work: dict[str, Any], steps: int, folder: Path) -> Path:
+def by_sparsify(work: dict[str, Any], batches: Batches, steps: int, folder: Path) -> Path:
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     settings = dict(work["options"])
@@ -153,7 +163,7 @@ def by_sparsify(work: dict[str, Any], steps: int, folder: Path) -> Path:
         log_to_wandb=False, save_dir=str(folder), run_name="run", **settings,
     )  # fmt: skip
     one = {"input_ids": torch.zeros(work["batch_size"], dtype=torch.long)}
-    Trainer(config, [one] * steps, _Model(Batches(work))).fit()  # type: ignore[arg-type]
+    Trainer(config, [one] * steps, _Model(batches)).fit()  # type: ignore[arg-type]
     return folder / "run" / "point"
 
 
@@ -167,7 +177,9 @@ def main() -> None:
         torch.manual_seed(work["seed"])
         with tempfile.TemporaryDirectory(dir=Path(folder).parent) as scratch:
             try:
-                made = LIBRARIES[work["library"]](work, work["tokens"] // work["batch_size"], Path(scratch) / "made")
+                made = LIBRARIES[work["library"]](
+                    work, Stored(work), work["tokens"] // work["batch_size"], Path(scratch) / "made"
+                )
             except Exception:
                 traceback.print_exc()
                 failed += 1

@@ -11,8 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from components.hardware import keep_freed_memory
+from components.interop.formats import given_sae
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column
 from components.training.job import Training
@@ -106,15 +111,24 @@ class World:
         return strength @ self.directions + self.scale * self._mean, strength
 
 
+_FEW_DEAD = {"auxk": 8}
+"""Dead features that take part in AuxK on a token: of half of `d_in`, nearly all dead ones learn the same."""
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
-    "relu": ({"sparsity_coefficient": 3.0}, 4e-3),
+    "relu": ({"sparsity_coefficient": 3.0, "auxk_coefficient": 1 / 32}, 4e-3),
     "gated": ({"sparsity_coefficient": 3.0}, 4e-3),
     "jumprelu": ({"sparsity_coefficient": 2.0}, 4e-3),
-    "topk": ({}, 4e-3),
-    "batchtopk": ({}, 4e-3),
-    "matryoshka": ({}, 4e-3),
+    "topk": (_FEW_DEAD, 2e-3),
+    "batchtopk": ({"decoder_init_norm": 0.3, **_FEW_DEAD}, 2e-3),
+    "matryoshka": (_FEW_DEAD, 2e-3),
 }
 """Settings that are not the architecture's defaults, and the learning rate. Where there is a k, it is the true L0."""
+
+PEERS: dict[str, dict[str, Any]] = {
+    "standard": {"l1_coefficient": 3.0},
+    "topk": {},
+    "batchtopk": {"topk_threshold_lr": 0.1},
+}
+"""Of SAELens: the same, at the learning rate and batch size of ours."""
 
 
 def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict[str, tuple[CoderInTraining, float]]:
@@ -127,7 +141,7 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
         options = options | {key: value for key, value in arguments.set if key in kind.model_fields}
         settings = TrainingSettings(
             tokens=arguments.tokens, batch_size=arguments.batch, learning_rate=arguments.learning_rate or rate,
-            learning_rate_warmup=0.02, dead_after_tokens=arguments.tokens // 10,
+            learning_rate_warmup=0.02, dead_after_tokens=30_000,
         )  # fmt: skip
         job = Training(
             url="", digest="", identity={}, settings=settings, coder=kind(d_sae=world.features, **options), dataset_url="",
@@ -142,6 +156,32 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
             take_step(member, settings, x, x, mean, measured=False)
             seconds[name] += time.process_time() - started
     return {name: (member, seconds[name]) for name, (member, _) in members.items()}
+
+
+def by_saelens(world: World, name: str, arguments: argparse.Namespace) -> tuple[Coder, float]:
+    """An SAE by SAELens from the same tokens, as one of ours, and the CPU seconds that it took with making them."""
+    import quality_peers
+
+    class Drawn:
+        d_in = world.d_in
+
+        def __iter__(self) -> Iterator[Tensor]:
+            generator = torch.Generator().manual_seed(arguments.seed + 2)
+            while True:
+                yield world.tokens(arguments.batch, generator)[0]
+
+    options = PEERS[name] if name == "standard" else {"k": round(world.mean_l0), **PEERS[name]}
+    work = {
+        "architecture": name, "options": options, "d_sae": world.features, "batch_size": arguments.batch, "warmup": 0.02,
+        "learning_rate": arguments.learning_rate or RECIPES["relu" if name == "standard" else name][1],
+    }  # fmt: skip
+    torch.manual_seed(arguments.seed)
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        made = quality_peers.by_saelens(work, Drawn(), -(-arguments.tokens // arguments.batch), Path(folder) / "made")
+        sae = given_sae(made, str(made)).load(torch.device("cpu"))
+    assert isinstance(sae, Coder)
+    return sae, time.process_time() - started
 
 
 @torch.no_grad()
@@ -200,18 +240,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", default=[])
     parser.add_argument("--large", action="store_true", help="16,384 features in 768 dimensions, L0 34: slow")
-    parser.add_argument("--tokens", type=int, default=300_000)
-    parser.add_argument("--batch", type=int, default=1_024)
+    parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in: its own on the same data, too")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="FIELD=JSON")
     arguments = parser.parse_args()
     keep_freed_memory()
     world = World(d_in=768, features=16_384, trees=128, mean_l0=34.0) if arguments.large else World()
-    for name, (trained, seconds) in train(world, arguments.architectures or list(RECIPES), arguments).items():
-        found = measure(world, trained.coder, 50_000, seed=arguments.seed + 3)
-        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
-        print(json.dumps({"architecture": name, **shown, "cpu_seconds": round(seconds, 1)}), flush=True)
+    names = arguments.architectures or list(RECIPES)
+    for name, (trained, seconds) in train(world, names, arguments).items():
+        show(name, measure(world, trained.coder, 50_000, seed=arguments.seed + 3), seconds)
+    if arguments.peers:
+        sys.path.append(str(arguments.peers))
+        for name in PEERS:
+            if ("relu" if name == "standard" else name) in names:
+                coder, seconds = by_saelens(world, name, arguments)
+                show(f"saelens {name}", measure(world, coder, 50_000, seed=arguments.seed + 3), seconds)
+
+
+def show(name: str, found: dict[str, Any], seconds: float) -> None:
+    shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}
+    print(json.dumps({"architecture": name, **shown, "cpu_seconds": round(seconds, 1)}), flush=True)
 
 
 def setting(text: str) -> tuple[str, Any]:
