@@ -1,13 +1,11 @@
 """Files under a root that is a local path, `file:` or `s3:`: whole or absent, never half-written."""
 
 from components.storage.files import (
-    PROBE_SECONDS,
     delete,
     exists,
     file_sha256,
     fill,
     fingerprint,
-    free_bytes,
     is_local,
     join,
     list_folders,
@@ -15,7 +13,6 @@ from components.storage.files import (
     local_copies,
     local_copy,
     local_path,
-    nearest_folder,
     put_bytes,
     put_file_once,
     put_json,
@@ -24,7 +21,6 @@ from components.storage.files import (
     read_json,
     read_range,
     read_ranges,
-    require_writable,
     resolve,
     scratch,
     size,
@@ -32,6 +28,7 @@ from components.storage.files import (
     whole_file,
 )
 from components.storage.locks import ClaimLost, claimed, exclusive
+from components.storage.probes import PROBE_SECONDS, free_bytes, nearest_folder, require_writable
 from components.storage.retries import PATIENCE_SECONDS
 
 __all__ = [

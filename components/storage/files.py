@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,13 +28,11 @@ from fsspec.implementations.local import LocalFileSystem
 from components.redaction import redacted
 from components.settings import UserError
 from components.storage.addresses import LOCAL_SCHEMES, scheme_of, unknown_scheme
-from components.storage.retries import patience, patiently
+from components.storage.retries import patiently
 from components.storage.staging import STAGED_PREFIX, staged_beside, sweep_folder
 
 _PARALLEL_READS = 16
 _IOV_MAX = 1024  # buffers in one preadv; POSIX guarantees 16, Linux has 1024
-PROBE_SECONDS = 5.0
-"""How long a store may be away before a run that is about to start says so."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -322,19 +319,6 @@ def delete(url: str) -> None:
             raise
 
 
-def free_bytes(url: str) -> int | None:
-    """What is left on the disk of a local folder (or of its nearest parent that exists); None for an object store."""
-    return shutil.disk_usage(nearest_folder(local_path(url))).free if is_local(url) else None
-
-
-def nearest_folder(folder: Path) -> Path:
-    """The folder, or its nearest parent that exists."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def sweep(url: str) -> None:
     """Remove what killed processes of this machine left half-written directly under a local folder."""
     if is_local(url):  # elsewhere, an upload that was not finished never became an object
@@ -347,18 +331,6 @@ def file_sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             state.update(block)
     return state.hexdigest()
-
-
-def require_writable(url: str, field: str, seconds: float = PROBE_SECONDS) -> None:
-    """Raise a UserError naming `field` unless a file can be written and removed under `url`, tried for `seconds`."""
-    probe = join(url, ".write-probe")
-    try:
-        with patience(seconds):
-            put_bytes(b"", probe)
-            delete(probe)
-    except Exception as error:  # each file system has its own exceptions; all mean the same to the user
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{field}: cannot write to '{url}' ({reason}); name a folder or s3:// prefix that you own") from error
 
 
 def _synchronise(path: Path) -> None:
