@@ -100,7 +100,7 @@ class Drawn:
 
     def found(self) -> Tokens:
         features, _, sequences, places, rows = self._known[_by_feature_and_lot(self._known)].T
-        return Tokens(features, sequences, places, self._rows[rows])
+        return Tokens(features.contiguous(), sequences, places, self._rows[rows])
 
 
 @dataclass(frozen=True)
