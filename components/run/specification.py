@@ -24,16 +24,17 @@ from components.evaluation.settings import EvaluationSettings
 from components.hardware import resolve_device
 from components.interpretation.record import InterpretationRecord, read_interpretation
 from components.interpretation.settings import InterpretationSettings
-from components.language_model.hook_points import HookPoint, expand_hook_points, parse_hook_point
+from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
 from components.language_model.tokenizer import chat_date
 from components.run import identity
+from components.run.columns import coder_columns
 from components.run.config import RunConfig
 from components.run.repetition import asked_for
 from components.run.start import CHAMPION, Wanted, find_start
 from components.sae.coder import Column
-from components.settings import Record, UserError
+from components.settings import Record
 from components.settings import digest as content_digest
 from components.storage.cache import CachePlace
 from components.tracking.code import git_tags
@@ -327,7 +328,7 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     config = config.model_copy(update={"corpus": corpus_sources.pinned(config.corpus), "language_model": pinned})
     source = ModelSource(pinned, found.location, found.commit)
     model = resolve_model(source, config.activations.hook_points, images, config.corpus.prompt)
-    reads, writes = _columns(config, model, source)
+    reads, writes = coder_columns(config, model, source)
     sources = list_corpus(config.corpus)
     content, date = corpus_content(config.corpus, sources), chat_date(config.corpus, source)
     tokens = identity.token_identity(config.corpus, content, model.tokenizer, config.seed, date)
@@ -352,31 +353,6 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
         sae_digest="",
     )
     return resolved.starting_from(config.training.start_from, champion_must_fit)
-
-
-def _columns(config: RunConfig, model: ModelRecord, source: ModelSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the coder reads and writes; a UserError where that is no column."""
-
-    def column(name: str, field: str) -> str:
-        found = str(expand_hook_points([name], source, field)[0])
-        model.require_stored(found, field)
-        return found
-
-    training = config.training
-    several = tuple(column(name, "training.crosscoder") for name in training.crosscoder)
-    if several:
-        if training.hook_point or training.target:
-            raise UserError("training.crosscoder: it is given beside training.hook_point or training.target; give one")
-        if len(set(several)) != len(several) or len(several) == 1:
-            raise UserError(f"training.crosscoder: {list(several)} is not accepted: two or more different hook points")
-        reads = writes = several
-    else:
-        wanted = training.hook_point
-        reads = (model.columns[0].name if wanted is None else column(wanted, "training.hook_point"),)
-        writes = reads if training.target is None else (column(training.target, "training.target"),)
-    if config.sae.skip and reads == writes:
-        raise UserError("sae.skip: true is accepted for a transcoder, which training.target makes of it")
-    return reads, writes
 
 
 def _named(specification: Specification, config: RunConfig, start: Mapping[str, str] | None) -> Specification:
