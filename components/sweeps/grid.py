@@ -10,18 +10,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import Field
 
 from components.run.config import parse_config
 from components.run.specification import Specification
 from components.sae.architectures import architectures
-from components.settings import UserError
+from components.settings import Settings, UserError
 
 Grid = Mapping[str, Sequence[Any]]
 """The values that each field takes, by its dotted name: `{"sae.k": [8, 12], "training.tokens": [1_000_000]}`."""
 
+Value = bool | int | float | str | tuple[float, ...] | None
 MOST_CHILDREN = 1_000
 _SECTIONS = ("sae", "training")
 _SIZES = ("d_sae", "expansion_factor")
+
+
+class SweepSettings(Settings):
+    grid: dict[str, tuple[Value, ...]] = Field(min_length=1)
+    """The values that each field takes, by its dotted name under `sae` or `training`: every combination is a child."""
+
+    memory_gb: float | None = Field(default=None, gt=0)
+    """What coders in lockstep may take together, 10^9 bytes; most of what is free where it is not given."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gb is None else int(self.memory_gb * 1e9)
 
 
 @dataclass(frozen=True)
@@ -37,9 +51,9 @@ class Child:
         return ", ".join(f"{field.partition('.')[2]} {value}" for field, value in self.values.items())
 
 
-def parse_grid(arguments: Sequence[str]) -> dict[str, list[Any]]:
+def parse_grid(arguments: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """`["sae.k=8,12", ...]` as on the command line. A value that holds commas stands in brackets: `[0.9,0.99],[0,0.99]`."""
-    grid: dict[str, list[Any]] = {}
+    grid: dict[str, tuple[Any, ...]] = {}
     for argument in arguments:
         field, equals, text = argument.partition("=")
         if not equals or not field or not text:
@@ -50,7 +64,7 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[Any]]:
             values = yaml.safe_load(f"[{text}]")
         except yaml.YAMLError as error:
             raise UserError(f"--grid: the values of '{field}', '{text}', are not YAML") from error
-        grid[field] = [_number(value) for value in values]
+        grid[field] = tuple(_number(value) for value in values)
     return grid
 
 
@@ -58,7 +72,8 @@ def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-3 as a string; people mean the number."""
     if isinstance(value, str):
         with suppress(ValueError):
-            return float(value)
+            number = float(value)
+            return int(number) if number.is_integer() else number
     return value
 
 
@@ -94,7 +109,7 @@ def children(base: Specification, grid: Grid) -> list[Child]:
 
 def _combinations(grid: Grid) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
+        yield {field: list(value) if isinstance(value, tuple) else value for field, value in zip(grid, values, strict=True)}
 
 
 def _resolved(base: Specification, values: Mapping[str, Any]) -> Specification:

@@ -35,14 +35,15 @@ def sweep(
     one MLflow run with a child run each.
     """
     with command(as_json) as show:
-        from components.sweeps.grid import parse_grid
+        from components.sweeps.grid import SweepSettings, parse_grid
 
         log_to_stderr()
         wanted = parse_grid(grid)
         base = checked(config, overrides)
         from components.sweeps.sweep import sweep as run_sweep
 
-        url, record = run_sweep(base, wanted, None if memory_gb is None else int(memory_gb * 1e9))
+        settings = SweepSettings(grid=wanted, memory_gb=memory_gb)
+        url, record = run_sweep(base, settings.grid, settings.memory_bytes)
         from components.sweeps.report import laws_or_reason
 
         laws, reason = laws_or_reason(record, base.config)
