@@ -40,6 +40,8 @@ class SweepPoint(Record):
     l0: float | None = None
     loss_recovered: float | None = None
     dead_fraction: float | None = None
+    decoder_cosine: float | None = None
+    """Mean absolute cosine between decoder rows, see `components.sweeps.sparsity`."""
     mlflow_run: str | None = None
 
 

@@ -20,11 +20,13 @@ from components.run.config import flattened
 from components.run.estimate import dense_flops, sparse_flops
 from components.run.specification import Specification
 from components.settings import UserError, digest
+from components.steps.evaluation import own_sae
 from components.steps.training import prepared
 from components.sweeps.grid import Child, Grid, children
 from components.sweeps.groups import lockstep_groups, usable_memory
 from components.sweeps.record import SweepPoint, SweepRecord, read_sweep, record_url
 from components.sweeps.report import log_report
+from components.sweeps.sparsity import decoder_cosine
 from components.training.job import TrainingRecord
 from components.training.process import launch_together
 
@@ -52,7 +54,7 @@ def sweep_digest(base: Specification, grid: Grid) -> str:
 
 
 def sweep(
-    base: Specification, grid: Grid, memory_bytes: int | None = None, train: Training = in_a_process
+    base: Specification, grid: Grid, memory_bytes: int | None = None, train: Training | None = None
 ) -> tuple[str, SweepRecord]:
     """Where its record is, and the record. memory_bytes: that coders in lockstep may take together; most of what is free
     where it is not given. A UserError for a grid that is no good, before any work."""
@@ -80,7 +82,7 @@ def sweep(
                     work.measure(child)
             for number, group in enumerate(planned.groups, 1):
                 logger.info("sweep: %d in lockstep, group %d of %d", len(group), number, len(planned.groups))
-                work.train(group, train)
+                work.train(group, train or in_a_process)
         record = work.put()
         parent.log_evaluation(_counts(record), "sweep")
         log_report(record, config, parent)
@@ -150,7 +152,9 @@ class _Sweep:
             return
         with self._child_run(child) as open_run:
             steps.log_results(child.run, open_run)
-            self._keep(child, _point(child, "finished", measured, mlflow_run=open_run.run_id))
+            cosine = decoder_cosine(own_sae(child.run.sae_url, child.run.device).W_dec.detach())
+            open_run.log_evaluation({"decoder_cosine": cosine}, "sweep")
+            self._keep(child, _point(child, "finished", measured, mlflow_run=open_run.run_id, decoder_cosine=cosine))
 
     def fail(self, child: Child, status: str, error: BaseException) -> None:
         logger.warning("sweep: %s: %s", child.title, error)
@@ -198,7 +202,7 @@ def _point(
     status: Any,
     measured: EvaluationRecord | None = None,
     reason: str | None = None,
-    mlflow_run: str | None = None,
+    **found: Any,
 ) -> SweepPoint:
     run = child.run
     training, metrics = run.config.training, {} if measured is None else measured.metrics
@@ -225,5 +229,5 @@ def _point(
         l0=l0,
         loss_recovered=metrics.get("loss_recovered"),
         dead_fraction=metrics.get("dead_fraction"),
-        mlflow_run=mlflow_run,
+        **found,
     )

@@ -160,6 +160,11 @@ def _laws(laws: dict[str, Any]) -> Table:
         )
     else:
         table.add_row("best learning rate", ", ".join(f"{n}: {found:g}" for n, found in rate["tried"].items()), rate["said"])
+    sparsity = laws["sparsity"]
+    if sparsity is not None:
+        beyond = ", the last that was tried: the least may lie beyond" if sparsity["at_the_end"] else ""
+        said = f"decoder rows are least alike (a proxy, arXiv 2508.16560) at k {sparsity['k']}{beyond}"
+        table.add_row("L0 to choose", f"{sparsity['l0']:.1f}", said)
     return table
 
 

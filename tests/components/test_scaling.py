@@ -10,6 +10,7 @@ from scipy.optimize import least_squares, minimize_scalar
 
 from components.run.config import RunConfig, parse_config
 from components.settings import UserError
+from components.sweeps import charts
 from components.sweeps.laws import POWER, Law, fit, fit_many, interval
 from components.sweeps.learning_rate import best_learning_rate
 from components.sweeps.record import SweepPoint, SweepRecord
@@ -189,3 +190,22 @@ def test_what_else_varies_is_held_at_the_configurations_value():
     )
     with pytest.raises(UserError, match=r"varies sae\.auxk_coefficient \(0\.0, 0\.5\), and CONFIG's 0\.25"):
         fit_sweep(both, config(auxk_coefficient=0.25))
+
+
+def test_the_pictures_show_the_points_and_the_law():
+    sweep = record(chinchilla, [256, 512, 1024, 2048], [10**5, 2 * 10**5, 4 * 10**5], rates=[1e-3, 2e-3])
+    points = [point.model_copy(update={"l0": 12.0 + place, "loss_recovered": 0.9}) for place, point in enumerate(sweep.points)]
+    found = fit_sweep(sweep.model_copy(update={"points": tuple(points)}), config(), draws=0)
+    axes, *_ = charts.isoflop(found).axes
+    assert sorted(axes.collections[0].get_offsets().data[:, 0]) == sorted(point.features for point in found.points)
+    optima = [line for line in axes.lines if line.get_marker() == "x"]
+    assert len(optima) == 5
+    for curve, optimum in zip([line for line in axes.lines if line.get_marker() != "x"], optima, strict=True):
+        assert float(optimum.get_ydata()[0]) <= float(np.min(curve.get_ydata())) * (1 + 1e-6)
+    (frontier,) = charts.frontier(found).axes
+    assert len(frontier.collections[0].get_offsets()) == 24
+    losses = frontier.lines[0].get_ydata()
+    assert list(losses) == sorted(losses, reverse=True)
+    recovered, variance = charts.pareto(points).axes
+    assert len(recovered.collections[0].get_offsets()) == len(variance.collections[0].get_offsets()) == 24
+    assert len(recovered.lines[0].get_xdata()) == 1  # all recover as much: the sparsest alone is unbeaten

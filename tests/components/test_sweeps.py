@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from components import steps, storage
+from components.interop.saelens import load_saelens
 from components.run.config import parse_config
 from components.run.estimate import dense_flops, sparse_flops, training_memory
 from components.run.specification import Specification, resolve
@@ -15,6 +18,7 @@ from components.sweeps import sweep as sweeps
 from components.sweeps.grid import Child, children, parse_grid
 from components.sweeps.groups import lockstep_groups
 from components.sweeps.record import load_sweep, read_sweep
+from components.sweeps.sparsity import advise, decoder_cosine
 from components.tracking.runs import PARENT_TAG
 from components.tracking.store import connect
 from components.training.loop import train_together
@@ -107,6 +111,8 @@ def test_a_sweep_measures_each_child_as_it_would_be_alone_and_is_found_again(bas
         assert point.loss == 1 - alone["explained_variance"]
         assert point.tokens == 256 * point.steps
         assert point.flops_dense == dense_flops(child.run)
+        rows = load_saelens(Path(child.run.sae_url), torch.device("cpu")).W_dec
+        assert point.decoder_cosine == pytest.approx(decoder_cosine(rows))
     client = connect(base.config.tracking, base.config.storage.root)
     runs = client.search_runs([client.get_run(record.mlflow_run).info.experiment_id])
     parents = {run.info.run_id: run.data.tags.get(PARENT_TAG) for run in runs}
@@ -145,7 +151,7 @@ def test_a_child_that_diverges_or_does_not_fit_is_marked_and_the_others_complete
         return here(group)
 
     _, again = sweeps.sweep(base, {**grid}, memory_bytes=10**9, train=watched)
-    assert trained == ["learning_rate 0.004, d_sae 2048", "learning_rate 100000000000000.0, d_sae 2048"]
+    assert trained == ["learning_rate 0.004, d_sae 2048", "learning_rate 100000000000000, d_sae 2048"]
     assert [point.status for point in again.points] == ["finished", "finished", "diverged", "diverged"]
 
 
@@ -196,6 +202,28 @@ def test_lockstep_in_a_process_of_its_own_gives_the_same_weights(base: Specifica
     for child in pair:
         storage.delete(child.run.sae_url)
     assert [steps.train(child.run).weights_sha256 for child in pair] == kept
+
+
+def test_decoder_rows_are_compared_pair_by_pair():
+    rows = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    pairs = [abs(torch.cosine_similarity(a.double(), b.double(), dim=0)) for a, b in itertools.combinations(rows, 2)]
+    assert decoder_cosine(rows) == pytest.approx(float(sum(pairs)) / len(pairs))
+    assert decoder_cosine(torch.eye(64)) == 0
+    assert decoder_cosine(torch.ones(5000, 2)) == pytest.approx(1)  # of which 4,096 are compared
+    assert decoder_cosine(rows[:1]) == 0
+
+
+@pytest.mark.parametrize(("cosines", "k", "at_the_end"), [([0.3, 0.1, 0.2], 4, False), ([0.1, 0.2, 0.3], 2, True)])
+def test_the_l0_to_choose_is_that_of_the_least_alike_rows(base: Specification, cosines: list[float], k: int, at_the_end: bool):
+    points = []
+    for child in children(base, parse_grid(["sae.d_sae=32,64", "sae.k=2,4,8"])):
+        cosine = 0.0 if child.run.d_sae == 32 else cosines[len(points) % 3]
+        found = {"loss": 0.1, "l0": child.values["sae.k"] + 0.5, "decoder_cosine": cosine}
+        points.append(sweeps._point(child, "finished").model_copy(update=found))
+    advice = advise(points)
+    assert advice is not None
+    assert (advice.features, advice.k, advice.l0, advice.at_the_end) == (64, k, k + 0.5, at_the_end)
+    assert advise(points[:5]) is None
 
 
 def test_what_is_no_sweep_is_one_sentence(tmp_path: Path):
