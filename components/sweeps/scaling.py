@@ -23,7 +23,6 @@ from components.settings import Record, UserError
 from components.sweeps.laws import POWER, Array, Fitted, Law, fit, interval
 from components.sweeps.learning_rate import BestRate, best_learning_rate
 from components.sweeps.record import SweepPoint, SweepRecord
-from components.sweeps.sparsity import SparsityAdvice, advise
 
 DIALS = ("sae.d_sae", "sae.expansion_factor", "sae.k", "training.tokens", "training.learning_rate")
 """Fields that the laws are in. Of any other that a sweep varies, the points with the configuration's own value count."""
@@ -75,8 +74,6 @@ class Scaling(Record):
     steps: Power | None = None
     """The compute-optimal number of steps, at the sweep's batch size."""
     learning_rate: BestRate
-    sparsity: SparsityAdvice | None = None
-    """None where fewer than three values of k were tried."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,6 @@ class Fit:
             law={name: self._estimate(values[place], self.law.draws[:, place]) for place, name in enumerate(names)},
             residual=float(np.std(self.law.residuals)),
             learning_rate=self.learning_rate,
-            sparsity=advise(self.everything),
             observed_frontier=_through(frontier_points(self.points)),
             **(self._optimal() if self.has_optimum else {}),
         )

@@ -44,16 +44,11 @@ def sweep(
 
         settings = SweepSettings(grid=wanted, memory_gb=memory_gb)
         url, record = run_sweep(base, settings.grid, settings.memory_bytes)
-        from components.sweeps.report import laws_or_reason
+        from components.sweeps.report import findings
 
-        laws, reason = laws_or_reason(record, base.config)
-        found = {
-            "url": url,
-            **record.model_dump(mode="json"),
-            "laws": None if laws is None else laws.model_dump(mode="json"),
-            "no_laws": reason,
-        }
-        show(found, print_sweep)
+        show(
+            {"url": url, **record.model_dump(mode="json"), **findings(record, base.config).model_dump(mode="json")}, print_sweep
+        )
 
 
 def recommend(
@@ -106,20 +101,20 @@ def print_sweep(found: dict[str, Any]) -> None:
 
     fields = list(found["grid"])
     table = Table(
-        *(field.partition(".")[2] for field in fields), "loss", "L0", "explained variance", "loss recovered", "dense FLOPs",
-        "sparse FLOPs", title=f"{found['name']}: {len(found['points'])} children",
+        *(field.partition(".")[2] for field in fields), "loss", "L0", "EV", "recovered", "FLOPs", "sparse",
+        title=f"{found['name']}: {len(found['points'])} children",
     )  # fmt: skip
     for point in found["points"]:
         values = [str(point["values"][field]) for field in fields]
         if point["status"] != "finished":
-            table.add_row(*values, f"[red]{point['status']}[/]", "", "", "", f"{point['flops_dense']:.3g}", "")
+            table.add_row(*values, f"[red]{point['status']}[/]", "", "", "", _flops(point["flops_dense"]), "")
             continue
-        numbers = [point[name] for name in ("loss", "l0", "explained_variance", "loss_recovered")]
+        numbers = {name: point[name] for name in ("loss", "l0", "explained_variance", "loss_recovered")}
         costs = [point["flops_dense"], point["flops_sparse"]]
         table.add_row(
             *values,
-            *("-" if number is None else f"{number:.4f}" for number in numbers),
-            *("-" if cost is None else f"{cost:.3g}" for cost in costs),
+            *("-" if number is None else f"{number:.{1 if name == 'l0' else 4}f}" for name, number in numbers.items()),
+            *("-" if cost is None else _flops(cost) for cost in costs),
         )
     console = Console()
     console.print(table)
@@ -131,14 +126,24 @@ def print_sweep(found: dict[str, Any]) -> None:
         console.print(_laws(found["laws"]))
     elif found["no_laws"]:
         console.print(f"no laws: {found['no_laws']}", markup=False, highlight=False)
+    sparsity = found["sparsity"]
+    if sparsity is not None:
+        beyond = ", at an end of what was tried: the least may lie beyond" if sparsity["at_the_end"] else ""
+        said = f"decoder rows are least alike (a proxy, arXiv 2508.16560) at k {sparsity['k']}, L0 {sparsity['l0']:.1f}{beyond}"
+        console.print(said, markup=False, highlight=False)
     console.print(f"{found['url']}/sweep.json, MLflow run {found['mlflow_run']}", markup=False, highlight=False)
+
+
+def _flops(count: float) -> str:
+    return f"{count:.1e}".replace("e+", "e")
 
 
 def _laws(laws: dict[str, Any]) -> Table:
     from rich.table import Table
 
     at = "" if laws["k"] is None else f" at k {laws['k']}"
-    table = Table("law", "value", "90% interval", title=f"Laws{at}, through {laws['points']} settings")
+    title = f"Laws of the normalised MSE{at}, through {laws['points']} settings; C in dense FLOPs"
+    table = Table("law", "value", "90% interval", title=title)
 
     def row(name: str, estimate: dict[str, float]) -> None:
         table.add_row(name, f"{estimate['value']:.4g}", f"{estimate['low']:.4g} to {estimate['high']:.4g}")
@@ -160,11 +165,6 @@ def _laws(laws: dict[str, Any]) -> Table:
         )
     else:
         table.add_row("best learning rate", ", ".join(f"{n}: {found:g}" for n, found in rate["tried"].items()), rate["said"])
-    sparsity = laws["sparsity"]
-    if sparsity is not None:
-        beyond = ", the last that was tried: the least may lie beyond" if sparsity["at_the_end"] else ""
-        said = f"decoder rows are least alike (a proxy, arXiv 2508.16560) at k {sparsity['k']}{beyond}"
-        table.add_row("L0 to choose", f"{sparsity['l0']:.1f}", said)
     return table
 
 
