@@ -25,7 +25,7 @@ PEAKS = {
 }
 """Dense FLOPs per second by the vendor's data sheets (SXM where there are several), by `training.autocast`: float32 without
 tensor cores, and bfloat16 with them."""
-_FRACTIONS = 3
+_DIGITS = 3
 """Digits that are kept of a recommended number."""
 
 
@@ -75,6 +75,7 @@ def recommend(
         raise UserError(
             "--flops: the sweep has one length of training; it says what features are worth, and not what steps are"
         )
+    _require_falling(fit)
     if flops is not None:
         wanted, tokens = (float(found[()]) for found in fit.optimum(flops))
     elif fit.has_optimum:
@@ -147,6 +148,16 @@ def _require_same(base: Specification, fit: Fit) -> None:
             )
 
 
+def _require_falling(fit: Fit) -> None:
+    """Else there is no best size: all that is spent would go into what still helps."""
+    _, alpha, _, beta = fit.exchange(fit.law.parameters)
+    for what, slope, known in (("features", alpha, True), ("tokens", beta, fit.varies_tokens)):
+        if known and not slope > 0:
+            raise UserError(
+                f"--sweep: in its law the loss does not fall with more {what}, so that there is no best number of them"
+            )
+
+
 def _beyond(fit: Fit, features: int, tokens: int, flops: float) -> dict[str, float]:
     found: dict[str, float] = {}
     swept = {
@@ -181,4 +192,4 @@ def _rounded(value: float) -> int:
 
 
 def _rounded_rate(rate: float) -> float:
-    return float(f"{rate:.{_FRACTIONS}g}")
+    return float(f"{rate:.{_DIGITS}g}")

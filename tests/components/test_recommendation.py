@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,10 +101,17 @@ def test_beyond_ten_times_the_largest_budget_it_is_refused(base: Specification, 
         recommend(base, fit, features=100_000)
 
 
-def test_an_interval_wider_than_the_effect_is_refused(base: Specification):
-    noisy = fit_sweep(sweep_of(base, loss=lambda n, d: 0.1 - 1e-4 * np.log(n * d), noise=0.3), base.config, draws=200)
+def test_an_interval_wider_than_the_effect_is_refused(base: Specification, fit: Fit):
+    scattered = replace(fit, law=replace(fit.law, residuals=200 * fit.law.residuals))
     with pytest.raises(UserError, match="the fit does not carry this: the predicted loss"):
-        recommend(base, noisy, flops=2 * 512 * 204_800 * PER_FEATURE)
+        recommend(base, scattered, flops=2 * 512 * 204_800 * PER_FEATURE)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 1e10}, {"features": 100}])
+def test_where_more_features_do_not_help_there_is_no_best_number(base: Specification, budget: dict):
+    worse = fit_sweep(sweep_of(base, loss=lambda n, d: 1e-3 * n**0.5 + 40.0 * d**-0.6), base.config, draws=20)
+    with pytest.raises(UserError, match="does not fall with more features"):
+        recommend(base, worse, **budget)
 
 
 def test_a_sweep_of_one_length_says_nothing_of_budgets(base: Specification):
