@@ -11,6 +11,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from components import steps
 from components.registry.records import Outcome
 from components.run.specification import Specification
+from components.sweeps.record import SweepRecord
 
 # Under `components`, whose logs the flow run's page shows.
 logger = logging.getLogger("components.flows")
@@ -51,3 +52,11 @@ def verdict(run: Specification, outcome: Outcome) -> None:
     name = f"{outcome.registered_model} version {outcome.model_version}"
     create_table_artifact(compared["metrics"], key="metrics", description=f"{name}, {against}")
     create_table_artifact(compared["gates"], key="gates", description=f"{name}: {outcome.alias_reason}")
+
+
+@_for_show()
+def sweep_points(record: SweepRecord) -> None:
+    """Every child with its setting and what it came to."""
+    shown = ("loss", "l0", "explained_variance", "loss_recovered", "flops_dense", "reason")
+    rows = [{**point.values, "status": point.status, **point.model_dump(include=set(shown))} for point in record.points]
+    create_table_artifact(rows, key="sweep", description=f"sweep of {record.name}, MLflow run {record.mlflow_run}")

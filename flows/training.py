@@ -37,7 +37,7 @@ logger = logging.getLogger("components.flows")
 def train(specification: str, on_points: Callable[[list[Point]], None]) -> str:
     """Activation dataset -> SAE artifact; the checksum of its weights."""
     run = Specification.from_json(specification)
-    with _turn(run.config.execution.training_limit), training_progress(steps.training_tokens(run)) as show:
+    with turn(run.config.execution.training_limit), training_progress(steps.training_tokens(run)) as show:
 
         def both(points: list[Point]) -> None:
             on_points(points)
@@ -47,7 +47,7 @@ def train(specification: str, on_points: Callable[[list[Point]], None]) -> str:
 
 
 @contextmanager
-def _turn(limit: str | None) -> Iterator[None]:
+def turn(limit: str | None) -> Iterator[None]:
     """Wait for a place under Prefect's global concurrency limit of that name."""
     if limit is None:
         yield

@@ -20,9 +20,7 @@ def estimate(run: Specification) -> dict[str, Any]:
     held_out = tokens.splits["held_out"].tokens if tokens else config.corpus.held_out_tokens
     row_bytes = TOKEN_BYTES + sum(run.widths.values()) * DTYPES[config.activations.dtype].itemsize
     steps = config.training.steps
-    d_out = sum(column.width for column in run.written_columns)
-    read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
-    sae_parameters = (d_in + d_out) * d_sae + d_out + d_sae + d_in * d_out * config.sae.skip
+    sae_parameters = parameters(run)
     model_parameters = run.model.parameters
     share = max(column.depth for column in run.model.columns)
     evaluated = min(config.evaluation.tokens, held_out)
@@ -31,9 +29,7 @@ def estimate(run: Specification) -> dict[str, Any]:
     chunk_bytes = min(stored, settings.sequences_per_chunk * config.corpus.context_length) * row_bytes
     shuffled_bytes = settings.shuffle_workers * (min(stored, settings.rows_per_shard) + 4 * settings.rows_per_group) * row_bytes
     logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * run.model.vocabulary * 4
-    # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
-    window_bytes = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
-    training_bytes = 16 * sae_parameters + 12 * config.training.batch_size * d_sae + 4 * window_bytes
+    coder_bytes, window_bytes = training_memory(run, stored)
     interpreted = config.interpretation
     examples = interpreted.examples + interpreted.drawn + 2 * config.evaluation.batch_sequences
     example_bytes = 4 * examples * d_sae * config.corpus.context_length
@@ -61,7 +57,7 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "training": {
             "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
-            "steps": steps, "starts": run.start_said, "flops": 5 * (d_in + d_out) * d_sae * steps * config.training.batch_size,
+            "steps": steps, "starts": run.start_said, "flops": dense_flops(run),
         },
         "evaluation": {
             "exists": run.evaluation_record() is not None, "impossible": without_evaluation(run), "tokens": evaluated,
@@ -70,10 +66,43 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "memory_bytes": {
             "extraction": 4 * model_parameters + max(4 * chunk_bytes, shuffled_bytes),
-            "training": training_bytes,
+            "training": coder_bytes + window_bytes,
             "evaluation": 4 * model_parameters + 2 * logit_bytes,
             # strongest and sampled sequences, each with what is merged into them
             **({"interpretation": 4 * model_parameters + 2 * example_bytes} if interpreted.tokens else {}),
         },
         "registered_model": run.registered_model,
     }  # fmt: skip
+
+
+def parameters(run: Specification) -> int:
+    """Of the coder."""
+    d_in, d_out = run.d_in, sum(column.width for column in run.written_columns)
+    return (d_in + d_out) * run.d_sae + d_out + run.d_sae + d_in * d_out * run.config.sae.skip
+
+
+def training_memory(run: Specification, stored: int) -> tuple[int, int]:
+    """Bytes of a coder in training, and of the reader that coders in lockstep share. stored: tokens of the dataset."""
+    settings = run.config.activations
+    read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
+    # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
+    coder = 16 * parameters(run) + 12 * run.config.training.batch_size * run.d_sae
+    window = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
+    return coder, 4 * window
+
+
+def dense_flops(run: Specification) -> int:
+    """Of the training, every feature computed for every token: per weight and token 2 forward, and 2 for each gradient (of the
+    activations none is needed)."""
+    d_out = sum(column.width for column in run.written_columns)
+    return (4 * run.d_in + 6 * d_out) * run.d_sae * _trained_tokens(run)
+
+
+def sparse_flops(run: Specification, l0: float) -> int:
+    """The same where only the encoder's forward pass is over all features, and all else over the l0 active ones of a token."""
+    d_out = sum(column.width for column in run.written_columns)
+    return round((2 * run.d_in * run.d_sae + l0 * (2 * run.d_in + 6 * d_out)) * _trained_tokens(run))
+
+
+def _trained_tokens(run: Specification) -> int:
+    return run.config.training.steps * run.config.training.batch_size

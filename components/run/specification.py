@@ -205,6 +205,14 @@ class Specification(Record):
         """The same run with another word in `rerun`: on the same activations, another coder."""
         return _named(self, self.config.model_copy(update={"rerun": rerun}), _identity_of(self.start))
 
+    def varied(self, config: RunConfig) -> Specification:
+        """Another coder on the same activations. config: this run's own, other in `sae` and `training` alone."""
+        varied = {"sae": config.sae, "training": config.training}
+        assert config == self.config.model_copy(update=varied), "the rest decides what it is trained and measured on"
+        reads, writes = coder_columns(config, self.model, self.source)
+        other = self.model_copy(update={"config": config, "reads": reads, "writes": writes})
+        return other.starting_from(config.training.start_from, must_fit=True)
+
     def starting_from(self, start_from: str | None, must_fit: bool) -> Specification:
         """The same run, continuing from what that means now, see `find_start`."""
         wanted = Wanted(

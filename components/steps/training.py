@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def train(run: Specification, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
     """The record of the training, in this process."""
     require_dataset(run)
-    with _training(run) as job:
+    with prepared(run) as job:
         return loop.train(job, run.device, on_points)
 
 
@@ -30,12 +30,12 @@ def launch_training(run: Specification, on_points: Callable[[list[Point]], None]
         return train(run, on_points)
     require_dataset(run)
     minutes = run.config.execution.training_timeout_minutes
-    with _training(run) as job:
+    with prepared(run) as job:
         return process.launch(job, run.device, on_points, None if minutes is None else minutes * 60)
 
 
 @contextmanager
-def _training(run: Specification) -> Iterator[Training]:
+def prepared(run: Specification) -> Iterator[Training]:
     """The training, with what it starts from in a folder of this machine."""
     job = run.training()
     if job.start is None or run.training_record() is not None:

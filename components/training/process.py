@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 from components.settings import UserError
 from components.threads import with_patient_threads
 from components.training.job import Point, Training, TrainingRecord
-from components.training.loop import train
+from components.training.loop import train_together
 
 STOP_SECONDS = 25.0
 """How long a training that was asked to stop may take for its last checkpoint; then it is killed. Under the 30 s after which
@@ -57,7 +57,20 @@ def launch(
     `timeout_seconds`, and RuntimeError where the process failed in another way or was killed. However this call ends, the
     process has ended before it.
     """
-    order = {"work": json.loads(_TRAINING.dump_json(work)), "device": str(device)}
+    (outcome,) = launch_together([work], device, lambda _, points: on_points(points), timeout_seconds)
+    if isinstance(outcome, FloatingPointError):
+        raise outcome
+    return outcome
+
+
+def launch_together(
+    works: Sequence[Training],
+    device: torch.device,
+    on_points: Callable[[int, list[Point]], None] = lambda place, points: None,
+    timeout_seconds: float | None = None,
+) -> list[TrainingRecord | FloatingPointError]:
+    """`loop.train_together` in a process of its own, see `launch`; what each training came to, in the order of `works`."""
+    order = {"works": [json.loads(_TRAINING.dump_json(work)) for work in works], "device": str(device)}
     own_terminal = sys.stderr.isatty()  # then the progress bar goes there
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE],
@@ -84,12 +97,12 @@ def launch(
             for line in process.stdout:
                 last = json.loads(line)
                 if "points" in last:
-                    on_points(last["points"])
+                    on_points(last["place"], last["points"])
             process.wait()
     finally:
         _end(process)
-    if "record" in last:
-        return TrainingRecord.model_validate(last["record"])
+    if "outcomes" in last:
+        return [_outcome(found) for found in last["outcomes"]]
     if overdue.is_set():
         assert timeout_seconds is not None
         raise TrainingTimeout(f"training took more than {timeout_seconds / 60:g} minutes; it continues from its checkpoint")
@@ -97,6 +110,15 @@ def launch(
 
 
 _TRAINING: TypeAdapter[Training] = TypeAdapter(Training)
+
+
+def _outcome(found: dict[str, Any] | str) -> TrainingRecord | FloatingPointError:
+    """found: a record, or why there is none."""
+    return FloatingPointError(found) if isinstance(found, str) else TrainingRecord.model_validate(found)
+
+
+def _message(outcome: TrainingRecord | FloatingPointError) -> dict[str, Any] | str:
+    return str(outcome) if isinstance(outcome, FloatingPointError) else outcome.model_dump(mode="json")
 
 
 @contextmanager
@@ -179,14 +201,16 @@ def main() -> None:
             print(json.dumps(message), file=messages, flush=True)
 
     try:
-        work = _TRAINING.validate_python(order["work"])
-        record = train(work, torch.device(order["device"]), lambda points: say(points=points), stop.is_set)
+        works = [_TRAINING.validate_python(work) for work in order["works"]]
+        outcomes = train_together(
+            works, torch.device(order["device"]), lambda place, points: say(place=place, points=points), stop.is_set
+        )
     except Exception as error:
         if not isinstance(error, UserError | FloatingPointError):
             logger.exception("train: failed")
         say(error=type(error).__name__, text=str(error))
         sys.exit(1)
-    say(record=record.model_dump(mode="json"))
+    say(outcomes=[_message(outcome) for outcome in outcomes])
 
 
 def _stop_when_closed(stop: threading.Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from components.threads import make_threads_patient
-from flows.cli import data, exchange, features, line, models, ui
+from flows.cli import data, exchange, features, line, models, sweeps, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
@@ -33,6 +33,8 @@ def main() -> None:
 
 for command in (line.run, line.plan, line.extract, line.train, line.evaluate, line.register, ui.ui, doctor):
     app.command()(command)
+app.command()(sweeps.sweep)
+app.command()(sweeps.recommend)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.add_typer(data.app)

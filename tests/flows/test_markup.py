@@ -51,6 +51,7 @@ def test_what_is_printed_of_runs_checks_and_versions_is_text(capsys: pytest.Capt
     tables.print_summary({
         "name": ODD, "reused": False, "metrics": {**metrics, "evaluation_tokens": 5}, "paths": {"sae": ODD}, "seconds": {},
         "registered_model": ODD, "model_version": 1, "alias": None, "alias_reason": ODD, "mlflow_run": ODD,
+        "optional": {},
     })  # fmt: skip
     data._print_check({"problems": [ODD], "strangers": [ODD]})
     models._print_gates({"champion": ODD, "gates": [

@@ -1,0 +1,102 @@
+"""The best learning rate as a function of the number of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from components.settings import Record
+from components.sweeps.laws import Array, interval
+from components.sweeps.record import SweepPoint
+
+_LEAST_RATES = 3
+
+
+class BestRate(Record):
+    """`rate(n) = coefficient * n^exponent` where a law could be fitted, and what was best of what was tried in any case."""
+
+    coefficient: float | None = None
+    exponent: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """90% interval of the exponent."""
+    tried: dict[int, float]
+    """Per number of features the rate that was best in most settings; of a tie the one of the longest training."""
+    smallest: float
+    largest: float
+    """Of those that were tried."""
+    said: str
+    """How the rate is chosen, for people."""
+
+    def at(self, features: float) -> float:
+        """Within what was tried; without a law, the best at the nearest size."""
+        if self.coefficient is None or self.exponent is None:
+            return self.tried[min(self.tried, key=lambda n: abs(np.log(n / features)))]
+        return float(np.clip(self.coefficient * features**self.exponent, self.smallest, self.largest))
+
+
+def best_learning_rate(points: Sequence[SweepPoint], draws: int, seed: int = 0) -> BestRate:
+    """From `log L = c_setting + kappa (log rate - p - q log n)^2`, a parabola that settings share and whose lowest point moves
+    with n: linear in what is fitted once the mean of each setting is taken away."""
+    rates = sorted({point.learning_rate for point in points})
+    tried, smallest, largest = _tried(points), rates[0], rates[-1]
+
+    def without(said: str) -> BestRate:
+        return BestRate(tried=tried, smallest=smallest, largest=largest, said=said)
+
+    settings: dict[tuple[int, int, int | None], list[SweepPoint]] = {}
+    for point in points:
+        settings.setdefault((point.features, point.tokens, point.k), []).append(point)
+    kept = [found for found in settings.values() if len(found) >= _LEAST_RATES]
+    if not kept or len({found[0].features for found in kept}) < 2:
+        return without(f"the best of the {len(rates)} that were tried at the nearest size: no law, which needs three rates")
+    design, target = [], []
+    for found in kept:
+        x = np.log([point.learning_rate for point in found])
+        y = np.log([point.loss or np.nan for point in found])
+        columns = np.stack([x**2, x, x * np.log(found[0].features)], axis=1)
+        design.append(columns - columns.mean(axis=0))
+        target.append(y - y.mean())
+    matrix, losses = np.concatenate(design), np.concatenate(target)
+    found_, *_ = np.linalg.lstsq(matrix, losses, rcond=None)
+    if found_[0] <= 0:
+        return without("the best of those that were tried at the nearest size: loss has no minimum between them")
+    freedom = max(1, len(losses) - len(kept) - 3)
+    left = losses - matrix @ found_
+    left = (left - left.mean()) * np.sqrt(len(losses) / freedom)
+    generator = np.random.default_rng(seed)
+    again = (matrix @ found_)[None] + left[generator.integers(len(losses), size=(draws, len(losses)))]
+    drawn = np.linalg.lstsq(matrix, again.T, rcond=None)[0].T
+    p, q = _minimum(found_)
+    low, high = interval(_minimum(drawn[drawn[:, 0] > 0])[1], freedom)
+    return BestRate(
+        coefficient=float(np.exp(p)), exponent=float(q), low=low, high=high, tried=tried, smallest=smallest, largest=largest,
+        said="the law in the number of features, kept within the rates that were tried",
+    )  # fmt: skip
+
+
+def _minimum(found: Array) -> tuple[Array, Array]:
+    """p and q of the lowest point, `log rate = p + q log n`."""
+    return -found[..., 1] / (2 * found[..., 0]), -found[..., 2] / (2 * found[..., 0])
+
+
+def _tried(points: Sequence[SweepPoint]) -> dict[int, float]:
+    best: dict[tuple[int, int, int | None], SweepPoint] = {}
+    for point in points:
+        setting = (point.features, point.tokens, point.k)
+        if setting not in best or (point.loss or np.inf) < (best[setting].loss or np.inf):
+            best[setting] = point
+    found: dict[int, list[SweepPoint]] = {}
+    for point in best.values():
+        found.setdefault(point.features, []).append(point)
+    return {
+        features: max(
+            {one.learning_rate for one in group},
+            key=lambda rate: (
+                sum(one.learning_rate == rate for one in group),
+                max(one.tokens for one in group if one.learning_rate == rate),
+            ),
+        )
+        for features, group in sorted(found.items())
+    }
