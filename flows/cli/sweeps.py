@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from flows.cli.line import checked
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,7 +115,7 @@ def print_sweep(found: dict[str, Any]) -> None:
             *("-" if number is None else f"{number:.{1 if name == 'l0' else 4}f}" for name, number in numbers.items()),
             *("-" if cost is None else _flops(cost) for cost in costs),
         )
-    console = Console()
+    console = terminal()
     console.print(table)
     for point in found["points"]:
         if point["reason"]:
@@ -188,4 +187,4 @@ def print_recommendation(found: dict[str, Any]) -> None:
         table.add_row("assumed", found["assumed"])
     if found["written"]:
         table.add_row("written", found["written"])
-    Console().print(table)
+    terminal().print(table)
