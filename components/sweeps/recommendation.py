@@ -85,7 +85,7 @@ def recommend(
     size = base.config.training.batch_size
     n = max(1, round(wanted) if flops is None else _rounded(wanted))
     steps = max(1, round((flops / fit.flops_per_feature / n if flops is not None else tokens) / size))
-    rate = _rounded_rate(fit.learning_rate.at(n))
+    rate = _rounded_rate(fit.learning_rate.at(n, steps * size))
     chosen = {"sae.d_sae": n, "training.tokens": steps * size, "training.learning_rate": rate}
     run = with_values(base, chosen)
     spent = float(dense_flops(run))

@@ -159,7 +159,7 @@ def _laws(laws: dict[str, Any]) -> Table:
     rate = laws["learning_rate"]
     if rate["coefficient"] is not None:
         row(
-            f"best learning rate = {rate['coefficient']:.3g} n^q: q",
+            f"best learning rate = {rate['coefficient']:.3g} n^q D^{rate['tokens_exponent']:.3g}: q",
             {"value": rate["exponent"], "low": rate["low"], "high": rate["high"]},
         )
     else:

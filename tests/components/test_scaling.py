@@ -143,9 +143,9 @@ def test_with_k_in_the_sweep_the_laws_are_at_the_configurations_own():
         fit_sweep(sweep, config(k=128), draws=0)
 
 
-def test_the_best_learning_rate_is_a_power_of_the_size():
+def test_the_best_learning_rate_is_a_power_of_size_and_length():
     def loss(n, d, rate, k):
-        return chinchilla(n, d) * np.exp(0.1 * (np.log(rate) - np.log(0.05 * n**-0.4)) ** 2)
+        return chinchilla(n, d) * np.exp(0.1 * (np.log(rate) - np.log(0.6 * n**-0.4 * d**-0.2)) ** 2)
 
     sweep = record(loss, [256, 512, 1024, 2048], [10**5, 2 * 10**5, 4 * 10**5], rates=[1e-3, 2e-3, 4e-3, 8e-3], noise=0.002)
     found = best_learning_rate(list(sweep.points), draws=200)
@@ -153,14 +153,15 @@ def test_the_best_learning_rate_is_a_power_of_the_size():
     assert found.low is not None
     assert found.high is not None
     assert found.low < -0.4 < found.high
-    assert found.at(700) == pytest.approx(0.05 * 700**-0.4, rel=0.05)
-    assert found.at(10**9) == 1e-3  # none that was not tried
+    assert found.tokens_exponent == pytest.approx(-0.2, abs=0.04)
+    assert found.at(700, 250_000) == pytest.approx(0.6 * 700**-0.4 * 250_000**-0.2, rel=0.05)
+    assert found.at(10**9, 10**5) == 1e-3  # none that was not tried
     fitted = fit_sweep(sweep, config(), draws=20)
     assert len(fitted.points) == 12
     two = best_learning_rate([point for point in sweep.points if point.learning_rate in (1e-3, 4e-3)], draws=10)
     assert two.coefficient is None
     assert "three rates" in two.said
-    assert two.at(300) == 4e-3
+    assert two.at(300, 10**5) == two.tried[256]
 
 
 @pytest.mark.parametrize(

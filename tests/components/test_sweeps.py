@@ -101,9 +101,9 @@ def test_flops_are_counted_product_by_product(base: Specification):
 
 
 def test_a_sweep_measures_each_child_as_it_would_be_alone_and_is_found_again(base: Specification, tiny_tree: dict):
-    grid = parse_grid(["sae.k=2,4", "training.tokens=4000,8000"])
+    grid = parse_grid(["sae.k=2,4"])
     url, record = sweeps.sweep(base, grid, train=here)
-    assert [point.status for point in record.points] == ["finished"] * 4
+    assert [point.status for point in record.points] == ["finished"] * 2
     assert read_sweep(url) == record == load_sweep(url)
     for point, child in zip(record.points, children(base, grid), strict=True):
         alone = steps.evaluate(child.run).metrics
@@ -121,7 +121,7 @@ def test_a_sweep_measures_each_child_as_it_would_be_alone_and_is_found_again(bas
     assert {"sweep.json", "pareto.png"} <= {file.path for file in client.list_artifacts(record.mlflow_run)}
     assert sweeps.sweep(base, grid, train=never) == (url, record)
     # another sweep that holds the same trainings: they are reused, in child runs of its own
-    _, other = sweeps.sweep(base, parse_grid(["sae.k=2,4", "training.tokens=8000"]), train=never)
+    _, other = sweeps.sweep(base, parse_grid(["sae.k=4"]), train=never)
     assert {point.sae_digest for point in other.points} < {point.sae_digest for point in record.points}
     assert not {point.mlflow_run for point in other.points} & {point.mlflow_run for point in record.points}
 
