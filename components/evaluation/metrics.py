@@ -111,7 +111,7 @@ class Totals:
             self.variance = self._columns["variance"] + around
 
     def of(self, variant: str) -> dict[str, np.ndarray]:
-        """The metrics of one variant, by the names of the README's table."""
+        """The metrics of one variant, by the names of the table in docs/results.md."""
         per = {name: self._columns[f"{variant}.{name}"] for name in PER_VARIANT}
         error = per["squared_error"]
         return {

@@ -11,7 +11,7 @@ from components.records import read_record
 from components.settings import Record
 
 Metrics = dict[str, int | float | None]
-"""Flat: names of the README's table to numbers, None where one is not defined."""
+"""Flat: names of the table in docs/results.md to numbers, None where one is not defined."""
 Row = dict[str, str | int | float | None]
 
 
