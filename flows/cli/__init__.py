@@ -5,13 +5,12 @@ from __future__ import annotations
 import typer
 
 from components.threads import make_threads_patient
-from flows.cli import data, exchange, features, line, models, sweeps, ui
+from flows.cli import begin, data, exchange, features, line, models, sweeps, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
     name="sae",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Sparse autoencoders on language-model activations, from a corpus to a registered model.
@@ -31,7 +30,18 @@ def main() -> None:
     app()
 
 
-for command in (line.run, line.plan, line.extract, line.train, line.evaluate, line.register, ui.ui, doctor):
+for command in (
+    line.run,
+    line.plan,
+    line.extract,
+    line.train,
+    line.evaluate,
+    line.register,
+    begin.init,
+    begin.runs,
+    ui.ui,
+    doctor,
+):
     app.command()(command)
 app.command()(sweeps.sweep)
 app.command()(sweeps.recommend)
