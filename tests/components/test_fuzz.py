@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fuzz
 import pytest
+import yaml
 
 from components.run.estimate import estimate
 from components.settings import UserError
@@ -35,9 +36,11 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
-def faults(tree: dict, path: Path, seed: int, count: int) -> list[str]:
+def faults(tree: dict, path: Path, seed: int, count: int, seconds: float = SECONDS) -> list[str]:
     """Of each call that ended in anything but a plan or one sentence, or took too long: what it was."""
     found = []
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    checked(str(path), [], evaluated=None)  # what the first call loads takes seconds
     checked_ones = refused = 0
     for number, (text, overrides) in enumerate(fuzz.configurations(tree, seed, count)):
         path.write_text(text, encoding="utf-8", errors="surrogatepass")
@@ -53,7 +56,7 @@ def faults(tree: dict, path: Path, seed: int, count: int) -> list[str]:
             where = "".join(traceback.format_tb(error.__traceback__)[-2:])
             fault = f"{type(error).__name__}: {str(error)[:200]}\n{where}"
         took = time.process_time() - begun, time.monotonic() - clock
-        if took[0] > SECONDS or took[1] > 6 * SECONDS:
+        if took[0] > seconds or took[1] > 6 * seconds:
             fault += f"took {took[0]:.1f} s of the processor, {took[1]:.1f} s in all"
         if "\n" in said or len(said) > 2_500:
             fault += f"not one sentence: {said[:500]!r}"
@@ -65,7 +68,7 @@ def faults(tree: dict, path: Path, seed: int, count: int) -> list[str]:
 
 
 def test_300_configurations_are_right_or_refused_in_one_sentence(tiny_tree: dict, alone: Path):
-    found = faults(tiny_tree, alone, seed=1, count=300)
+    found = faults(tiny_tree, alone, seed=1, count=300, seconds=3 * SECONDS)  # this runs on machines of any speed
     assert not found, "\n\n".join(found[:5])
 
 
