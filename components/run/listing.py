@@ -19,7 +19,9 @@ class ListedSAE(Record):
     """Of its folder: the run's name and the digest."""
     url: str
     state: str
-    """`evaluated`, `trained`, `training` (it has a checkpoint), `begun`, or why it cannot be read."""
+    """`evaluated`, `trained`, `training` (it has a checkpoint), `begun` or `damaged`."""
+    problem: str | None = None
+    """Why it cannot be read."""
     architecture: str | None = None
     d_sae: int | None = None
     tokens: int | None = None
@@ -43,7 +45,7 @@ def _listed(name: str, url: str) -> ListedSAE:
             return ListedSAE(name=name, url=url, state="training" if begun else "begun")
         measured = read_record(EvaluationRecord, record_url(url), "delete it to measure anew")
     except UserError as error:
-        return ListedSAE(name=name, url=url, state=str(error))
+        return ListedSAE(name=name, url=url, state="damaged", problem=str(error))
     return ListedSAE(
         name=name,
         url=url,

@@ -86,3 +86,6 @@ def _print_runs(result: dict[str, Any]) -> None:
         what += f" at {row['hook_point']}" if row["hook_point"] else ""
         table.add_row(row["name"], row["state"], what, *("-" if value is None else f"{value:.4g}" for value in numbers))
     terminal().print(table)
+    for row in result["saes"]:
+        if row["problem"]:
+            print(row["problem"])

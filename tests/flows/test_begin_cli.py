@@ -71,4 +71,5 @@ def test_runs_are_listed_whatever_became_of_them(tiny_tree: dict, capfd: pytest.
     assert "evaluated" in said
     assert f"{measured.metrics['l0']:.4g}" in said
     (Path(run.sae_url) / "training.json").write_text("{")
-    assert "is damaged" in called(capfd, "runs", "--root", root).replace("\n", " ")
+    said = called(capfd, "runs", "--root", root)
+    assert f"{run.sae_url}/training.json is damaged" in said
