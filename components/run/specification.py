@@ -29,14 +29,13 @@ from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
 from components.language_model.tokenizer import chat_date
 from components.run import identity
-from components.run.columns import coder_columns
+from components.run.coder import coder_columns, coder_training, hook_points_said, registered_name
 from components.run.config import RunConfig
 from components.run.repetition import asked_for
 from components.run.start import CHAMPION, Wanted, find_start
 from components.sae.coder import Column
 from components.settings import Record
 from components.settings import digest as content_digest
-from components.storage.cache import CachePlace
 from components.tracking.code import git_tags
 from components.training.job import Start, Training, TrainingRecord, read_training_record
 
@@ -92,7 +91,7 @@ class Specification(Record):
     @property
     def hook_point(self) -> str:
         """Where the coder is, for people and in names."""
-        return "+".join(self.reads) + ("" if self.reads == self.writes else f"-to-{self.writes[0]}")
+        return hook_points_said(self.reads, self.writes)
 
     @property
     def point(self) -> HookPoint:
@@ -174,32 +173,10 @@ class Specification(Record):
         return read_training_record(self.sae_url)
 
     def training(self) -> Training:
-        corpus, settings = self.config.corpus, self.config.storage
-        return Training(
-            url=self.sae_url,
-            digest=self.sae_digest,
-            identity=self.sae_identity,
-            settings=self.config.training,
-            coder=self.config.sae,
-            dataset_url=self.dataset_url,
-            reads=self.reads,
-            writes=self.writes,
-            seed=self.config.seed,
-            start=self.start,
-            metadata={
-                "model_name": self.config.language_model.name,
-                **self.placement,
-                "context_size": len(self.model.layout()) if self.of_images else corpus.context_length,
-                "prepend_bos": corpus.bos != "none",
-                "dataset_path": corpus.title,
-            },
-            cache=None if settings.cache is None else CachePlace(folder=settings.cache, limit=settings.cache_bytes),
-        )
-
-    @property
-    def placement(self) -> dict[str, str]:
-        """As SAELens says it."""
-        return {"hook_name": self.reads[0], **({} if self.reads == self.writes else {"hook_name_out": self.writes[0]})}
+        return coder_training(
+            self.config, self.model, self.reads, self.writes, url=self.sae_url, digest=self.sae_digest,
+            identity=self.sae_identity, dataset_url=self.dataset_url, start=self.start,
+        )  # fmt: skip
 
     def repeated(self, rerun: str | None) -> Specification:
         """The same run with another word in `rerun`: on the same activations, another coder."""
@@ -281,10 +258,7 @@ class Specification(Record):
 
     @property
     def registered_model(self) -> str:
-        tracking = self.config.tracking
-        name = tracking.registered_model or f"{self.model.slug}.{self.hook_point}"
-        name = f"{name}.{tracking.purpose}" if tracking.purpose else name
-        return name.replace("/", "-").replace(":", "-")
+        return registered_name(self.config, self.model.slug, self.hook_point)
 
     @property
     def run_digest(self) -> str:
@@ -304,14 +278,9 @@ class Specification(Record):
     def base_digest(self) -> str:
         """Of all that decides a run as its user asked for it: whether it is the first of its kind or a repetition of ours,
         whoever is champion now, and whether `retrain` let it start from that one."""
-        config = self.config.model_copy(update={"rerun": asked_for(self.config.rerun)})
-        match config.training.start_from:
-            case None | "scratch":
-                start = None
-            case "champion":
-                start = {"of": CHAMPION}
-            case _:
-                start = _identity_of(self.start)
+        config, wanted = self.config.model_copy(update={"rerun": asked_for(self.config.rerun)}), self.config.training.start_from
+        begun = {"of": CHAMPION} if wanted == CHAMPION else _identity_of(self.start)
+        start = None if wanted in (None, "scratch") else begun
         return _named(self, config, start).run_digest
 
     @property

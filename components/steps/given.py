@@ -25,6 +25,7 @@ from components.records import put_record
 from components.redaction import public, redacted
 from components.registry.records import Imported, Lineage, Outcome
 from components.run import identity
+from components.run.coder import placement
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import measured_alone
@@ -69,7 +70,7 @@ def import_given(run: Specification, sae: str, another_model: bool = False) -> t
         metadata = given.metadata
     if isinstance(coder, NormalizedSAE):
         raise UserError("--sae: it normalises each token first; registered models read activations as the model makes them")
-    files = saelens_files(coder, {"model_name": run.config.language_model.name, **metadata, **run.placement})
+    files = saelens_files(coder, {"model_name": run.config.language_model.name, **metadata, **placement(run.reads, run.writes)})
     with _tracked(run, url, present, sae) as open_run, storage.local_copies(url, evaluation.FILES) as folder:
         weights_sha256 = sha256(files[WEIGHTS_NAME]).hexdigest()
         lineage = Lineage(

@@ -94,7 +94,6 @@ class JumpReLUSAE(Coder):
                 sparsity = jump.sum(dim=1).mean()
             else:
                 sparsity = (jump.sum(dim=1).mean() / settings.target_l0 - 1).square()
-            frequency = jump.mean(dim=0).square().sum() / settings.frequency_scale
             silent = torch.relu(self.threshold - z).mean(dim=0) @ norms
         features = DenseFeatures(values)
         reconstruction = reconstruction_loss(y, self.write(features, x))
@@ -102,7 +101,8 @@ class JumpReLUSAE(Coder):
         terms = {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent}
         weights = {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient}
         if settings.frequency_coefficient > 0:
-            terms["frequency"] = frequency
+            with in_float32(x.device):
+                terms["frequency"] = jump.mean(dim=0).square().sum() / settings.frequency_scale
             weights["frequency"] = settings.frequency_coefficient * progress.rise(settings.sparsity_warmup)
         return Losses(terms, weights, features.detach())
 
