@@ -147,27 +147,40 @@ def test_a_rival_that_starts_late_waits_and_one_training_makes_one_artifact(tree
     plan = resolve(parse_config(tree))
     steps.extract(plan)
 
-    def trainer() -> subprocess.Popen:
-        return subprocess.Popen([str(BIN / "sae"), "train", str(config), "--json"], stdout=-1, stderr=-1, text=True)
+    def trainer(log: Path) -> subprocess.Popen:
+        with log.open("w") as stderr:
+            command = [str(BIN / "sae"), "train", str(config), "--json"]
+            return subprocess.Popen(command, stdout=-1, stderr=stderr, text=True)
+
+    logs = [tmp_path / "first.log", tmp_path / "rival.log"]
 
     def newest() -> int:
         names = storage.list_names(f"{plan.sae_url}/checkpoints")
         return max((int(found[1]) for name in names if (found := re.search(r"step-(\d+)", name))), default=0)
 
-    first, seen = trainer(), [0]
+    first, seen = trainer(logs[0]), [0]
     while seen[-1] == 0:
-        assert first.poll() is None, first.communicate()[1]
+        assert first.poll() is None, logs[0].read_text()
         seen.append(newest())
-    rival = trainer()
+    # A fast machine would end the first while the rival still starts: it is held, for less than it takes to be thought dead.
+    first.send_signal(signal.SIGSTOP)
+    try:
+        rival = trainer(logs[1])
+        until = time.monotonic() + 60
+        while "waiting for another process that works on" not in " ".join(logs[1].read_text().split()):
+            assert rival.poll() is None, logs[1].read_text()
+            assert time.monotonic() < until, logs[1].read_text()
+            time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGCONT)
     while first.poll() is None:
         step = newest()
         finished = storage.exists(f"{plan.sae_url}/training.json")
         assert finished or step >= seen[-1], "a newer checkpoint was deleted"
         seen.append(max(step, seen[-1]))
     results = [process.communicate(timeout=120) for process in (first, rival)]
-    assert [first.returncode, rival.returncode] == [0, 0], results
+    assert [first.returncode, rival.returncode] == [0, 0], [log.read_text() for log in logs]
     assert len(set(seen)) > 3
-    assert "waiting for another process that works on" in " ".join(results[1][1].split())
     digests = {json.loads(out)["weights_sha256"] for out, _ in results}
     undisturbed = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
     steps.extract(undisturbed)
