@@ -61,6 +61,11 @@ lint: $(INSTALLED)  ## Check style, types and import rules
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+.PHONY: docs
+docs: $(INSTALLED)  ## Build README and docs as a site, into site/ (needs no network)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html; with search: $(BIN)/python -m http.server -d site -b 127.0.0.1 8000"
+
 .PHONY: stack stack-status stack-stop
 stack: $(INSTALLED)  ## Start S3, PostgreSQL, MLflow, Prefect and two workers on this machine, without Docker
 	@infra/stack/install.sh
@@ -89,4 +94,4 @@ lock:  ## Resolve pyproject.toml anew into requirements.lock
 
 .PHONY: clean
 clean:  ## Remove .venv and caches; data/ stays
-	rm -rf $(VENV) $(VENV)-infra .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV)-infra .pytest_cache .ruff_cache .mypy_cache .import_linter_cache site

@@ -6,9 +6,9 @@ bits, and Prefect's server then answers 500 to every listing of runs that holds 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, Field, GetCoreSchemaHandler
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 LARGEST_INT = 2**53 - 1
@@ -103,8 +103,21 @@ def _limit(schema: dict[str, Any], largest: float) -> None:
 class Bounded(BaseModel):
     """A pydantic model whose numeric fields all have bounds, those inside tuples and Optionals too.
 
-    A field's own bounds hold where they are tighter. They show in the JSON schema as `minimum` and `maximum`.
+    A field's own bounds hold where they are tighter. They show in the JSON schema as `minimum` and `maximum`, and the order of
+    the fields in a form as `position`: PostgreSQL gives a schema's properties back by the length of their names.
     """
+
+    form_first: ClassVar[tuple[str, ...]] = ()
+    """The fields that people set, which come first in a form; the others follow as they are declared."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        first = [name for name in cls.form_first if name in properties]
+        for position, name in enumerate([*first, *(name for name in properties if name not in first)]):
+            properties[name]["position"] = position
+        return schema
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

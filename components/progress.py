@@ -45,6 +45,7 @@ def _bar(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], Non
 def _lines(logger: logging.Logger, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     started = last = time.monotonic()
     done, shown = 0, ""
+    logger.info("%s: %s %s to do", title, f"{total:,}", unit)
 
     def advance(count: int, note: str = "") -> None:
         nonlocal done, last, shown

@@ -48,7 +48,7 @@ def measure_baselines(job: EvaluationJob, reference: Reference, l0: float, devic
     return steps.measure_baselines(job, reference, l0, resolve_device(device), span)
 
 
-@flow(name="evaluate", flow_run_name="{config.name}")
+@flow(name="evaluate", flow_run_name="{config.title}")
 def evaluate(config: RunConfig, sae: str | None = None) -> tuple[str, EvaluationRecord]:
     """SAE artifact -> its metrics on held-out documents; address and evaluation record.
 

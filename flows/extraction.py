@@ -36,7 +36,7 @@ def shuffle(work: Extraction, buckets: range) -> None:
     extraction.gather(work, buckets)
 
 
-@flow(name="extract", flow_run_name="{config.name}")
+@flow(name="extract", flow_run_name="{config.title}")
 def extract(config: RunConfig) -> int:
     """From a corpus to an activation dataset; the number of stored tokens."""
     return extracted(begin_with(config, only_data=True))

@@ -38,7 +38,7 @@ def interpret(specification: str) -> None:
     steps.interpret(Specification.from_json(specification))
 
 
-@flow(name="pipeline", flow_run_name="{config.name}")
+@flow(name="pipeline", flow_run_name="{config.title}")
 def pipeline(config: RunConfig) -> Summary:
     """From a corpus to a registered SAE; the summary of the run."""
     return line(begin_with(config))

@@ -21,7 +21,7 @@ NOTHING_TO_DO, PROMOTED, REFUSED, RETRAINED = "NothingToDo", "Promoted", "Refuse
 """Names of the states in which these flows complete."""
 
 
-@flow(name="retrain", flow_run_name="{config.name}")
+@flow(name="retrain", flow_run_name="{config.title}")
 def retrain(config: RunConfig, force: bool = False, max_age_days: Days | None = None, commit: str | None = None) -> State[Any]:
     """Train again if corpus, language model, configuration, recipe or age say so, or by `force`; activations are reused.
 

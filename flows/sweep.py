@@ -24,7 +24,7 @@ def train_children(specification: str, settings: SweepSettings) -> SweepRecord:
         return run_sweep(base, settings.grid, settings.memory_bytes)[1]
 
 
-@flow(name="sweep", flow_run_name="{config.name}")
+@flow(name="sweep", flow_run_name="{config.title}")
 def sweep(config: RunConfig, sweep: SweepSettings) -> SweepRecord:
     """The record of the sweep, which is also `sweep.json` under `sweeps/` of the storage root."""
     base = begin_with(config)

@@ -91,7 +91,7 @@ def _acquired(limit: str) -> AbstractContextManager[None]:
     return place
 
 
-@flow(name="train", flow_run_name="{config.name}")
+@flow(name="train", flow_run_name="{config.title}")
 def train_sae(config: RunConfig) -> dict[str, Any]:
     """Activation dataset -> SAE artifact, in the MLflow run that `pipeline` would go on with."""
     run = begin_with(config)

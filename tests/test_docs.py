@@ -15,7 +15,7 @@ from components.run.config import parse_config
 from flows.cli import app
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LONGEST_README = 9_000
 
 
@@ -42,13 +42,13 @@ def test_every_link_leads_somewhere(page: Path):
 
 
 def test_every_page_is_found_from_the_readme():
-    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", (ROOT / "README.md").read_text()))
-    assert linked == {page.name for page in PAGES[1:]}
+    linked = set(re.findall(r"\]\((docs/[\w/-]+\.md)", (ROOT / "README.md").read_text()))
+    assert linked == {page.relative_to(ROOT).as_posix() for page in PAGES[1:]}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_option_exists(page: Path):
-    for line in re.findall(r"(?m)^ *(?:\$ )?\.venv/bin/sae (.*)$", page.read_text().replace("\\\n", " ")):
+    for line in re.findall(r"(?m)^ *(?:\.venv/bin/)?sae ([a-z].*)$", page.read_text().replace("\\\n", " ")):
         words = shlex.split(line.partition(" #")[0].partition(" |")[0])
         command: Any = typer.main.get_command(app)
         while hasattr(command, "commands") and words:

@@ -120,6 +120,10 @@ class NearDuplicateSettings(Settings):
 
 
 class CorpusSettings(SourceSettings):
+    form_first = (
+        "source", "paths", "dataset", "subset", "text_column", "train_tokens", "held_out_tokens", "context_length", "mixture",
+    )  # fmt: skip
+
     mixture: tuple[MixtureSourceSettings, ...] = ()
     """Several weighted sources in place of one: each has a `weight` and the fields of a source. Where one ends before its
     share is reached, the others go on in the proportion of their weights, and the manifest says so."""

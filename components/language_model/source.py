@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from components.storage import file_sha256
 
 BUILTIN_ROOT = Path(__file__).parent / "builtin"
 _SKELETON_DTYPE = torch.bfloat16
+_SAYS_NOTHING = re.compile(
+    r".{1,3}|[0-9a-f]{7,64}|[0-9]+|(my[-_]?)?(models?|checkpoints?|weights|final|best|latest|last|out|output|export|main|step|epoch)"
+    r"([-_.]?[0-9]+)?"
+)
+"""Names of folders that could hold any model."""
 _WEIGHT_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
 _PROCESSOR_PATTERNS = ("preprocessor_config.json", "processor_config.json")
@@ -146,8 +152,18 @@ class ModelSource:
 
     @property
     def slug(self) -> str:
-        """The model's name as part of a file or registry name."""
-        return Path(self.settings.name).name if os.path.isdir(self.settings.name) else self.settings.name.split("/")[-1]
+        """The model's name as part of a file or registry name. A folder whose name says nothing has what it holds before it:
+        `llama-30x576-st`; a snapshot in the Hub's cache has the name that it has there."""
+        if not os.path.isdir(self.settings.name):
+            return self.settings.name.split("/")[-1]
+        folder = Path(os.path.abspath(self.settings.name))
+        if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+            return folder.parents[1].name.split("--")[-1]
+        if _SAYS_NOTHING.fullmatch(folder.name.lower()) is None:
+            return folder.name
+        text = self.config.get_text_config()
+        shape = "x".join(str(getattr(text, name)) for name in ("num_hidden_layers", "hidden_size") if hasattr(text, name))
+        return "-".join(filter(None, (self.config.model_type, shape, folder.name)))
 
     @cached_property
     def identity(self) -> dict[str, Any]:

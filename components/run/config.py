@@ -24,7 +24,7 @@ from components.interpretation.settings import InterpretationSettings
 from components.language_model.settings import LanguageModelSettings
 from components.redaction import redacted
 from components.sae.choice import SAESettings, default_settings
-from components.settings import Settings, UserError, first_line
+from components.settings import Settings, UserError, digest, first_line
 from components.storage.addresses import Address, LocalPath
 from components.tracking.settings import TrackingSettings
 from components.training.settings import TrainingSettings
@@ -71,6 +71,18 @@ class ExecutionSettings(Settings):
 
 
 class RunConfig(Settings):
+    form_first = (
+        "name",
+        "language_model",
+        "corpus",
+        "activations",
+        "sae",
+        "training",
+        "evaluation",
+        "interpretation",
+        "tracking",
+    )
+
     name: str = Field(default="quickstart", pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=128)
     """Name of the run, part of folder names: lower case letters, digits, dots and dashes."""
 
@@ -96,6 +108,17 @@ class RunConfig(Settings):
     tracking: TrackingSettings = TrackingSettings()
     execution: ExecutionSettings = Field(default_factory=lambda: ExecutionSettings())
 
+    @property
+    def title(self) -> str:
+        """The run in a few words, for people: two configurations of one name have different ones."""
+        sae, training = self.sae, self.training
+        size = f"{sae.d_sae:,}" if sae.d_sae else f"x{sae.expansion_factor or 8:g}"
+        sparsity = next((f" {said}{getattr(sae, name):g}" for name, said in _SPARSITIES.items() if hasattr(sae, name)), "")
+        place = training.hook_point or "+".join(training.crosscoder or self.activations.hook_points)
+        # What nobody would read is told apart by a digest.
+        rest = digest(self.model_dump(mode="json", exclude={"storage", "execution", "tracking", "device"}))[:4]
+        return f"{self.name}: {sae.architecture} {size}{sparsity}, {place}, {training.tokens:,} tokens, {rest}"
+
     @model_validator(mode="before")
     @classmethod
     def _nothing_is_in_its_old_place(cls, tree: Any) -> Any:
@@ -105,6 +128,7 @@ class RunConfig(Settings):
         return tree
 
 
+_SPARSITIES = {"k": "k ", "sparsity_coefficient": "lambda "}
 _MOVED = {
     ("training", "sparsity_coefficient"): ("belongs to the architecture", "sae.sparsity_coefficient"),
     ("training", "sparsity_warmup"): ("belongs to the architecture", "sae.sparsity_warmup"),

@@ -17,6 +17,7 @@ class CoderSettings(Bounded):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    form_first = ("architecture", "expansion_factor", "d_sae", "k", "sparsity_coefficient", "levels")
     version: ClassVar[int] = 1
     """Raised when the same settings and data would no longer give the same weights."""
     decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")

@@ -32,7 +32,7 @@ def tracked(run: Specification, tags: dict[str, str]) -> AbstractContextManager[
     return tracked_run(
         config.tracking,
         config.storage.root,
-        config.name,
+        config.title,
         run.run_digest,
         flattened(config.model_dump(mode="json")),
         {

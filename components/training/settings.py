@@ -13,6 +13,8 @@ _DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainingSettings(Settings):
+    form_first = ("tokens", "batch_size", "learning_rate", "dead_after_tokens", "start_from")
+
     hook_point: str | None = None
     """Column of the dataset to train on; the first of `activations.hook_points` where it is not given."""
 

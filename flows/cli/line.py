@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,17 +29,21 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
         specification = checked(config, overrides)
         from components import steps
 
+        said = shlex.join([config, *(word for override in overrides or () for word in ("--set", override))])
+        for_people = partial(print_summary, config=said, root=specification.config.storage.root)
+
         outcome = steps.finished_run(specification)
         if outcome is not None:
             done = steps.summary(specification, outcome, {"total": time.monotonic() - started}, reused=True)
-            show(done.as_json(), print_summary)
+            show(done.as_json(), for_people)
             return
+        _say_what_it_takes(specification)
         _prepare_prefect()
         from flows.pipeline import pipeline_of
 
-        summary = pipeline_of(specification.config.name, specification.to_json())
+        summary = pipeline_of(specification.config.title, specification.to_json())
         summary.seconds["total"] = round(time.monotonic() - started, 2)
-        show(summary.as_json(), print_summary)
+        show(summary.as_json(), for_people)
 
 
 def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -168,6 +174,21 @@ def _evaluate_on_workers(run: Specification) -> tuple[str, EvaluationRecord]:
     from flows.evaluation import evaluated
 
     return evaluated(run)
+
+
+def _say_what_it_takes(run: Specification) -> None:
+    """Before a work of minutes to days: how much there is to do, in one line."""
+    from components.run.estimate import estimate
+
+    found = estimate(run)
+    stored, training, memory = found["activations"], found["training"], max(found["memory_bytes"].values())
+    activations = f"{stored['tokens']:,} tokens of activations ({stored['bytes'] / 1e6:,.0f} MB"
+    activations += ", there)" if stored["exists"] else f", {stored['peak_bytes'] / 1e6:,.0f} MB while they are shuffled)"
+    sae = f"{training['steps']:,} steps of {run.config.training.batch_size:,} tokens for {found['sae']['d_sae']:,} features"
+    sae += " (there)" if found["sae"]["exists"] else f" ({training['flops']:.1e} FLOPs)"
+    measured = f"{found['evaluation']['tokens']:,} tokens to measure it on"
+    line = f"{run.config.name} on {found['device']}: {activations}, {sae}, {measured}; up to {memory / 1e9:.1f} GB of memory"
+    terminal(stderr=True, soft_wrap=True).print(line, highlight=False)
 
 
 def _alone(run: Specification) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from flows.cli.terminal import terminal
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: dict[str, Any], config: str, root: str) -> None:
+    """config: as it was given to the command, with its overrides."""
     from rich.table import Table
 
     metrics = summary["metrics"]
@@ -31,13 +33,28 @@ def print_summary(summary: dict[str, Any]) -> None:
                 table.add_row(f"meta-structure, {name}", f"{structure[name]:.4f}")
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
-    if "browser" in summary["paths"]:
-        table.add_row("features", summary["paths"]["browser"])
     table.add_row("model version", f"models:/{summary['registered_model']}/{summary['model_version']}")
     table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
     table.add_row("MLflow run", summary["mlflow_run"])
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items()))
     terminal().print(table)
+    _print_next(summary, config, root)
+
+
+def _print_next(summary: dict[str, Any], config: str, root: str) -> None:
+    """What somebody does with a new SAE, to be copied into a shell."""
+    at = "" if root == "data" else f" --root {shlex.quote(root)}"
+    name, version = shlex.quote(summary["registered_model"]), summary["model_version"]
+    steps = {}
+    if "browser" in summary["paths"]:
+        steps["its features, in a web browser"] = summary["paths"]["browser"]
+        steps["the same here; also show, search, steer"] = f"sae features list {config}"
+    steps["curves, pictures and the report"] = f"sae ui {config}"
+    steps["its gates, and how to make it again"] = f"sae models show {name}/{version}{at}"
+    widest = max(map(len, steps))
+    print("Next:")
+    for what, step in steps.items():
+        print(f"  {what:<{widest}}  {step}")
 
 
 def _add_probes(table: Any, probing: dict[str, Any]) -> None:

@@ -116,3 +116,13 @@ def test_what_is_no_configuration_is_one_sentence(source: str, monkeypatch: pyte
         load_config(source)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 2_100
+
+
+def test_runs_of_one_name_have_different_titles():
+    quickstart = load_config("quickstart")
+    assert quickstart.title.startswith("quickstart: batchtopk x8 k 12, resid_post.1, 2,000,000 tokens, ")
+    changes = ["sae.k=13", "seed=1", "training.learning_rate=1e-3", "corpus.train_tokens=5", "sae.auxk=3", "rerun=again"]
+    titles = [load_config("quickstart", [change]).title for change in changes]
+    assert len({quickstart.title, *titles}) == 1 + len(changes)
+    # where it is stored and which machine does it is no other configuration
+    assert load_config("quickstart", ["storage.root=elsewhere", "device=cpu", "execution.workers=2"]).title == quickstart.title

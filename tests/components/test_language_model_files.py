@@ -115,3 +115,19 @@ def test_weights_in_several_files_are_accepted(tiny_tree: dict, tiny_model: str,
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": parts}))
     check(resolve(parse_config({**tiny_tree, "language_model": {"name": str(folder)}})))
     load_model(find_model(LanguageModelSettings(name=str(folder))), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("folder", "slug"),
+    [
+        ("st", "llama-3x32-st"),
+        ("my-model", "llama-3x32-my-model"),
+        ("checkpoint-1200", "llama-3x32-checkpoint-1200"),
+        ("SmolLM2-135M", "SmolLM2-135M"),
+        ("models--owner--name-1B/snapshots/0123456789abcdef0123456789abcdef01234567", "name-1B"),
+    ],
+)
+def test_a_folder_that_says_nothing_is_named_by_what_it_holds(tiny_model: str, tmp_path: Path, folder: str, slug: str):
+    (tmp_path / folder).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder).symlink_to(tiny_model)
+    assert find_model(LanguageModelSettings(name=str(tmp_path / folder))).slug == slug

@@ -102,6 +102,25 @@ def test_the_form_is_the_configurations_own_schema():
     assert definitions["RunConfig"]["additionalProperties"] is False
 
 
+def _in_the_form(properties: dict) -> list[str]:
+    """Their order there: by `position` alone, as PostgreSQL keeps no other."""
+    return sorted(properties, key=lambda name: properties[name]["position"])
+
+
+def test_the_form_begins_with_what_people_set():
+    definitions = load_flow_from_entrypoint("flows.pipeline.pipeline").parameters.model_dump()["definitions"]
+    wanted = {
+        "RunConfig": ["name", "language_model", "corpus", "activations", "sae", "training", "evaluation"],
+        "CorpusSettings": ["source", "paths", "dataset", "subset", "text_column", "train_tokens"],
+        "TrainingSettings": ["tokens", "batch_size", "learning_rate"],
+    }
+    for name, first in wanted.items():
+        assert _in_the_form(definitions[name]["properties"])[: len(first)] == first
+    assert _in_the_form(definitions["RunConfig"]["properties"])[-2:] == ["storage", "execution"]
+    for architecture in definitions["RunConfig"]["properties"]["sae"]["oneOf"]:
+        assert _in_the_form(architecture["properties"])[:3] == ["architecture", "expansion_factor", "d_sae"]
+
+
 def test_the_deployed_quickstart_is_the_one_that_ships():
     shipped = parse_config(yaml.safe_load(read_config("quickstart")))
     assert parse_config(TREE["definitions"]["quickstart"]) == shipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import traceback
 from pathlib import Path
 
@@ -52,13 +53,16 @@ def test_what_is_printed_of_runs_checks_and_versions_is_text(capsys: pytest.Capt
         "name": ODD, "reused": False, "metrics": {**metrics, "evaluation_tokens": 5}, "paths": {"sae": ODD}, "seconds": {},
         "registered_model": ODD, "model_version": 1, "alias": None, "alias_reason": ODD, "mlflow_run": ODD,
         "optional": {},
-    })  # fmt: skip
+    }, config="my.yaml --set 'name=a b'", root="s3://bucket/x y")  # fmt: skip
     data._print_check({"problems": [ODD], "strangers": [ODD]})
     models._print_gates({"champion": ODD, "gates": [
         {"gate": ODD, "passed": False, "measured": ODD, "required": ODD, "short_by": None}]})  # fmt: skip
     models._print_list({"models": [{"name": ODD, "versions": []}]})
     said = capsys.readouterr().out
     assert said.count("[/INST]") >= 10
+    # what to do next, ready for a shell
+    assert "sae ui my.yaml --set 'name=a b'\n" in said
+    assert f"sae models show {shlex.quote(ODD)}/1 --root 's3://bucket/x y'\n" in said
     assert said.count(":smile:") >= 8
 
 

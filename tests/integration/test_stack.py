@@ -180,7 +180,9 @@ def test_a_run_that_dies_in_training_goes_on_from_its_checkpoint_with_the_same_w
     steps.extract(undisturbed)
     weights = steps.train(undisturbed).weights_sha256
     assert mlflow.get_model_version_by_alias("killed", "champion").tags["sae.weights_sha256"] == weights
-    (only,) = mlflow.search_runs([mlflow.get_experiment_by_name("sae-foundry").experiment_id], "attributes.run_name = 'killed'")
+    (only,) = mlflow.search_runs(
+        [mlflow.get_experiment_by_name("sae-foundry").experiment_id], "attributes.run_name LIKE 'killed:%'"
+    )
     assert only.info.status == "FINISHED"
 
 
@@ -214,7 +216,7 @@ def test_servers_that_are_killed_come_back_and_no_run_notices_nor_two_of_the_sam
     (version,) = mlflow.search_model_versions("name = 'twin'")
     assert mlflow.get_run(version.run_id).info.status == "FINISHED"
     experiment = mlflow.get_experiment_by_name("sae-foundry").experiment_id
-    assert len(mlflow.search_runs([experiment], "attributes.run_name = 'twin'")) == 1
+    assert len(mlflow.search_runs([experiment], "attributes.run_name LIKE 'twin:%'")) == 1
     assert len(mlflow.search_logged_models([experiment], f"source_run_id = '{version.run_id}'")) == 1
 
 

@@ -86,7 +86,7 @@ def test_a_server_that_is_away_for_a_minute_costs_nothing(
         assert live.wait(run, 900)["state_type"] == "COMPLETED", live.logs(run)
     experiment = mlflow.get_experiment_by_name("sae-foundry").experiment_id
     for number in range(2):
-        (found,) = mlflow.search_runs([experiment], f"attributes.run_name = '{name}-{number}'")
+        (found,) = mlflow.search_runs([experiment], f"attributes.run_name LIKE '{name}-{number}:%'")
         assert found.info.status == "FINISHED"
         points = mlflow.get_metric_history(found.info.run_id, "train/loss")
         steps = [point.step for point in points]
