@@ -14,7 +14,8 @@ lines = project["project"]["dependencies"] + project["dependency-groups"]["dev"]
 print("\n".join(line for line in lines if line.startswith("torch==") == (sys.argv[1] == "torch")))
 PY
 }
-# Torch first and alone: with it there, what others ask of it is satisfied and nothing fetches another build.
+# Torch first and alone, in the exact version of the group `dev`: with it there, the range that the project asks for and what
+# others ask of it are satisfied, and nothing fetches another build.
 pip install -q -r <(requirements torch)
 pip install -q -r <(requirements others)
 pip check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -66,3 +67,12 @@ def test_every_configuration_has_fields_that_exist(page: Path):
         tree = yaml.safe_load(text)
         if "name" in tree:  # a whole one
             parse_config(tree)
+
+
+def test_the_tables_of_the_benchmarks_are_those_of_their_results():
+    tables, page = run_path(str(ROOT / "benchmarks" / "tables.py")), (ROOT / "benchmarks" / "README.md").read_text()
+    assert tables["with_tables"](page) == page, "run `python benchmarks/tables.py`"
+    shown = tables["names"](page)
+    assert sorted(shown) == sorted(path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json"))
+    # one that has been edited by hand, or whose result has changed, is noticed
+    assert tables["with_tables"](page.replace("| 0.9878 |", "| 0.9978 |")) == page

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from components.threads import make_threads_patient
@@ -26,6 +28,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The command."""
+    if sys.platform == "win32":
+        sys.exit("error SAE Foundry runs on Linux; on Windows, install it inside WSL 2")
     make_threads_patient()
     app()
 
