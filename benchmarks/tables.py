@@ -1,7 +1,7 @@
-"""The tables of benchmarks/README.md, from what was measured (`results/*.json`): `python benchmarks/tables.py` writes them anew.
+"""The tables of benchmarks/README.md, from what was measured: `python benchmarks/tables.py` writes them anew.
 
-A file has `columns`, each a title and, for numbers, a format, and `rows`; a cell is a number, `[mean, half of the range]`, or text.
-In the page, a table stands between `<!-- results: NAME -->` and `<!-- end -->`.
+Each is a file of `results/`: `columns` with a title and, for numbers, a format, and `rows`, in which a cell is a number,
+`[mean, half of the range]`, or text. In the page it stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
