@@ -18,6 +18,7 @@ from components.steps.outcome import Summary
 from flows import artifacts
 from flows.evaluation import evaluated
 from flows.extraction import extracted, prepare_tokens
+from flows.interpretation import interpreted
 from flows.mapping import RETRIED
 from flows.promotion import announce
 from flows.runs import begin, begin_with, lineage_tags
@@ -30,12 +31,6 @@ from flows.training import require_training_limit, train
 def register(specification: str, open_run: Any) -> Outcome:
     """SAE artifact and metrics -> a model version with an alias; version, alias and reason."""
     return steps.register(Specification.from_json(specification), open_run)
-
-
-@task(name="interpret", cache_policy=NO_CACHE, **RETRIED)
-def interpret(specification: str) -> None:
-    """Evaluated SAE -> examples of every feature, and their browser."""
-    steps.interpret(Specification.from_json(specification))
 
 
 @flow(name="pipeline", flow_run_name="{config.title}")
@@ -67,7 +62,7 @@ def line(run: Specification) -> Summary:
         with _timed(seconds, "evaluate"):
             evaluated(run)
         with _timed(seconds, "interpret"):
-            interpret(sent)
+            interpreted(run)
         with _timed(seconds, "register"):
             outcome = register(sent, open_run)
         announce(run, outcome)

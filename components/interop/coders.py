@@ -51,6 +51,9 @@ class NormalizedSAE(torch.nn.Module):
         self.coder, self.normalization, self.centred = coder, normalization, centred
         self.W_dec, self.d_in, self.d_sae = coder.W_dec, coder.d_in, coder.d_sae
 
+    def encode(self, x: Tensor) -> Features:
+        return self.coder.encode(self._normalized(x)[0])
+
     def reconstruct(self, x: Tensor) -> tuple[Features, Tensor]:
         normalized, scale, shift = self._normalized(x)
         features, x_hat = self.coder.reconstruct(normalized)

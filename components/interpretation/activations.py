@@ -15,10 +15,12 @@ from components.activations.exclusion import Exclusion
 from components.corpus.tokens import Sequences
 from components.evaluation.held_out import HeldOut, right_padded
 from components.interop.coders import AnySAE
+from components.interpretation.examples import Firings
 from components.language_model.hook_points import HookPoint, capture
 from components.progress import progress
+from components.sae.features import Features
 
-_ENTRIES_AT_ONCE = 1 << 25
+_ENTRIES_AT_ONCE, _TOKENS_AT_ONCE = 1 << 25, 1 << 12
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +36,13 @@ class Pass:
     tokens: int
     """At most."""
     exclusion: Exclusion
-    batch_sequences: int
     device: torch.device
 
     @torch.no_grad()
     def batches(self) -> Iterator[Batch]:
-        length = self.text.manifest.context_length
-        at_once = max(1, min(self.batch_sequences, _ENTRIES_AT_ONCE // (length * self.d_sae)))
-        number = 0
+        number = 0 if self.text.sequences is None else self.text.sequences.start
         with progress(logger, "interpret", min(self.tokens, self.text.tokens), "tokens") as advance:
-            for block in self.text.batches(self.tokens, at_once):
+            for block in self.text.batches(self.tokens, at_once(self.text, self.d_sae)):
                 block = right_padded(block)
                 counted = torch.tensor(counted_tokens(block, self.exclusion)).to(self.device)
                 ids = torch.tensor(block.tokens).to(self.device).long()
@@ -54,29 +53,52 @@ class Pass:
                     limit = self.exclusion.norm_limits.get(str(point))
                     if limit is not None:
                         counted = counted & (column.norm(dim=-1) <= limit)
-                x = torch.cat(columns, dim=-1)
-                found = torch.zeros(*counted.shape, self.d_sae, device=self.device)
-                features, _ = self.sae.reconstruct(x[counted])
-                found[counted] = features.dense().float()
-                numbers = torch.arange(number, number + len(block), device=self.device)
-                documents, positions = (torch.tensor(of).to(self.device).long() for of in (block.documents, block.positions))
-                yield Batch(block, found, numbers, documents, positions, int(counted.sum()))
+                yield Batch(block, self.sae.encode(torch.cat(columns, dim=-1)[counted]), counted, number)
                 number += len(block)
                 advance(int((block.documents >= 0).sum()), "")
+
+
+def at_once(text: HeldOut, d_sae: int) -> int:
+    """Sequences that go through the language model together: always the same ones, so that what it rounds is the same however
+    the text is cut."""
+    return max(1, min(_TOKENS_AT_ONCE, _ENTRIES_AT_ONCE // d_sae) // text.manifest.context_length)
 
 
 @dataclass(frozen=True)
 class Batch:
     block: Sequences
-    activations: Tensor
-    """float32 `[b, length, d_sae]`, 0 at tokens that do not count."""
-    numbers: Tensor
-    """Of the sequences, `[b]`."""
-    documents: Tensor
-    """Of the tokens, `[b, length]`, as are their positions in them."""
-    positions: Tensor
-    counted: int
-    """Tokens."""
+    features: Features
+    """Of the tokens that count, in order."""
+    counted: Tensor
+    """Which ones do, bool `[b, length]`."""
+    first: int
+    """The number of its first sequence."""
+
+    @property
+    def numbers(self) -> Tensor:
+        """Of the sequences, `[b]`."""
+        return torch.arange(self.first, self.first + len(self.block), device=self.counted.device)
+
+    def activations(self, chosen: Tensor | None = None) -> Tensor:
+        """Of these features, or of all: float32 `[b, length, chosen or d_sae]`, 0 at tokens that do not count."""
+        dense = self.features.dense().float()
+        dense = dense if chosen is None else dense[:, chosen]
+        found = torch.zeros(*self.counted.shape, dense.shape[1], device=dense.device)
+        found[self.counted] = dense
+        return found
+
+    def firings(self, chosen: Tensor | None = None) -> Firings:
+        """Of these features, numbered as they are given, or of all."""
+        tokens, features, values = self.features.firing()
+        if chosen is not None:
+            places = torch.full((self.features.d_sae,), -1, dtype=torch.int64, device=chosen.device)
+            places[chosen] = torch.arange(len(chosen), device=chosen.device)
+            own = places[features] >= 0
+            tokens, features, values = tokens[own], places[features[own]], values[own]
+        rows, where = self.counted.nonzero(as_tuple=True)
+        columns = (self.block.documents, self.block.positions, self.block.tokens)
+        documents, positions, ids = (torch.tensor(of).to(self.counted.device).long()[rows, where] for of in columns)
+        return Firings(rows, where, documents, positions, ids, tokens, features, values.float())
 
 
 class ByNumber:

@@ -1,10 +1,12 @@
 """Where each feature fires most, a uniform sample of the tokens on which it fires, and a histogram: one pass, bounded memory.
 
-What is kept is the same however the text is cut into batches and spans, and in whatever order the spans are put together.
+What is kept is the same however the text is cut into batches and spans: of sequences, those in which a feature's largest
+activation is highest (of equal ones, those that came first); of tokens, those of largest lots (see `lots`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,143 +22,210 @@ BINS = len(_OCTAVES) * BINS_PER_OCTAVE
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed numbers."""
-
-
-@dataclass
-class Kept:
-    """For each feature the `count` sequences of highest score; of equal ones, those that came first. Places are
-    `[count, d_sae]`, a score of 0 is an empty place."""
-
-    scores: Tensor
-    sequences: Tensor
-    """int64; numbers of sequences."""
-    activations: Tensor
-    """Of the feature along that sequence, float32 `[count, d_sae, length]`."""
-
-    @classmethod
-    def nothing(cls, count: int, d_sae: int, length: int, device: torch.device) -> Kept:
-        return cls(
-            torch.zeros(count, d_sae, dtype=torch.float64, device=device),
-            torch.full((count, d_sae), -1, dtype=torch.int64, device=device),
-            torch.zeros(count, d_sae, length, device=device),
-        )
-
-    def add(self, scores: Tensor, sequences: Tensor, activations: Tensor) -> None:
-        """scores `[b, d_sae]` of b sequences with these numbers `[b]`; activations `[b, d_sae, length]`."""
-        self.add_each(scores, sequences[:, None].expand(-1, scores.shape[1]), activations)
-
-    def add_each(self, scores: Tensor, sequences: Tensor, activations: Tensor) -> None:
-        """The same where each feature has sequences of its own, `[b, d_sae]`."""
-        count = len(self.scores)
-        every = torch.cat([self.scores, scores])
-        order = every.sort(dim=0, descending=True, stable=True).indices[:count]
-        if bool((order < count).all()):
-            return
-        self.scores = every.gather(0, order)
-        self.sequences = torch.cat([self.sequences, sequences]).gather(0, order)
-        places = order[:, :, None].expand(-1, -1, activations.shape[2])
-        self.activations = torch.cat([self.activations, activations]).gather(0, places)
-
-
-class Drawn:
-    """For each feature the `count` tokens of highest lot, of those on which it fires."""
-
-    def __init__(self, count: int, d_sae: int, length: int, device: torch.device) -> None:
-        self._count, self._known = count, torch.zeros(0, 5, dtype=torch.int64, device=device)
-        # What is kept of a feature along a sequence has a row of its own: none moves when others come and go.
-        self._rows = torch.zeros(d_sae * count, length, device=device)
-        self.least = torch.full((d_sae,), -1, dtype=torch.int64, device=device)
-        """Lot that another token must exceed, `[d_sae]`."""
-
-    def add(self, lots: Tensor, features: Tensor, sequences: Tensor, places: Tensor, activations: Tensor) -> None:
-        """lots, features, numbers of sequences and places in them, int64 `[m]`, in any order; activations of the features along
-        those sequences `[m, length]`."""
-        if len(lots) == 0:
-            return
-        arrived = torch.stack([features, lots, sequences, places, torch.arange(len(lots), device=lots.device)], dim=1)
-        touched = torch.zeros(len(self.least), dtype=torch.bool, device=lots.device)
-        touched[features] = True
-        concerned = touched[self._known[:, 0]]
-        several, stay = torch.cat([self._known[concerned], arrived]), self._known[~concerned]
-        is_new = torch.arange(len(several), device=lots.device) >= len(several) - len(arrived)
-        order = _by_feature_and_lot(several)
-        several, is_new = several[order], is_new[order]
-        starts = torch.searchsorted(several[:, 0].contiguous(), torch.arange(len(self.least) + 1, device=lots.device))
-        rank = torch.arange(len(several), device=lots.device) - starts[several[:, 0]]
-        last = several[rank == self._count - 1]
-        self.least[last[:, 0]] = last[:, 1]
-        kept, is_new = several[rank < self._count], is_new[rank < self._count]
-        taken = torch.zeros(len(self._rows), dtype=torch.bool, device=lots.device)
-        taken[torch.cat([stay[:, 4], kept[~is_new, 4]])] = True
-        free = (~taken).nonzero()[: int(is_new.sum()), 0]
-        self._rows[free] = activations[kept[is_new, 4]]
-        kept[is_new, 4] = free
-        self._known = torch.cat([stay, kept])
-
-    def include(self, other: Drawn) -> None:
-        """Those of other tokens."""
-        features, lots, sequences, places, rows = other._known.T
-        self.add(lots, features, sequences, places, other._rows[rows])
-
-    def found(self) -> Tokens:
-        features, _, sequences, places, rows = self._known[_by_feature_and_lot(self._known)].T
-        return Tokens(features.contiguous(), sequences, places, self._rows[rows])
+_PLACES = 1 << 42
+"""Sequences times their length, at most, less a remainder: a feature and a place in the text are one int64."""
+_LOGGED = 1 << 21
+"""Firings that are collected, at least, before those that are not kept are dropped."""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """In the order of features, and then of falling lots."""
+class Firings:
+    """Every activation over 0 of some neighbouring sequences. Of their counted tokens `[n]`, in order: rows (their sequence,
+    from 0), places in it, documents, positions and ids; of the activations `[m]`, in the order of tokens: numbers of tokens,
+    features and float32 values."""
 
-    features: Tensor
-    """int64 `[m]`, as are the numbers of their sequences, and places in them."""
-    sequences: Tensor
+    rows: Tensor
     places: Tensor
-    activations: Tensor
-    """Of the feature along that sequence, float32 `[m, length]`."""
+    documents: Tensor
+    positions: Tensor
+    ids: Tensor
+    tokens: Tensor
+    features: Tensor
+    values: Tensor
 
 
-def _by_feature_and_lot(known: Tensor) -> Tensor:
-    order = known[:, 1].argsort(descending=True, stable=True)
-    return order[known[order, 0].argsort(stable=True)]
+@dataclass(frozen=True)
+class _Log:
+    """Firings, each with its key: `(feature * most sequences + sequence) * length + place`; the lot, the token's id, the
+    activation."""
+
+    keys: np.ndarray
+    lots: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> _Log:
+        return _Log(self.keys[chosen], self.lots[chosen], self.ids[chosen], self.values[chosen])
+
+    @classmethod
+    def joined(cls, parts: list[_Log]) -> _Log:
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in cls.__annotations__))
+
+    @classmethod
+    def empty(cls) -> _Log:
+        return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `Examples` kept. In the order of features, and then as said."""
+
+    features: np.ndarray
+    """Of the strongest sequences, int64 `[p]`, strongest first."""
+    sequences: np.ndarray
+    drawn: np.ndarray
+    """The features of the drawn tokens, int64 `[q]`, in the order of falling lots."""
+    drawn_sequences: np.ndarray
+    drawn_places: np.ndarray
+    drawn_values: np.ndarray
+    sampled: np.ndarray
+    """The features of the larger sample's tokens, int64 `[s]`, falling lots, with the tokens' ids and the activations."""
+    sampled_ids: np.ndarray
+    sampled_values: np.ndarray
+    length: int
+    span: int
+    keys: np.ndarray
+    values: np.ndarray
+
+    def along(self, features: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+        """The activations of each feature along each sequence, float32 `[len(features), length]`; for pairs that are kept."""
+        first = features * self.span + sequences * self.length
+        starts, stops = np.searchsorted(self.keys, first), np.searchsorted(self.keys, first + self.length)
+        counts = stops - starts
+        found = np.zeros((len(features), self.length), np.float32)
+        rows = np.repeat(np.arange(len(features)), counts)
+        entries = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts) + np.repeat(starts, counts)
+        found[rows, self.keys[entries] - first[rows]] = self.values[entries]
+        return found
 
 
 class Examples:
-    """Adds up sequence after sequence, in the order of their numbers."""
+    """Adds up sequence after sequence, in the order of their numbers. Memory: `d_sae` times what is kept of a feature, 24 bytes
+    for each activation along a kept sequence and each sampled token, three times."""
 
     def __init__(
-        self, count: int, drawn: int, d_sae: int, length: int, device: torch.device, features: Tensor | None = None
+        self,
+        count: int,
+        drawn: int,
+        d_sae: int,
+        length: int,
+        device: torch.device,
+        features: Tensor | None = None,
+        sampled: int = 0,
     ) -> None:
-        """features `[d_sae]`: their numbers, where these are some of many; what is drawn of each is the same then."""
+        """Of each feature `count` sequences, and `drawn` tokens with their sequences; of `sampled` tokens the id and activation
+        alone. features `[d_sae]`: their numbers, where these are some of many; what is drawn of each is the same then."""
+        self.count, self.drawn, self.sampled, self.length = count, drawn, max(drawn, sampled), length
+        self._span = _PLACES // length * length
         self._names = torch.arange(d_sae, device=device) if features is None else features
-        self.strongest = Kept.nothing(count, d_sae, length, device)
-        self.drawn = Drawn(drawn, d_sae, length, device)
+        self._log, self._more, self._waiting = _Log.empty(), list[_Log](), 0
+        # What another sequence or token must exceed to be kept at all.
+        self._weakest = torch.zeros(d_sae, device=device)
+        self._least = torch.full((2, d_sae), -1, dtype=torch.int64, device=device)
         self.firing = torch.zeros(d_sae, dtype=torch.int64, device=device)
         """Sequences in which each feature fires."""
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int64, device=device)
         """Tokens on which it fires, by activation, see `bin_edges`."""
 
-    def add(self, activations: Tensor, numbers: Tensor, documents: Tensor, positions: Tensor) -> None:
-        """activations `[b, length, d_sae]`, 0 at tokens that do not count; numbers `[b]` of the sequences; documents and
-        positions in them, of the tokens, `[b, length]`."""
-        activations = activations.float()
-        by_feature = activations.transpose(1, 2)
-        largest = by_feature.amax(dim=2)
-        self.firing += (largest > 0).sum(dim=0)
-        self.strongest.add(largest.double(), numbers, by_feature)
-        rows, places, features = (activations > 0).nonzero(as_tuple=True)
-        bins = bin_of(activations[rows, places, features])
-        self.histogram.view(-1).index_add_(0, features * BINS + bins, torch.ones_like(features))
-        drawn = lots(documents[rows, places], positions[rows, places], self._names[features])
-        kept = drawn > self.drawn.least[features]
-        rows, places, features, drawn = rows[kept], places[kept], features[kept], drawn[kept]
-        self.drawn.add(drawn, features, numbers[rows], places, by_feature[rows, features])
+    def add(self, found: Firings, first: int, sequences: int) -> None:
+        """first: the number of the first of so many sequences."""
+        d_sae, features, values = len(self.firing), found.features, found.values
+        rows, places = found.rows[found.tokens], found.places[found.tokens]
+        pairs = rows * d_sae + features
+        largest = values.new_zeros(sequences * d_sae).scatter_reduce_(0, pairs, values, "amax")
+        self.firing += (largest.view(-1, d_sae) > 0).sum(dim=0)
+        self.histogram.view(-1).index_add_(0, features * BINS + bin_of(values), torch.ones_like(features))
+        drawn = lots(found.documents[found.tokens], found.positions[found.tokens], self._names[features])
+        wanted = (largest.view(-1, d_sae) > self._weakest).view(-1)
+        wanted[pairs[drawn > self._least[0, features]]] = True
+        kept = wanted[pairs] | (drawn > self._least[1, features])
+        keys = features[kept] * self._span + (rows[kept] + first) * self.length + places[kept]
+        columns = (keys, drawn[kept], found.ids[found.tokens][kept].int(), values[kept])
+        self._append(_Log(*(column.cpu().numpy() for column in columns)))
 
     def include(self, other: Examples) -> None:
         """Those of sequences that come later."""
         self.firing += other.firing
         self.histogram += other.histogram
-        self.strongest.add_each(other.strongest.scores, other.strongest.sequences, other.strongest.activations)
-        self.drawn.include(other.drawn)
+        self._append(other._compacted())
+
+    def found(self) -> Found:
+        log = self._compacted()
+        features, sequences = log.keys // self._span, log.keys % self._span // self.length
+        strongest, drawn = self._strongest(log)[0], self._ranked(log)
+        taken, more = drawn[0][drawn[1] < self.drawn], drawn[0][drawn[1] < self.sampled]
+        places = log.keys % self.length
+        return Found(
+            features[strongest], sequences[strongest], features[taken], sequences[taken], places[taken], log.values[taken],
+            features[more], log.ids[more], log.values[more], self.length, self._span, log.keys, log.values,
+        )  # fmt: skip
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it, for `restore`."""
+        log = self._compacted()
+        counted = {"firing": self.firing.cpu().numpy(), "histogram": self.histogram.cpu().numpy()}
+        return {**counted, **{name: getattr(log, name) for name in _Log.__annotations__}}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Into one that is new."""
+        self.firing += torch.from_numpy(arrays["firing"]).to(self.firing)
+        self.histogram += torch.from_numpy(arrays["histogram"]).to(self.histogram)
+        self._append(_Log(*(arrays[name] for name in _Log.__annotations__)))
+
+    def _append(self, log: _Log) -> None:
+        self._more.append(log)
+        self._waiting += len(log.keys)
+        if self._waiting > max(_LOGGED, len(self._log.keys)):
+            self._compacted()
+
+    def _compacted(self) -> _Log:
+        """What is kept, in the order of keys; and what another must exceed from now on."""
+        if not self._more:
+            return self._log
+        log, self._more, self._waiting = _Log.joined([self._log, *self._more]), [], 0
+        self._log = _Log.empty()
+        log = log[log.keys.argsort(kind="stable")]
+        features = log.keys // self._span
+        pairs = np.cumsum(np.diff(log.keys // self.length, prepend=-1) != 0) - 1
+        strongest, weakest = self._strongest(log)
+        entries, ranks = self._ranked(log)
+        wanted = np.zeros(len(log.keys), bool)
+        wanted[pairs[strongest]] = True
+        wanted[pairs[entries[ranks < self.drawn]]] = True
+        kept = wanted[pairs]
+        kept[entries[ranks < self.sampled]] = True
+        self._weakest.copy_(torch.from_numpy(weakest))
+        for least, count in zip(self._least, (self.drawn, self.sampled), strict=True):
+            last = entries[ranks == count - 1]
+            least[torch.from_numpy(features[last]).to(least.device)] = torch.from_numpy(log.lots[last]).to(least.device)
+        self._log = log[kept]
+        return self._log
+
+    def _strongest(self, log: _Log) -> tuple[np.ndarray, np.ndarray]:
+        """Of each kept pair of feature and sequence the number of its first entry, strongest first; and of each feature the
+        score that another must exceed. Of a sequence of which only a sampled token is left, the score is too low to matter."""
+        starts = np.flatnonzero(np.diff(log.keys // self.length, prepend=-1))
+        weakest = np.zeros(len(self.firing), np.float32)
+        if len(starts) == 0:
+            return starts, weakest
+        scores, features = np.maximum.reduceat(log.values, starts), log.keys[starts] // self._span
+        order = np.lexsort((-scores, features))
+        ranks = _ranks(features[order])
+        last = order[ranks == self.count - 1]
+        weakest[features[last]] = scores[last]
+        return starts[order[ranks < self.count]], weakest
+
+    def _ranked(self, log: _Log) -> tuple[np.ndarray, np.ndarray]:
+        """Entries by feature and then falling lot, and the rank of each in its feature."""
+        features = log.keys // self._span
+        order = np.lexsort((-log.lots, features))
+        return order, _ranks(features[order])
+
+
+def _ranks(groups: np.ndarray) -> np.ndarray:
+    """Of each element its number within its run of equal ones."""
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
 
 
 def bin_of(activations: Tensor) -> Tensor:

@@ -1,71 +1,64 @@
 """Feature data: Parquet tables beside the coder, made by one pass over held-out text.
 
-`interpretation/` holds `examples.parquet` (a row per example, in the order of features), `features.parquet` (a row per feature)
-and, put last, `interpretation.json`.
+`interpretation/` holds `examples.parquet` (a row per example, in the order of features, a row group for every
+`FEATURES_PER_GROUP` features), `features.parquet` (a row per feature) and, put last, `interpretation.json`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from torch import Tensor, nn
 
 from components import storage
-from components.evaluation.held_out import HeldOut
-from components.interpretation.activations import ByNumber, Pass
-from components.interpretation.examples import Examples, Kept, Tokens, bin_edges
+from components.evaluation.held_out import HeldOut, right_padded
+from components.interpretation.examples import Found, bin_edges
 from components.interpretation.logits import logit_effects
 from components.interpretation.record import InterpretationRecord
+from components.interpretation.seen import Seen
 from components.interpretation.settings import InterpretationSettings
+from components.interpretation.token_shares import token_shares
 from components.language_model.hook_points import HookPoint
 from components.records import put_record
 
-_FEATURES_PER_GROUP = 64
-
-
-def find_examples(settings: InterpretationSettings, held_out: Pass) -> tuple[Examples, int, int]:
-    """Examples of every feature, tokens and sequences that were looked at."""
-    length = held_out.text.manifest.context_length
-    examples = Examples(settings.examples, settings.drawn, held_out.d_sae, length, held_out.device)
-    tokens = sequences = 0
-    for batch in held_out.batches():
-        examples.add(batch.activations, batch.numbers, batch.documents, batch.positions)
-        sequences, tokens = sequences + len(batch.numbers), tokens + batch.counted
-    return examples, tokens, sequences
+FEATURES_PER_GROUP = 32
+TOKENS_SHOWN, TOGETHER = 10, 10
+"""Tokens of the vocabulary, and features that fire with another, that are listed of each, at most."""
+_SEQUENCES_AT_ONCE, _ROWS_AT_ONCE = 256, 1 << 14
+_KINDS = ("strongest", "sample")
 
 
 def write_feature_data(
     url: str,
     record: InterpretationRecord,
-    examples: Examples,
-    quantiles: int,
+    seen: Seen,
+    settings: InterpretationSettings,
     text: HeldOut,
     effects: tuple[Tensor, Tensor] | None,
     places: np.ndarray | None,
 ) -> None:
     """Put both tables and then the record under `url`. places: see `layout`."""
-    sequences = ByNumber(text, record.requested)
-    d_sae, drawn = examples.firing.numel(), examples.drawn.found()
-    starts = torch.searchsorted(drawn.features, torch.arange(d_sae + 1, device=drawn.features.device)).tolist()
-    with (
-        storage.whole_file(storage.join(url, "examples.parquet")) as path,
-        pq.ParquetWriter(path, _EXAMPLES, compression="zstd") as writer,
-    ):
-        for start in range(0, d_sae, _FEATURES_PER_GROUP):
-            block = range(start, min(start + _FEATURES_PER_GROUP, d_sae))
-            rows = [row for feature in block for row in _rows(feature, examples.strongest, drawn, starts, quantiles, sequences)]
-            if rows:
-                writer.write_table(pa.Table.from_pylist(rows, schema=_EXAMPLES))
-    histogram = examples.histogram.cpu().numpy()
+    found, d_sae = seen.examples.found(), len(seen.examples.firing)
+    _write_examples(storage.join(url, "examples.parquet"), found, d_sae, settings.quantiles, text, record)
+    histogram = seen.examples.histogram.cpu().numpy()
     edges, counts = _histograms(histogram)
     columns: dict[str, Any] = {
-        "feature": np.arange(d_sae, dtype=np.int32), "sequences": examples.firing.cpu().numpy(),
+        "feature": np.arange(d_sae, dtype=np.int32), "sequences": seen.examples.firing.cpu().numpy(),
         "fired": histogram.sum(axis=1), "histogram_edges": edges, "histogram": counts,
     }  # fmt: skip
+    shares = token_shares(found, TOKENS_SHOWN)
+    ends = np.searchsorted(shares.features, np.arange(d_sae + 1))
+    listed = {"token_ids": shares.ids.astype(np.int32), "token_shares": shares.shares}
+    for name, values in {**listed, "token_means": shares.means, "token_largest": shares.largest}.items():
+        columns[name] = _lists(ends, values)
+    others, own, overlaps = seen.together.nearest(TOGETHER)
+    ends = np.concatenate([[0], (others >= 0).sum(axis=1).cumsum()])
+    for name, values in {"together": others, "together_shares": own, "together_overlaps": overlaps}.items():
+        columns[name] = _lists(ends, values[others >= 0])
     if places is not None:
         columns |= {"map_x": places[:, 0], "map_y": places[:, 1]}
     if effects is not None:
@@ -92,6 +85,78 @@ _EXAMPLES = pa.schema(
 )
 
 
+@dataclass
+class _Rows:
+    """Of the table of examples, in its order; all arrays `[n]`."""
+
+    features: np.ndarray
+    kinds: np.ndarray
+    ranks: np.ndarray
+    quantiles: np.ndarray
+    sequences: np.ndarray
+    places: np.ndarray
+    activations: np.ndarray
+
+
+def _write_examples(url: str, found: Found, d_sae: int, quantiles: int, text: HeldOut, record: InterpretationRecord) -> None:
+    rows = _rows(found, quantiles)
+    tokens, documents, positions = _texts(text, record, rows)
+    length = found.length
+    with storage.whole_file(url) as path, pq.ParquetWriter(path, _EXAMPLES, compression="zstd") as writer:
+        for first in range(0, d_sae, FEATURES_PER_GROUP):
+            start, stop = np.searchsorted(rows.features, [first, first + FEATURES_PER_GROUP])
+            part, offsets = slice(start, stop), np.arange(0, (stop - start + 1) * length, length, dtype=np.int32)
+            along = found.along(rows.features[part], rows.sequences[part])
+            columns = [
+                rows.features[part].astype(np.int32), np.array(_KINDS, dtype=object)[rows.kinds[part]],
+                rows.ranks[part].astype(np.int32), rows.quantiles[part].astype(np.int32), rows.activations[part],
+                rows.places[part].astype(np.int32), documents[part], positions[part].astype(np.int32),
+                pa.ListArray.from_arrays(offsets, tokens[rows.sequences[part]].reshape(-1)),
+                pa.ListArray.from_arrays(offsets, along.reshape(-1)),
+            ]  # fmt: skip
+            arrays = [pa.array(column, type=field.type) for column, field in zip(columns, _EXAMPLES, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=_EXAMPLES), row_group_size=max(1, stop - start))
+
+
+def _rows(found: Found, quantiles: int) -> _Rows:
+    peaks, largest = np.zeros(len(found.features), np.int64), np.zeros(len(found.features), np.float32)
+    for first in range(0, len(peaks), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        along = found.along(found.features[part], found.sequences[part])
+        peaks[part], largest[part] = along.argmax(axis=1), along.max(axis=1)
+    places, activations = np.concatenate([peaks, found.drawn_places]), np.concatenate([largest, found.drawn_values])
+    features, kinds = np.concatenate([found.features, found.drawn]), np.repeat([0, 1], [len(peaks), len(found.drawn)])
+    sequences = np.concatenate([found.sequences, found.drawn_sequences])
+    # The strongest are in order; of a sample those of equal activation stay as they were drawn.
+    order = np.lexsort((np.where(kinds == 1, -activations, 0), kinds, features))
+    features, kinds = features[order], kinds[order]
+    starts = np.flatnonzero(np.diff(2 * features + kinds, prepend=-1))
+    sizes = np.diff(starts, append=len(order))
+    ranks, size = np.arange(len(order)) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
+    groups = np.where(kinds == 1, quantiles - 1 - ranks * quantiles // np.maximum(size, 1), -1)
+    return _Rows(features, kinds, ranks, groups, sequences[order], places[order], activations[order])
+
+
+def _texts(text: HeldOut, record: InterpretationRecord, rows: _Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences that were looked at, int32 `[sequences, length]`; of each row's token the document and the position in
+    it."""
+    tokens, documents, positions = [], np.zeros(len(rows.features), np.int64), np.zeros(len(rows.features), np.int64)
+    order, first = rows.sequences.argsort(kind="stable"), 0
+    sorted_ = rows.sequences[order]
+    for block in text.batches(record.requested, _SEQUENCES_AT_ONCE):
+        block = right_padded(block)
+        own = order[slice(*np.searchsorted(sorted_, [first, first + len(block)]))]
+        where = rows.sequences[own] - first, rows.places[own]
+        documents[own], positions[own] = block.documents[where], block.positions[where]
+        tokens.append(block.tokens.astype(np.int32))
+        first += len(block)
+    return np.concatenate(tokens), documents, positions
+
+
+def _lists(ends: np.ndarray, values: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(ends.astype(np.int32), pa.array(values))
+
+
 def _histograms(counted: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """counted `[d_sae, BINS]` -> of each feature the edges and counts of the bins from the first to the last that holds one."""
     edges, counts, every = [], [], bin_edges()
@@ -101,35 +166,6 @@ def _histograms(counted: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]
         counts.append(row[first:stop])
         edges.append(every[first : stop + 1] if len(filled) else every[:0])
     return edges, counts
-
-
-def _rows(
-    feature: int, kept: Kept, drawn: Tokens, starts: list[int], quantiles: int, sequences: ByNumber
-) -> list[dict[str, Any]]:
-    found = []
-
-    def add(kind: str, rank: int, quantile: int, sequence: int, place: int, activations: np.ndarray) -> None:
-        tokens, documents, positions = sequences.of(sequence)
-        found.append(
-            {
-                "feature": feature, "kind": kind, "rank": rank, "quantile": quantile, "activation": float(activations[place]),
-                "place": place, "document": int(documents[place]), "position": int(positions[place]), "tokens": tokens,
-                "activations": activations,
-            }
-        )  # fmt: skip
-
-    for rank in range(int((kept.scores[:, feature] > 0).sum())):
-        activations = kept.activations[rank, feature].cpu().numpy()
-        add("strongest", rank, -1, int(kept.sequences[rank, feature]), int(activations.argmax()), activations)
-    chosen = slice(starts[feature], starts[feature + 1])
-    places = drawn.places[chosen].cpu().numpy()
-    along = drawn.activations[chosen].cpu().numpy()
-    numbers = drawn.sequences[chosen].tolist()
-    order = np.argsort(-along[np.arange(len(places)), places], kind="stable")
-    for rank, at in enumerate(order):
-        quantile = quantiles - 1 - rank * quantiles // len(order)
-        add("sample", rank, quantile, numbers[at], int(places[at]), along[at])
-    return found
 
 
 def effects_of(model: nn.Module, point: HookPoint, sae: Any, count: int) -> tuple[Tensor, Tensor] | None:

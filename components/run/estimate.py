@@ -6,6 +6,8 @@ from typing import Any
 
 from components.activations.dataset.reader import WINDOW_GROUPS
 from components.activations.dataset.schema import DTYPES, TOKEN_BYTES
+from components.interpretation.examples import BINS
+from components.interpretation.token_shares import SAMPLED
 from components.run.checks import without_evaluation
 from components.run.specification import Specification
 
@@ -31,8 +33,7 @@ def estimate(run: Specification) -> dict[str, Any]:
     logit_bytes = config.evaluation.batch_sequences * config.corpus.context_length * run.model.vocabulary * 4
     coder_bytes, window_bytes = training_memory(run, stored)
     interpreted = config.interpretation
-    examples = interpreted.examples + interpreted.drawn + 2 * config.evaluation.batch_sequences
-    example_bytes = 4 * examples * d_sae * config.corpus.context_length
+    example_bytes = (3 * 24 * (8 * (interpreted.examples + interpreted.drawn) + SAMPLED) + 16 * BINS) * d_sae
     return {
         "name": config.name,
         "device": str(run.device),
@@ -68,8 +69,8 @@ def estimate(run: Specification) -> dict[str, Any]:
             "extraction": 4 * model_parameters + max(4 * chunk_bytes, shuffled_bytes),
             "training": coder_bytes + window_bytes,
             "evaluation": 4 * model_parameters + 2 * logit_bytes,
-            # strongest and sampled sequences, each with what is merged into them
-            **({"interpretation": 4 * model_parameters + 2 * example_bytes} if interpreted.tokens else {}),
+            # of each kept sequence some eight activations (see `Examples`); histograms of the text and of a span
+            **({"interpretation": 4 * model_parameters + example_bytes} if interpreted.tokens else {}),
         },
         "registered_model": run.registered_model,
     }  # fmt: skip

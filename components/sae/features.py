@@ -53,6 +53,10 @@ class Features(ABC):
         activation 0 where it fires on fewer."""
 
     @abstractmethod
+    def firing(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Every activation over 0: tokens and features, int64 `[m]` each, in the order of tokens, and the activations `[m]`."""
+
+    @abstractmethod
     def detach(self) -> Features:
         """The same without the way back to the coder."""
 
@@ -98,6 +102,10 @@ class DenseFeatures(Features):
         found = self.values.clamp_min(0.0).topk(min(count, len(self.values)), dim=0)
         missing = (0, 0, 0, count - len(found.values))
         return torch.nn.functional.pad(found.values, missing), torch.nn.functional.pad(found.indices, missing)
+
+    def firing(self) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, features = (self.values > 0).nonzero(as_tuple=True)
+        return tokens, features, self.values[tokens, features]
 
     def detach(self) -> DenseFeatures:
         return DenseFeatures(self.values.detach())
@@ -169,6 +177,10 @@ class SparseFeatures(Features):
         best[place[kept], features[kept]] = values[kept]
         where[place[kept], features[kept]] = tokens[kept]
         return best, where
+
+    def firing(self) -> tuple[Tensor, Tensor, Tensor]:
+        kept = self.values > 0
+        return self._tokens()[kept], self.indices[kept], self.values[kept]
 
     def detach(self) -> SparseFeatures:
         return SparseFeatures(self.values.detach(), self.indices, self.offsets, self.d_sae)

@@ -16,7 +16,17 @@ from components.steps.extraction import extract
 from components.steps.feature_export import export_features
 from components.steps.finding import attribute, search_direction
 from components.steps.given import evaluate_given, export_given, import_given
-from components.steps.interpretation import browser_address, interpret, list_features, search_features, show_feature, steer
+from components.steps.interpretation import (
+    browser_address,
+    interpret,
+    interpretation_exclusion,
+    interpretation_job,
+    list_features,
+    look_at_span,
+    search_features,
+    show_feature,
+    steer,
+)
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
@@ -39,10 +49,13 @@ __all__ = [
     "finished_run",
     "import_given",
     "interpret",
+    "interpretation_exclusion",
+    "interpretation_job",
     "is_news",
     "launch_training",
     "list_features",
     "log_results",
+    "look_at_span",
     "measure_baselines",
     "measure_span",
     "prepare_tokens",
@@ -50,7 +63,11 @@ __all__ = [
     "require_autoencoder",
     "require_evaluated",
     "run_address",
-    "search_direction", "search_explanations", "search_features", "show_feature", "steer",
+    "search_direction",
+    "search_explanations",
+    "search_features",
+    "show_feature",
+    "steer",
     "summary",
     "tracked",
     "train",

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 
 from components import storage
+from components.activations.exclusion import Exclusion
 from components.evaluation.columns import OneColumn
 from components.evaluation.held_out import HeldOut
+from components.evaluation.job import Span, spans
+from components.evaluation.kept import parts
 from components.interop.coders import AnySAE
 from components.interpretation import search, steering
-from components.interpretation.activations import Pass
+from components.interpretation.activations import Pass, at_once
 from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
 from components.interpretation.explanations.table import read_explanations
-from components.interpretation.feature_data import effects_of, find_examples, write_feature_data
+from components.interpretation.feature_data import effects_of, write_feature_data
+from components.interpretation.job import InterpretationJob
 from components.interpretation.layout import layout
 from components.interpretation.matches import read_matches
 from components.interpretation.record import InterpretationRecord, interpretation_url
-from components.language_model.loading import kept_model, load_encoder, load_tokenizer
+from components.interpretation.seen import Seen, include_span, keep_span
+from components.language_model.loading import LOADING, kept_model, load_encoder, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
 from components.sae.coder import Coder
@@ -59,22 +67,74 @@ def browser_address(run: Specification) -> str:
     return storage.join(run.sae_url, FOLDER, "index.html")
 
 
+def interpretation_job(run: Specification) -> InterpretationJob | None:
+    """What there is to look at, for workers that may be elsewhere; None where nothing is left of it."""
+    record, manifest, wanted = run.training_record(), run.token_manifest(), run.config.interpretation.tokens > 0
+    if not wanted or record is None or manifest is None or run.evaluation_record() is None or run.interpretation_record():
+        return None
+    return _job(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
+
+
+def interpretation_exclusion(run: Specification) -> Exclusion:
+    """Tokens that do not count, once for all spans."""
+    manifest = run.token_manifest()
+    assert manifest is not None
+    return exclusion_of(run, kept_model(run.source, run.device), manifest)
+
+
+def look_at_span(job: InterpretationJob, exclusion: Exclusion, device: torch.device, span: Span) -> None:
+    """What the features do on a span of held-out text, kept for `interpret`."""
+    keep_span(job.kept_url, span, partial(_seen, job, exclusion, device, span))
+
+
+def _seen(job: InterpretationJob, exclusion: Exclusion, device: torch.device, span: Span) -> Seen:
+    with LOADING:  # the coder too: torch's default type is another meanwhile
+        sae, model = own_sae(job.sae_url, device), kept_model(job.source, device)
+    text = dataclasses.replace(job.text, sequences=span.sequences)
+    held_out = Pass(
+        sae=sae, d_sae=sae.d_sae, model=model, points=job.points, text=text, tokens=span.tokens, exclusion=exclusion,
+        device=device,
+    )  # fmt: skip
+    seen = Seen(job.settings, sae.d_sae, text.manifest.context_length, device)
+    for batch in held_out.batches():
+        seen.add(batch)
+    return seen
+
+
+def _job(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationJob:
+    settings, workers = run.config.interpretation, run.config.execution.workers
+    return InterpretationJob(
+        settings=settings,
+        source=run.model.source,  # without what is cached
+        points=run.read_points or (run.point,),
+        text=text,
+        sae_url=run.sae_url,
+        kept_url=run.kept_spans_url(identity.digest(run.interpretation_identity(weights_sha256))),
+        spans=tuple(spans(text, settings.tokens, at_once(text, run.d_sae), parts(settings.tokens, workers))),
+    )
+
+
 def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> InterpretationRecord:
-    settings, held_out = run.config.interpretation, held_out_pass(run, text)
-    model, sae = held_out.model, held_out.sae
-    examples, tokens, sequences = find_examples(settings, held_out)
+    """Over all spans, of which those that are kept are not looked at again. Memory: of two of them."""
+    settings, device, job = run.config.interpretation, run.device, _job(run, text, weights_sha256)
+    model, sae = kept_model(run.source, device), own_sae(run.sae_url, device)
+    exclusion = exclusion_of(run, model, text.manifest)
+    seen = Seen(settings, sae.d_sae, text.manifest.context_length, torch.device("cpu"))
+    for span in job.spans:
+        include_span(job.kept_url, span, seen, partial(_seen, job, exclusion, device, span))
     named = run.interpretation_identity(weights_sha256)
     record = InterpretationRecord(
         digest=identity.digest(named),
         identity=named,
         requested=settings.tokens,
-        tokens=tokens,
-        sequences=sequences,
-        living=int((examples.firing > 0).sum()),
+        tokens=seen.tokens,
+        sequences=seen.sequences,
+        living=int((seen.examples.firing > 0).sum()),
     )
     effects, rows = effects_of(model, run.point, written_at(run, sae), settings.logits), getattr(sae, "W_dec", None)
-    places = None if rows is None else layout(rows.detach(), examples.firing > 0)
-    write_feature_data(interpretation_url(run.sae_url), record, examples, settings.quantiles, text, effects, places)
+    places = None if rows is None else layout(rows.detach(), seen.examples.firing > 0)
+    write_feature_data(interpretation_url(run.sae_url), record, seen, settings, text, effects, places)
+    storage.delete(job.kept_url)
     return record
 
 
@@ -95,7 +155,6 @@ def held_out_pass(run: Specification, text: HeldOut) -> Pass:
         text=text,
         tokens=run.config.interpretation.tokens,
         exclusion=exclusion_of(run, model, text.manifest),
-        batch_sequences=run.config.evaluation.batch_sequences,
         device=device,
     )
 

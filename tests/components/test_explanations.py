@@ -341,7 +341,7 @@ def test_evidence_is_what_the_features_do_and_what_is_scored_was_not_shown(plan:
     some = gather(held_out, features, 8, 10, str)
     batches = list(held_out.batches())
     tokens = torch.cat([torch.tensor(batch.block.tokens).long() for batch in batches]).numpy()
-    activations = torch.cat([batch.activations for batch in batches]).numpy()
+    activations = torch.cat([batch.activations() for batch in batches]).numpy()
     windows = {}
     for row in range(len(tokens)):
         for place in range(tokens.shape[1]):

@@ -112,7 +112,7 @@ def test_delphi_gets_every_activation(plan: Specification, tmp_path: Path):
     assert (found["hookpoint"], config["ctx_len"], config["cache_ctx_len"]) == ("layers.1", 32, 32)
     held_out = held_out_pass(plan, HeldOut(url=plan.token_url, manifest=plan.token_manifest()))
     batches = list(held_out.batches())
-    expected = np.concatenate([batch.activations.numpy() for batch in batches])
+    expected = np.concatenate([batch.activations().numpy() for batch in batches])
     tokens = np.concatenate([batch.block.tokens for batch in batches])
     matrix = np.zeros_like(expected)
     covered: list[int] = []

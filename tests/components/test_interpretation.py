@@ -18,9 +18,12 @@ from components import steps
 from components.corpus.tokens import read_sequences
 from components.evaluation.record import About
 from components.interpretation import browser
-from components.interpretation.examples import Examples, bin_edges, lots
+from components.interpretation import examples as module
+from components.interpretation.examples import Examples, Firings, bin_edges, lots
 from components.interpretation.logits import logit_effects
 from components.interpretation.steering import clamped
+from components.interpretation.together import TokenSample
+from components.interpretation.token_shares import token_shares
 from components.language_model.hook_points import HookPoint
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
@@ -40,42 +43,86 @@ def planted() -> torch.Tensor:
 
 DOCUMENTS = torch.arange(40)[:, None].expand(40, 6) // 3
 POSITIONS = torch.arange(240).reshape(40, 6)
+IDS = torch.randint(5, (40, 6), generator=torch.Generator().manual_seed(3))
 
 
-def added(activations: torch.Tensor, batch: int, first: int = 0) -> Examples:
-    examples = Examples(4, 7, activations.shape[2], activations.shape[1], CPU)
+def firings(activations: torch.Tensor, first: int) -> Firings:
+    """Of sequences from `first` on, whose tokens all count."""
+    count, length, _ = activations.shape
+    rows, places = torch.arange(count).repeat_interleave(length), torch.arange(length).repeat(count)
+    of = slice(first, first + count)
+    flat = activations.reshape(count * length, -1)
+    tokens, features = (flat > 0).nonzero(as_tuple=True)
+    texts = (DOCUMENTS[of].reshape(-1), POSITIONS[of].reshape(-1), IDS[of].reshape(-1))
+    return Firings(rows, places, *texts, tokens, features, flat[tokens, features])
+
+
+def added(activations: torch.Tensor, batch: int, first: int = 0) -> tuple[Examples, TokenSample]:
+    examples, together = Examples(4, 7, activations.shape[2], activations.shape[1], CPU, sampled=20), TokenSample(12, 60)
     for start in range(0, len(activations), batch):
-        block = slice(first + start, first + start + batch)
-        numbers = torch.arange(first + start, first + start + len(activations[start : start + batch]))
-        examples.add(activations[start : start + batch], numbers, DOCUMENTS[block], POSITIONS[block])
-    return examples
+        part = activations[start : start + batch]
+        examples.add(firings(part, first + start), first + start, len(part))
+        together.add(firings(part, first + start))
+    return examples, together
 
 
+@pytest.mark.parametrize("logged", [1, 10_000])
 @pytest.mark.parametrize(("batch", "cuts"), [(1, []), (3, []), (50, []), (3, [17]), (2, [1, 9, 30])])
-def test_examples_are_those_of_the_whole_matrix_whatever_the_batches_and_spans(batch: int, cuts: list[int]):
+def test_what_is_kept_is_that_of_the_whole_matrix_whatever_the_batches_and_spans(
+    batch: int, cuts: list[int], logged: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_LOGGED", logged)
     activations = planted()
     ends = [0, *cuts, 40]
     parts = [added(activations[start:stop], batch, start) for start, stop in pairwise(ends)]
-    found = parts[0]
+    examples, together = parts[0]
     for part in parts[1:]:
-        found.include(part)
-    kept_tokens = found.drawn.found()
+        restored = Examples(4, 7, 12, 6, CPU, sampled=20)
+        restored.restore(part[0].arrays())
+        examples.include(restored)
+        together.include(part[1])
+    found = examples.found()
     largest, flat = activations.amax(dim=1).numpy(), activations.reshape(-1, 12)
+    numbers, shares = torch.arange(240), token_shares(found, 3)
     for feature in range(12):
         firing = np.flatnonzero(largest[:, feature] > 0)
         best = firing[np.argsort(-largest[firing, feature], kind="stable")][:4]
-        kept = found.strongest.scores[:, feature] > 0
-        assert found.strongest.sequences[kept, feature].tolist() == best.tolist()
-        assert torch.equal(found.strongest.activations[kept, feature], activations[best, :, feature])
-        assert found.firing[feature] == len(firing)
+        kept = found.features == feature
+        assert found.sequences[kept].tolist() == best.tolist()
+        along = found.along(found.features[kept], found.sequences[kept])
+        assert np.array_equal(along, activations[best, :, feature].numpy())
+        assert examples.firing[feature] == len(firing)
         tokens = (flat[:, feature] > 0).nonzero()[:, 0]
         drawn = lots(DOCUMENTS.reshape(-1)[tokens], POSITIONS.reshape(-1)[tokens], torch.tensor(feature))
-        chosen = tokens[drawn.argsort(descending=True)][:7]
-        own = kept_tokens.features == feature
-        assert (kept_tokens.sequences[own] * 6 + kept_tokens.places[own]).tolist() == chosen.tolist()
-        assert torch.equal(kept_tokens.activations[own], activations[chosen // 6, :, feature])
+        sampled = tokens[drawn.argsort(descending=True)][:20]
+        own, chosen = found.drawn == feature, sampled[:7]
+        assert (found.drawn_sequences[own] * 6 + found.drawn_places[own]).tolist() == chosen.tolist()
+        assert found.drawn_values[own].tolist() == flat[chosen, feature].tolist()
+        along = found.along(found.drawn[own], found.drawn_sequences[own])
+        assert np.array_equal(along, activations[chosen // 6, :, feature].numpy())
         values = flat[tokens, feature].numpy().clip(bin_edges()[0], np.nextafter(bin_edges()[-1], np.float32(0)))
-        assert found.histogram[feature].tolist() == np.histogram(values, bins=bin_edges().astype(np.float64))[0].tolist()
+        counted = np.histogram(values, bins=bin_edges().astype(np.float64))[0]
+        assert examples.histogram[feature].tolist() == counted.tolist()
+        by_token: dict[int, list[float]] = {}
+        for token in sampled.tolist():
+            by_token.setdefault(int(IDS.reshape(-1)[token]), []).append(float(flat[token, feature]))
+        rows = sorted(by_token.items(), key=lambda row: (-len(row[1]), -np.float32(np.mean(sorted(row[1]))), row[0]))[:3]
+        own = shares.features == feature
+        assert shares.ids[own].tolist() == [token for token, _ in rows]
+        assert shares.shares[own] == pytest.approx([len(row) / len(sampled) for _, row in rows])
+        assert shares.means[own] == pytest.approx([np.mean(row) for _, row in rows])
+        assert shares.largest[own].tolist() == [max(row) for _, row in rows]
+    drawn = lots(DOCUMENTS.reshape(-1), POSITIONS.reshape(-1), torch.tensor(-2))
+    on = (flat[numbers[drawn.argsort(descending=True)][:60]] > 0).double().numpy()
+    both, totals = on.T @ on, on.sum(axis=0)
+    overlap = both / np.maximum(totals[:, None] + totals[None] - both, 1)
+    np.fill_diagonal(overlap, 0)
+    others, own_shares, overlaps = together.nearest(5)
+    for feature in range(12):
+        order = [other for other in np.lexsort((np.arange(12), -overlap[feature])) if overlap[feature, other] > 0][:5]
+        assert others[feature].tolist() == order + [-1] * (5 - len(order))
+        assert overlaps[feature, : len(order)] == pytest.approx(overlap[feature, order])
+        assert own_shares[feature, : len(order)] == pytest.approx(both[feature, order] / max(1, totals[feature]))
 
 
 def test_lots_are_uniform_and_know_nothing_of_their_neighbours():
@@ -171,7 +218,7 @@ def test_the_tables_hold_what_the_coder_does_on_the_text(plan: Specification, mo
         assert row["document"] == block.documents[number, place]
         assert row["position"] == block.positions[number, place]
 
-    monkeypatch.setattr("components.steps.interpretation.find_examples", lambda *_: pytest.fail("it is there"))
+    monkeypatch.setattr("components.steps.interpretation._seen", lambda *_: pytest.fail("it is there"))
     assert steps.interpret(plan) == record
     (Path(plan.sae_url) / "browser" / "index.html").unlink()
     assert steps.interpret(plan) == record

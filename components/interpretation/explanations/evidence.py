@@ -31,7 +31,7 @@ class Evidence:
 
 
 def gather(held_out: Pass, features: Sequence[int], shown: int, scored: int, decode: Callable[[int], str]) -> list[Evidence]:
-    """Memory: `len(features) x (shown + scored) x context_length` numbers, a few times."""
+    """Memory: what `Examples` keeps of so many features."""
     chosen = torch.tensor(features, device=held_out.device)
     length = held_out.text.manifest.context_length
     strongest, count = max(1, shown // 4), 2 * (shown + scored)
@@ -39,9 +39,8 @@ def gather(held_out: Pass, features: Sequence[int], shown: int, scored: int, dec
     sequences = ByNumber(held_out.text, held_out.tokens)
     candidates, silent = _candidates(len(sequences), length, _CANDIDATES_PER_SCORED * scored), _Silent()
     for batch in held_out.batches():
-        own = batch.activations[:, :, chosen]
-        examples.add(own, batch.numbers, batch.documents, batch.positions)
-        silent.add(own, batch, candidates)
+        examples.add(batch.firings(chosen), batch.first, len(batch.block))
+        silent.add(batch.activations(chosen), batch, candidates)
 
     def excerpt(sequence: int, place: int, along: np.ndarray | None) -> Excerpt:
         tokens, documents, _ = sequences.of(sequence)
@@ -49,17 +48,14 @@ def gather(held_out: Pass, features: Sequence[int], shown: int, scored: int, dec
         values = np.zeros(len(tokens), np.float32) if along is None else along
         return Excerpt(tuple(decode(int(token)) for token in tokens[window]), tuple(float(value) for value in values[window]))
 
-    drawn, found = examples.drawn.found(), []
+    kept, found = examples.found(), []
     for index, feature in enumerate(features):
-        rows = (drawn.features == index).nonzero()[:, 0]
-        pool = [(int(drawn.sequences[row]), int(drawn.places[row]), drawn.activations[row].cpu().numpy()) for row in rows]
-        kept = examples.strongest.scores[:, index] > 0
-        top = [
-            (int(number), int(along.argmax()), along.cpu().numpy())
-            for number, along in zip(
-                examples.strongest.sequences[kept, index], examples.strongest.activations[kept, index], strict=True
-            )
-        ]
+        own, best = kept.drawn == index, kept.features == index
+        numbers = kept.drawn_sequences[own]
+        along = kept.along(kept.drawn[own], numbers)
+        pool = list(zip(numbers.tolist(), kept.drawn_places[own].tolist(), along, strict=True))
+        along = kept.along(kept.features[best], kept.sequences[best])
+        top = list(zip(kept.sequences[best].tolist(), along.argmax(axis=1).tolist(), along, strict=True))
         # In the order of their lots, which is random, and half of them at most where there are few.
         teaching = _apart(top, shown // 4, [])
         teaching += _apart(pool, min(shown - len(teaching), max(1, len(pool) // 2)), teaching)

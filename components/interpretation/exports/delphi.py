@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
-from components.interpretation.activations import Pass
+from components.interpretation.activations import Pass, at_once
 from components.language_model.hook_points import HookPoint
 
 SPLITS = 5
@@ -28,9 +29,10 @@ def write(folder: Path, held_out: Pass, point: HookPoint, model_name: str, datas
     """One pass over the text. Memory: 14 bytes per activation, and the tokens. The number of activations."""
     locations, activations, tokens = [], [], []
     for batch in held_out.batches():
-        where = (batch.activations > _LEAST).nonzero()
-        values = batch.activations[where[:, 0], where[:, 1], where[:, 2]].clamp(max=_LARGEST)
-        where[:, 0] = batch.numbers[where[:, 0]]
+        found = batch.firings()
+        where = torch.stack([batch.numbers[found.rows[found.tokens]], found.places[found.tokens], found.features], dim=1)
+        large = found.values > _LEAST
+        where, values = where[large], found.values[large].clamp(max=_LARGEST)
         locations.append(where.cpu().numpy().astype(np.uint32))
         activations.append(values.cpu().numpy().astype(np.float16))
         tokens.append(batch.block.tokens)
@@ -50,7 +52,7 @@ def write(folder: Path, held_out: Pass, point: HookPoint, model_name: str, datas
     length = held_out.text.manifest.context_length
     config: dict[str, Any] = {
         "dataset_repo": dataset, "dataset_split": "held_out", "dataset_name": "", "dataset_column": "text",
-        "batch_size": held_out.batch_sequences, "cache_ctx_len": length, "ctx_len": length, "n_tokens": int(text.size),
+        "batch_size": at_once(held_out.text, held_out.d_sae), "cache_ctx_len": length, "ctx_len": length, "n_tokens": int(text.size),
         "n_splits": len(edges) - 1, "model_name": model_name,
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config, indent=4))
