@@ -37,6 +37,8 @@ def coder_columns(config: RunConfig, model: ModelRecord, source: ModelSource) ->
         writes = reads if training.target is None else (column(training.target, "training.target"),)
     if config.sae.skip and reads == writes:
         raise UserError("sae.skip: true is accepted for a transcoder, which training.target makes of it")
+    if config.sae.subtract_decoder_bias and reads != writes:
+        raise UserError("sae.subtract_decoder_bias: true is accepted for a coder that writes what it reads, and no transcoder")
     return reads, writes
 
 
