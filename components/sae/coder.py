@@ -153,14 +153,29 @@ class Coder(nn.Module, ABC):
     def confine(self, read: Tensor, written: Tensor) -> None:
         """Keep decoder rows and encoder columns in the span of orthonormal columns, `[d_out, m]` and `[d_in, m]`, as long as
         before: random directions become random ones there. For a coder as `initialise` leaves it."""
-        norm = self.settings.decoder_init_norm
         rows = (self.W_dec.double().cpu() @ written) @ written.T
+        self._begin_in(rows, (self.W_enc.T.double().cpu() @ read) @ read.T)
+
+    @torch.no_grad()
+    def lean(self, read: Tensor, written: Tensor, share: float) -> None:
+        """Turn decoder rows and encoder columns towards what tokens write, `[d_sae, d_out]`, and read, `[d_sae, d_in]`: unit
+        vectors are mixed with the weight `share`. For a coder as `initialise` leaves it."""
+
+        def mixed(own: Tensor, tokens: Tensor) -> Tensor:
+            own, tokens = (torch.nn.functional.normalize(rows.double().cpu(), dim=1) for rows in (own, tokens))
+            return (1 - share) * own + share * tokens
+
+        self._begin_in(mixed(self.W_dec, written), mixed(self.W_enc.T, read))
+
+    def _begin_in(self, rows: Tensor, columns: Tensor) -> None:
+        """Decoder rows `[d_sae, d_out]` and encoder columns `[d_sae, d_in]` of these directions and of the length that settings
+        want; an autoencoder's columns are its rows."""
+        norm = self.settings.decoder_init_norm
         self.W_dec.copy_(norm * torch.nn.functional.normalize(rows, dim=1))
         if self.reads == self.writes:
             self.W_enc.copy_(self.W_dec.T)
         else:
-            columns = read @ (read.T @ self.W_enc.double().cpu())
-            self.W_enc.copy_(norm * torch.nn.functional.normalize(columns, dim=0))
+            self.W_enc.copy_(norm * torch.nn.functional.normalize(columns, dim=1).T)
 
     @torch.no_grad()
     def fire_on(self, x: Tensor, share: float) -> None:

@@ -23,6 +23,7 @@ class CoderSettings(Bounded):
     """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
     decides_later: ClassVar[tuple[str, ...]] = (
         "skip", "decoder_bias_init", "first_density", "resample_at", "subtract_decoder_bias", "active_subspace",
+        "decoder_token_share",
     )  # fmt: skip
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
@@ -52,6 +53,10 @@ class CoderSettings(Bounded):
     subtract_decoder_bias: bool = False
     """In training features read `x - b_dec`, and the decoder bias learns from that as well (Bricken et al. 2023; SAELens'
     `apply_b_dec_to_input`). What is exported reads x, with encoder biases that make up for it."""
+
+    decoder_token_share: float = Field(default=0.0, ge=0, le=1)
+    """Of the direction in which each decoder row of new weights begins: the weight of a token's, as it lies from the decoder
+    bias, drawn from the first that are trained on; the rest is random. 0 is random alone."""
 
     active_subspace: float | None = Field(default=None, gt=0, le=1)
     """Decoder rows (and the columns of an encoder that is no transpose) of new weights begin in the span of the fewest

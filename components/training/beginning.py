@@ -21,7 +21,7 @@ _CPU = torch.device("cpu")
 
 
 def begin_from_data(coder: Coder, job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> None:
-    """A new coder as `active_subspace`, `decoder_bias_init` and `first_density` want it; nothing is read where none needs it.
+    """A new coder as the settings want it that are taken from data; nothing is read where they need nothing.
 
     Computed on the CPU, from batches that depend on the job alone: the same weights on every device, and beside other coders.
     """
@@ -38,14 +38,24 @@ def begin_from_data(coder: Coder, job: Training, reads: Sequence[Statistics], wr
         x, y = sample()
         written = geometric_median(y)
         points = (written if job.reads == job.writes else geometric_median(x)), written
-    if settings.active_subspace is not None:
+    if settings.active_subspace is not None or settings.decoder_token_share > 0:
         origins = points or (torch.zeros(()), torch.zeros(()))
-        columns = [rows - origin for rows, origin in zip(sample(), origins, strict=True)]
-        coder.confine(*(principal_directions(rows, settings.active_subspace) for rows in columns))
+        read, written = (rows - origin for rows, origin in zip(sample(), origins, strict=True))
+        if settings.active_subspace is not None:
+            coder.confine(*(principal_directions(rows, settings.active_subspace) for rows in (read, written)))
+        if settings.decoder_token_share > 0:
+            drawn = _drawn(len(read), coder.d_sae, job.seed)
+            coder.lean(read[drawn], written[drawn], settings.decoder_token_share)
     if points is not None:
         coder.centre(*points)
     if settings.first_density is not None:
         coder.fire_on(sample()[0], settings.first_density)
+
+
+def _drawn(tokens: int, count: int, seed: int) -> Tensor:
+    """So many of the tokens, each as often as any other up to one time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(tokens, generator=generator) for _ in range(-(-count // tokens))])[:count]
 
 
 def principal_directions(rows: Tensor, share: float) -> Tensor:

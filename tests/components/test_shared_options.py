@@ -106,6 +106,31 @@ def test_principal_directions_are_those_of_a_singular_value_decomposition():
         np.testing.assert_allclose(found @ found.T, wanted.T @ wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_new_weights_lean_towards_tokens(share: float, tiny_tree: dict):
+    tiny_tree["training"] |= {"learning_rate": 1e-30, "tokens": 256}
+    coders = []
+    for fields in ({}, {"decoder_token_share": share}):
+        plan = resolve(parse_config({**tiny_tree, "sae": {"d_sae": 64, "decoder_bias_init": "mean", **fields}}))
+        manifest = steps.extract(plan)
+        steps.train(plan)
+        coders.append(load_saelens(Path(plan.sae_url), CPU).W_dec.double().numpy())
+    random, leaning = coders
+    reader = ActivationReader(
+        url=plan.dataset_url, manifest=manifest, columns=("resid_post.1",), batch_size=16_384, seed=plan.config.seed
+    )
+    batches = reader.batches()
+    rows = next(batches)["resid_post.1"].double().numpy() - np.array(manifest.columns[0].mean)
+    batches.close()
+    tokens = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    # What is left of a row without its random part is some token's direction, another one for each row.
+    for own, row in zip(random, leaning, strict=True):
+        mixed = (1 - share) * own + share * tokens
+        mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
+        assert (mixed @ row).max() > 1 - 1e-4
+    assert len(np.unique(np.round(leaning @ tokens.T, 4).argmax(axis=1))) > 32
+
+
 @pytest.mark.parametrize("bias", ["zeros", "mean"])
 def test_new_weights_begin_in_the_active_subspace(bias: str, tiny_tree: dict):
     tiny_tree["activations"]["hook_points"] = ["attn_out.1"]
