@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from components.corpus.files import damage_explained, kind_of, read_rows
@@ -15,6 +17,10 @@ from components.corpus.settings import LabelledSettings, SourceSettings
 from components.corpus.sources import ListedSource
 from components.corpus.standard_library import read_standard_library, standard_library_files
 from components.settings import UserError
+from components.storage import file_sha256
+
+_LANGUAGES = Path(__file__).with_name("languages.json")
+"""By language, written for this: each text in all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,11 @@ def read_labelled(task: LabelledSettings, number: int, listed: ListedSource) -> 
     """The texts of a task, in the order of its files and rows; a UserError for a column that is not there or no text."""
     if task.source == "files":
         yield from _rows(task, number, listed)
+        return
+    if task.source == "languages":
+        for label, texts in json.loads(_LANGUAGES.read_text(encoding="utf-8")).items():
+            for place, text in enumerate(texts):  # the same in every language, so that no probe has seen what it is tested on
+                yield LabelledText(document=f"text {place}", text=text, label=label)
         return
     for document in read_standard_library(listed.files):
         if task.source == "code_or_prose":
@@ -71,6 +82,8 @@ def _listed(task: LabelledSettings, number: int) -> ListedSource:
     if task.source == "files":
         files = tuple(find_files(task.paths, f"evaluation.probing.tasks.{number}.paths"))
         columns = {"text_column": task.text_column, "label_column": task.label_column}
+    elif task.source == "languages":
+        return ListedSource(content={"source": task.source, "sha256": file_sha256(_LANGUAGES)})
     else:
         files, columns = tuple(standard_library_files()), {}
     return ListedSource(content={"source": task.source, **files_identity(files), **columns}, files=files)

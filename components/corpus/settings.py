@@ -79,9 +79,9 @@ class MixtureSourceSettings(SourceSettings):
 class LabelledSettings(Settings):
     """Text with labels, for probes (`evaluation.probing`)."""
 
-    source: Literal["standard_library", "code_or_prose", "files"] = "standard_library"
-    """Which package of the running interpreter's standard library a passage comes from, whether one is code or docstring, or
-    the rows of files."""
+    source: Literal["standard_library", "code_or_prose", "languages", "files"] = "standard_library"
+    """Which package of the running interpreter's standard library a passage comes from, whether one is code or docstring, in
+    which of six languages ten short texts are that ship here, or the rows of files."""
 
     name: str = Field(default="", pattern=r"^[a-zA-Z0-9_.-]*$", max_length=64)
     """Name of the task among the results; the source's where it is empty."""

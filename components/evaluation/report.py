@@ -54,6 +54,7 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
         probes=probes,
         probe_sizes=sizes(probes),
         probed=breakdown.get("probing", []),
+        differences=breakdown.get("difference", []),
         pareto=_pareto(metrics, earlier),
         earlier=len(earlier),
     )

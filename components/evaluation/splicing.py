@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from components.language_model.hook_points import HookPoint, hooked, locate, spliced_logits
+from components.language_model.hook_points import HookPoint, capture, hooked, locate, spliced_logits, within
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,16 @@ class Splicer:
         """reads: other places whose activations a clean pass keeps in `read`. keep_neurons: also keep what the MLP's last
         matrix reads, for `mlp_out` alone."""
         self.model, self.point, self.reads = model, point, tuple(reads)
+        self._own, inner = within(model, point)
+        """Of two models, the one that is continued; the other is run for what is read there."""
+        self._beside = [one for one in self.reads if within(model, one)[0] is not self._own]
         self.read: dict[HookPoint, Tensor] = {}
         """Activations `[batch, length, d]` of the last clean pass at `reads`."""
         self.neurons: Tensor | None = None
         """MLP neurons `[batch, length, d_mlp]` of the last clean pass."""
         self.neuron_output = mlp_output(model, point) if keep_neurons else None
         # The first block that a spliced batch has to go through; all of them where the hook point is in no known block.
-        self._first = 0 if point.layer is None else point.layer + (point.kind == "resid_post")
+        self._first = 0 if inner.layer is None else inner.layer + (inner.kind == "resid_post")
         self._checked = False
         self._tokens: Tensor
         self._stream: Tensor
@@ -50,6 +53,8 @@ class Splicer:
         seen: list[Tensor] = []
         with self._watching(len(tokens)):
             logits = spliced_logits(self.model, self.point, seen.append, tokens)
+        if self._beside:
+            self.read |= capture(self.model, self._beside, {"input_ids": tokens})
         self._tokens = tokens
         if not self._checked:
             self._check(seen[0], logits)
@@ -83,7 +88,7 @@ class Splicer:
         except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
             same = False
         if not same:
-            logger.warning("evaluate: %s cannot be continued from a block; it is run in full", type(self.model).__name__)
+            logger.warning("evaluate: %s cannot be continued from a block; it is run in full", type(self._own).__name__)
             self._first = 0
 
     @contextmanager
@@ -97,7 +102,7 @@ class Splicer:
             handles.append(self.neuron_output.register_forward_pre_hook(self._keep_neurons))
         try:
             with ExitStack() as hooks:
-                for point in self.reads:
+                for point in [one for one in self.reads if one not in self._beside]:
                     hooks.enter_context(hooked(self.model, point, partial(self._keep_read, point), batch))
                 yield
         finally:
@@ -131,7 +136,7 @@ class Splicer:
                     block.forward = forward
 
     def _block(self, layer: int) -> nn.Module:
-        return locate(self.model, HookPoint("resid_post", layer))[0]
+        return locate(self._own, HookPoint("resid_post", layer))[0]
 
 
 def mlp_output(model: nn.Module, point: HookPoint) -> nn.Module | None:

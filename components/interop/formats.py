@@ -6,7 +6,7 @@
 | sparsify | `cfg.json`, `sae.safetensors` | topk | topk |
 | dictionary_learning | `config.json`, `ae.pt` | all seven classes | no |
 | Gemma Scope | `params.npz` | jumprelu | no |
-| Gemma Scope 2 | `config.json`, `params.safetensors` | jumprelu | no |
+| Gemma Scope 2 | `config.json`, `params.safetensors` | jumprelu, transcoders | no |
 | circuit-tracer | `config.yaml`, `layer_N.safetensors` | transcoders of one layer | ReLU, JumpReLU |
 
 Transcoders are read and written in SAELens' format too, and sparsify's of TopK.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from components.language_model.hook_points import HookPoint
+from components.language_model.hook_points import HookPoint, within
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "embedding_norm")
 _IN_STREAM = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mixer_out")
@@ -21,6 +21,7 @@ def logit_effects(model: nn.Module, point: HookPoint, rows: Tensor, count: int) 
 
     The direct effect alone (paper: "logit weights"): linear, up to the norm's own scale, without what later blocks do.
     """
+    model, point = within(model, point)
     unembedding, norm = model.get_output_embeddings(), final_norm(model)  # type: ignore[operator]
     if point.tower or point.kind not in _IN_STREAM or norm is None or not isinstance(unembedding, nn.Linear):
         return None

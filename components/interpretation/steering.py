@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from components.evaluation.measurements import Autoencoder
-from components.language_model.hook_points import HookPoint, hooked, spliced_logits
+from components.language_model.hook_points import HookPoint, capture, hooked, spliced_logits, within
 from components.settings import UserError
 
 Replace = Callable[[Tensor, Tensor], Tensor | None]
@@ -37,10 +37,12 @@ def continued(
     reads: Sequence[HookPoint] = (),
 ) -> list[int]:  # fmt: skip
     """The `count` most likely next tokens, one after the other, with the activation at `point` passed through `replace` at all
-    of them. reads: what the coder reads where that is not `point`; the model must come by there first."""
+    of them. reads: what the coder reads where that is not `point`; the model must come by there first. Of two models the one
+    that `point` is in is steered, and writes."""
     tokens = list(ids)
+    beside = [one for one in reads if within(model, one)[0] is not within(model, point)[0]]
     for _ in range(count):
-        read: dict[HookPoint, Tensor] = {}
+        read = capture(model, beside, {"input_ids": torch.tensor([tokens], device=device)}) if beside else {}
 
         def here(y: Tensor, read: dict[HookPoint, Tensor] = read) -> Tensor | None:
             missing = [str(one) for one in reads if one not in read and one != point]
@@ -50,7 +52,7 @@ def continued(
 
         with ExitStack() as hooks:
             for one in reads:
-                if one != point:
+                if one != point and one not in beside:
                     hooks.enter_context(hooked(model, one, partial(_keep, read, one), 1))
             logits = spliced_logits(model, point, here, torch.tensor([tokens], device=device))
         tokens.append(int(logits[0, -1].argmax()))

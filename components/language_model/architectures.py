@@ -16,6 +16,7 @@ Family = Literal["causal", "encoder", "vision", "vision_language"]
 """What a model reads and gives: text to next-token logits, text to states, images to states, both to logits."""
 
 KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "mlp_in", "mixer_out")
+SECOND = "second"
 TOWERS = ("", "vision")
 """Which of a model's stacks of blocks a uniform name means: its own (of a vision-language model the text decoder), or
 the vision tower of a vision-language model."""
@@ -25,6 +26,15 @@ _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 _MIXER = ("mixer", "mamba", "linear_attn")
 # Blocks that scale or mix the residual stream themselves: there no module's output is what a sublayer adds.
 _SCALED_RESIDUAL = ("residual_multiplier", "residual_scale", "lambda_1", "input_residual", "altup")
+
+
+class TwoModels(nn.Module):
+    """Two language models that read the same tokens; what is asked of one of them is asked of that one, see
+    `hook_points.within`."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
 
 
 def family_of(config: Any) -> Family:

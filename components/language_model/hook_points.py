@@ -5,7 +5,8 @@ Uniform names mean the same place in every architecture: `resid_pre.6` is the re
 block 6 add to it; `mlp_in.6` is what its MLP reads, after the norm. So resid_pre + attn_out + mlp_out = resid_post.
 Where a norm follows the sum (BERT), `resid_*` are the block's input and output as everywhere, and
 norm(norm(resid_pre + attn_out) + mlp_out) = resid_post, of which the inner term is mlp_in.
-`vision.resid_post.6` is block 6 of a vision-language model's vision tower.
+`vision.resid_post.6` is block 6 of a vision-language model's vision tower, `second.resid_post.6` block 6 of
+`language_model.second`.
 
 Any other module is named by its path, such as `model.layers.3.mlp.act_fn`: its output, or with `:in` its first input;
 the first call counts where a module is called more often. `*`, `?`, `[0-3]` and `{2,4}` match within one part of a name.
@@ -17,14 +18,14 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from components.language_model.architectures import KINDS, TOWERS, blocks, sublayer, vision_tower
+from components.language_model.architectures import KINDS, SECOND, TOWERS, TwoModels, blocks, sublayer, vision_tower
 from components.settings import UserError
 
 
@@ -52,22 +53,27 @@ class HasSkeleton(Protocol):
 def expand_hook_points(names: Sequence[str], source: HasSkeleton, field: str) -> list[HookPoint]:
     """The hook points that names and globs mean in a model, in the order of the names (of one glob, in the model's), each
     once. Raises a UserError that names `field` for a name that the model does not have."""
-    model = source.skeleton
+    model, found = source.skeleton, dict[HookPoint, None]()
+    for name in names:
+        if isinstance(model, TwoModels) and name.startswith(f"{SECOND}."):
+            there = _expanded(name.removeprefix(f"{SECOND}."), model.second, f"{field}: {SECOND}")
+            found.update(dict.fromkeys(replace(point, tower=SECOND) for point in there if not point.tower))
+        else:
+            found.update(dict.fromkeys(_expanded(name, model.first if isinstance(model, TwoModels) else model, field)))
+    return list(found)
+
+
+def _expanded(name: str, model: nn.Module, field: str) -> list[HookPoint]:
+    """What one name or glob means in a model."""
     uniform = {str(point): point for point in _uniform(model)}
     paths = [path for path, _ in model.named_modules() if path]
-    found: dict[HookPoint, None] = {}
-    for name in names:
-        bare, colon, side = name.partition(":")
-        pattern = _glob(bare)
-        if colon == "" and (matches := [point for known, point in uniform.items() if pattern.fullmatch(known)]):
-            found.update(dict.fromkeys(matches))
-        elif side in ("", "in") and (reached := [path for path in paths if pattern.fullmatch(path)]):
-            found.update(dict.fromkeys(HookPoint(path + colon + side) for path in reached))
-        else:
-            raise UserError(
-                f"{field}: '{name}' is not a hook point of {type(model).__name__}; {_hint(name, list(uniform), paths)}"
-            )
-    return list(found)
+    bare, colon, side = name.partition(":")
+    pattern = _glob(bare)
+    if colon == "" and (matches := [point for known, point in uniform.items() if pattern.fullmatch(known)]):
+        return matches
+    if side in ("", "in") and (reached := [path for path in paths if pattern.fullmatch(path)]):
+        return [HookPoint(path + colon + side) for path in reached]
+    raise UserError(f"{field}: '{name}' is not a hook point of {type(model).__name__}; {_hint(name, list(uniform), paths)}")
 
 
 def _uniform(model: nn.Module) -> Iterator[HookPoint]:
@@ -112,6 +118,8 @@ def _hint(name: str, uniform: list[str], paths: list[str]) -> str:
 
 def parse_hook_point(name: str) -> HookPoint:
     """The hook point of that name, whether or not a model has it. No globs."""
+    if name.startswith(f"{SECOND}."):
+        return replace(parse_hook_point(name.removeprefix(f"{SECOND}.")), tower=SECOND)
     tower, _, rest = name.rpartition(".")[0].rpartition(".")
     kind, layer = rest, name.rpartition(".")[2]
     if kind in KINDS and tower in TOWERS and layer.isdecimal():
@@ -119,8 +127,16 @@ def parse_hook_point(name: str) -> HookPoint:
     return HookPoint(name)
 
 
+def within(model: nn.Module, point: HookPoint) -> tuple[nn.Module, HookPoint]:
+    """The one of two models that a hook point is in, and the point as that one knows it; a single model is itself."""
+    if not isinstance(model, TwoModels):
+        return model, point
+    return (model.second, replace(point, tower="")) if point.tower == SECOND else (model.first, point)
+
+
 def locate(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
     """The module of the hook point, and whether it is the module's input (else its output)."""
+    model, point = within(model, point)
     known = _located.setdefault(model, {})
     if point not in known:
         known[point] = _search(model, point)
@@ -145,6 +161,7 @@ def _search(model: nn.Module, point: HookPoint) -> tuple[nn.Module, bool]:
 
 def depth(model: nn.Module, point: HookPoint) -> float:
     """About which share of the blocks a forward pass runs to reach the hook point; 1 where that is not known."""
+    model, point = within(model, point)
     tower, layer, before = point.tower, point.layer, point.kind == "resid_pre"
     if layer is None:
         path = blocks(model, tower)[0] + "."
@@ -160,6 +177,10 @@ def reads_images(model: nn.Module, points: Sequence[HookPoint]) -> bool:
 
     Raises a UserError where some are and some are not: their rows are not the same tokens.
     """
+    if isinstance(model, TwoModels):
+        points, model = [point for point in points if point.tower != SECOND], model.first
+        if not points:
+            return False
     tower = vision_tower(model)
     if tower is None:
         return "pixel_values" in str(getattr(model, "main_input_name", ""))
@@ -183,8 +204,16 @@ def capture(model: nn.Module, points: Sequence[HookPoint], inputs: Mapping[str, 
     """The activations `[batch, length, d_in]` at each hook point; the forward pass ends at the last one.
 
     inputs: what the model's forward takes, from `loading.forward_inputs`. A vision-language model that gets no tokens runs
-    its vision tower alone. The activations are on the device of the inputs, whatever device their layer is on.
+    its vision tower alone. The activations are on the device of the inputs, whatever device their layer is on. Of two models
+    each is run that one of the points is in.
     """
+    if isinstance(model, TwoModels):
+        every: dict[HookPoint, Tensor] = {}
+        for one in (model.first, model.second):
+            here = {inner: point for point in points for owner, inner in [within(model, point)] if owner is one}
+            if here:
+                every |= {here[inner]: seen for inner, seen in capture(one, list(here), inputs).items()}
+        return {point: every[point] for point in points}
     captured: dict[HookPoint, Tensor] = {}
     remaining = set(points)
     first = next(iter(inputs.values()))
@@ -225,8 +254,10 @@ def capture_beside(model: nn.Module, points: Sequence[HookPoint], inputs: Mappin
 def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], tokens: Tensor) -> Tensor:
     """Logits `[batch, length, vocabulary]` with the activation at `point` passed through `replace`.
 
-    `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is.
+    `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is. Of two models the one
+    that the point is in is run.
     """
+    model, point = within(model, point)
     with hooked(model, point, replace, len(tokens)):
         return model(input_ids=tokens, use_cache=False).logits
 
@@ -236,6 +267,7 @@ def logits_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The activation at `point` and the gradient there of a scalar `metric` of the logits, both `[batch, length, d_in]`."""
     kept: list[Tensor] = []
+    model, point = within(model, point)
 
     def leaf(activation: Tensor) -> Tensor:
         kept.append(activation.detach().requires_grad_())

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from components.corpus.tokens import PADDING, Sequences
-from components.language_model.architectures import model_class
-from components.language_model.source import ModelSource, find_model
+from components.language_model.architectures import TwoModels, model_class
+from components.language_model.source import ModelSource, find_model, second_model
 from components.language_model.tokenizer import load_encoder, load_tokenizer
 from components.language_model.vision import pixel_values
 from components.language_model.weights import require_layers
@@ -28,6 +28,9 @@ __all__ = [
 
 def require_runnable(source: ModelSource, device: torch.device) -> None:
     """Raise a UserError for a way to run the model that this machine does not have."""
+    if source.second is not None:
+        with second_model():
+            require_runnable(source.second, device)
     settings = source.settings
     if settings.quantization is not None:
         if device.type != "cuda":
@@ -58,6 +61,10 @@ threads that loaded at once, one missed tensors, and so did every later load."""
 
 def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     """The model, in evaluation mode and without gradients: on `device`, or with `device_map` on all there are."""
+    if source.second is not None:
+        first = load_model(source.alone, device)
+        with second_model():
+            return TwoModels(first, load_model(source.second, device)).eval()
     from transformers.utils import logging as transformers_logging
 
     require_runnable(source, device)

@@ -7,7 +7,8 @@ from typing import Any
 from components.corpus.images import ImageLayout
 from components.language_model.hook_points import depth, expand_hook_points, reads_images
 from components.language_model.settings import LanguageModelSettings
-from components.language_model.source import ModelSource
+from components.language_model.source import ModelSource, second_model
+from components.language_model.tokenizer import require_same_tokens
 from components.language_model.weights import require_weights
 from components.settings import Record, UserError
 
@@ -22,13 +23,20 @@ class StoredColumn(Record):
     """Share of the model that runs before it is reached."""
 
 
-class ModelRecord(Record):
-    """A language model that exists."""
+class FoundModel(Record):
+    """A language model that exists: from what it is loaded."""
 
     settings: LanguageModelSettings
     location: str
     """A folder, or a name on the Hub."""
     commit: str | None
+
+
+class ModelRecord(FoundModel):
+    """What a run asks of a language model."""
+
+    second: FoundModel | None = None
+    """That of `language_model.second`."""
     slug: str
     """Its name as part of a file or registry name."""
     family: str
@@ -52,7 +60,9 @@ class ModelRecord(Record):
     @property
     def source(self) -> ModelSource:
         """From which it is loaded."""
-        return ModelSource(self.settings, self.location, self.commit)
+        other = self.second
+        second = None if other is None else ModelSource(other.settings, other.location, other.commit)
+        return ModelSource(self.settings, self.location, self.commit, second)
 
     def require_stored(self, hook_point: str, field: str) -> None:
         """A UserError for a hook point that is not among the columns."""
@@ -68,7 +78,11 @@ class ModelRecord(Record):
 def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: bool, prompt: str | None) -> ModelRecord:
     """All that is asked of a model before a run, once; a UserError for what it does not have. images: whether the corpus is."""
     points = expand_hook_points(hook_points, source, "activations.hook_points")
-    require_weights(source)
+    require_weights(source.alone)
+    if source.second is not None:
+        with second_model():
+            require_weights(source.second)
+        _require_pair(source, images)
     widths = source.widths(points)
     in_tower = reads_images(source.skeleton, points)
     layout = source.image_layout(prompt) if images else None
@@ -80,6 +94,7 @@ def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: boo
         settings=source.settings,
         location=source.location,
         commit=source.commit,
+        second=None if source.second is None else _found(source.second),
         slug=source.slug,
         family=source.family,
         layers=source.layers,
@@ -95,3 +110,19 @@ def resolve_model(source: ModelSource, hook_points: tuple[str, ...], images: boo
         reads_images=in_tower,
         image_layout=layout,
     )
+
+
+def _found(source: ModelSource) -> FoundModel:
+    return FoundModel(settings=source.settings, location=source.location, commit=source.commit)
+
+
+def _require_pair(source: ModelSource, images: bool) -> None:
+    """That two models read the same tokens, and text."""
+    assert source.second is not None
+    for one, field in ((source, "language_model"), (source.second, "language_model.second")):
+        if images or one.family != "causal":
+            name = one.settings.name
+            raise UserError(
+                f"{field}.name: two models are accepted where both are causal and read text; '{name}' is {one.family}"
+            )
+    require_same_tokens(source)

@@ -10,8 +10,10 @@ from components.settings import Settings
 from components.storage.addresses import LocalPath
 
 
-class LanguageModelSettings(Settings):
-    name: LocalPath = "builtin/stdlib-llama"
+class SecondModelSettings(Settings):
+    """A model that is run beside the first."""
+
+    name: LocalPath
     """A Hugging Face Hub name, a local folder in transformers' format, or `builtin/stdlib-llama`, which ships here."""
 
     revision: str = "main"
@@ -32,5 +34,16 @@ class LanguageModelSettings(Settings):
     trust_remote_code: bool = False
     """Whether code that comes with the model may run on this machine; read it before you turn this on."""
 
+
+class LanguageModelSettings(SecondModelSettings):
+    """The language model whose activations are read."""
+
+    name: LocalPath = "builtin/stdlib-llama"
+    """A Hugging Face Hub name, a local folder in transformers' format, or `builtin/stdlib-llama`, which ships here."""
+
     batch_sequences: int = Field(default=32, ge=1)
     """Sequences in one forward pass; it decides speed and memory, not results (beyond the last bit of rounding)."""
+
+    second: SecondModelSettings | None = None
+    """Another model with the same tokenizer, run on the same tokens: `second.resid_post.6` is a hook point of it, beside
+    `resid_post.6` of the first. A crosscoder of both says what differs between them."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
@@ -16,8 +17,16 @@ import torch
 from torch import Tensor
 
 from components.corpus.images import ImageLayout
-from components.language_model.architectures import Family, family_of, model_class, model_config, vision_tower, width
-from components.language_model.hook_points import HookPoint, capture, locate, reads_images
+from components.language_model.architectures import (
+    Family,
+    TwoModels,
+    family_of,
+    model_class,
+    model_config,
+    vision_tower,
+    width,
+)
+from components.language_model.hook_points import HookPoint, capture, locate, reads_images, within
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
 from components.records import json_object
@@ -50,6 +59,24 @@ class ModelSource:
     settings: LanguageModelSettings
     location: str
     commit: str | None
+    second: ModelSource | None = None
+    """A model that reads the same tokens; all but `skeleton`, `widths`, `slug`, `identity`, `longest_text` is of the first."""
+
+    @cached_property
+    def alone(self) -> ModelSource:
+        """The first of two models, without the second."""
+        if self.second is None:
+            return self
+        return replace(self, settings=self.settings.model_copy(update={"second": None}), second=None)
+
+    def pinned(self) -> ModelSource:
+        """The same by the commits that its revisions stand for."""
+        changed: dict[str, Any] = {} if self.commit is None else {"revision": self.commit}
+        second = None if self.second is None else self.second.pinned()
+        if second is not None and self.settings.second is not None:
+            revision = {"revision": second.settings.revision}
+            changed["second"] = self.settings.second.model_copy(update=revision)
+        return replace(self, settings=self.settings.model_copy(update=changed), second=second)
 
     @cached_property
     def config(self) -> Any:
@@ -87,6 +114,8 @@ class ModelSource:
     @cached_property
     def skeleton(self) -> torch.nn.Module:
         """The model without its weights: shapes and modules only."""
+        if self.second is not None:
+            return TwoModels(self.alone.skeleton, self.second.skeleton)
         # Neither decides a shape; all kernels take them. A model writes what it is given into its configuration, hence the
         # copy: without it, the model itself would later be loaded with them.
         options = self.class_options | {"attn_implementation": "eager", "dtype": _SKELETON_DTYPE}
@@ -114,7 +143,11 @@ class ModelSource:
         Uniform names are places in the residual stream or of its width; module paths are tried in a forward pass of the
         skeleton. Raises a UserError for a place that has no `[batch, length, d_in]`.
         """
-        found = {point: width(self.skeleton, point.tower) for point in points if point.layer is not None}
+        found = {}
+        for point in points:
+            if point.layer is not None:
+                owner, inner = within(self.skeleton, point)
+                found[point] = width(owner, inner.tower)
         for point in points:
             if point not in found:
                 found[point] = self._width_of_module(point)
@@ -152,8 +185,13 @@ class ModelSource:
 
     @property
     def slug(self) -> str:
-        """The model's name as part of a file or registry name. A folder whose name says nothing has what it holds before it:
-        `llama-30x576-st`; a snapshot in the Hub's cache has the name that it has there."""
+        """The model's name as part of a file or registry name; of two models, both names."""
+        own = self._own_slug
+        return own if self.second is None else f"{own}+{self.second.slug}"
+
+    @property
+    def _own_slug(self) -> str:
+        """A folder whose name says nothing has what it holds before it: `llama-30x576-st`; a snapshot in the Hub's cache has the name that it has there."""
         if not os.path.isdir(self.settings.name):
             return self.settings.name.split("/")[-1]
         folder = Path(os.path.abspath(self.settings.name))
@@ -169,6 +207,8 @@ class ModelSource:
     def identity(self) -> dict[str, Any]:
         """What decides the model's function: name and commit on the Hub, content hashes for a folder; and how it is run,
         as far as that changes values. Settings at their default are left out."""
+        if self.second is not None:
+            return {**self.alone.identity, "second": self.second.identity}
         changing = ("attention_implementation", "quantization", "trust_remote_code")
         settings = self.settings.model_dump(include={"dtype"}) | {
             name: getattr(self.settings, name) for name in changing if getattr(self.settings, name)
@@ -194,6 +234,8 @@ class ModelSource:
     @property
     def longest_text(self) -> int | None:
         """Tokens that the model can read at once, None where there is no limit."""
+        if self.second is not None:
+            return min(filter(None, (self.alone.longest_text, self.second.longest_text)), default=None)
         longest: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         embeddings: Any = getattr(getattr(self.skeleton, "embeddings", None), "position_embeddings", None)
         if longest is not None and getattr(embeddings, "padding_idx", None) is not None:
@@ -240,8 +282,21 @@ class ModelSource:
         return vision_layout(self.processor_identity, self._image_length(pixels), pixels, config.patch_size, name)
 
 
+@contextmanager
+def second_model() -> Iterator[None]:
+    """What is wrong with a model is said of `language_model.second`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("language_model.", "language_model.second.")) from error
+
+
 def find_model(settings: LanguageModelSettings) -> ModelSource:
     """Resolve the settings to a model that exists; a UserError where there is none. Loads no weights."""
+    if settings.second is not None:
+        with second_model():
+            second = find_model(LanguageModelSettings(**settings.second.model_dump()))
+        return replace(find_model(settings.model_copy(update={"second": None})), settings=settings, second=second)
     if settings.name.startswith("builtin/"):
         folder = BUILTIN_ROOT / settings.name.removeprefix("builtin/")
         if not (folder / "config.json").is_file():

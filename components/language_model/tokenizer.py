@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
@@ -49,6 +50,35 @@ def _require_fit(tokenizer: Any, known: int | None, source: ModelSource) -> None
             f"language_model.name: the tokenizer of '{source.settings.name}' has tokens up to {max(own)}, and the model embeds "
             f"{known}; the tokenizer is another model's, or config.json is wrong"
         )
+
+
+def require_same_tokens(source: ModelSource) -> None:
+    """A UserError unless the second model's tokenizer makes the same tokens of every text: rows of two models are compared
+    token by token. Chat templates may differ; the first model's is used."""
+    assert source.second is not None
+    if source.alone.tokenizer_identity == source.second.tokenizer_identity:
+        return
+    ours, theirs = (load_tokenizer(one) for one in (source.alone, source.second))
+    for what, of in _DECIDING.items():
+        if of(ours) != of(theirs):
+            raise UserError(
+                f"language_model.second.name: the tokenizer of '{source.second.settings.name}' differs from that of "
+                f"'{source.settings.name}' in its {what}; a model with the same tokenizer is accepted"
+            )
+
+
+def _backend(tokenizer: Any, part: str) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())[part] if tokenizer.is_fast else type(tokenizer).__name__
+
+
+_DECIDING: dict[str, Callable[[Any], Any]] = {
+    "vocabulary": lambda tokenizer: tokenizer.get_vocab(),
+    "normalizer": lambda tokenizer: _backend(tokenizer, "normalizer"),
+    "pre-tokenizer": lambda tokenizer: _backend(tokenizer, "pre_tokenizer"),
+    "merges": lambda tokenizer: _backend(tokenizer, "model"),
+    "BOS or EOS": lambda tokenizer: (tokenizer.bos_token_id, tokenizer.eos_token_id),
+}
+"""What of a tokenizer decides the tokens of a text."""
 
 
 def chat_date(corpus: CorpusSettings, source: ModelSource) -> str | None:

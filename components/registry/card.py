@@ -202,7 +202,8 @@ def shortened(card: str) -> str:
 
 
 def _with_revision(model: dict[str, Any]) -> str:
-    return f"{model['name']} at {model['revision']}" if model.get("revision") else str(model["name"])
+    own = f"{model['name']} at {model['revision']}" if model.get("revision") else str(model["name"])
+    return f"{own} and {_with_revision(model['second'])}" if model.get("second") else own
 
 
 def _short(value: Any) -> str:

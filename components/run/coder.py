@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from components.language_model.architectures import SECOND
 from components.language_model.hook_points import expand_hook_points
 from components.language_model.record import ModelRecord
 from components.language_model.source import ModelSource
@@ -36,7 +37,14 @@ def coder_columns(config: RunConfig, model: ModelRecord, source: ModelSource) ->
         writes = reads if training.target is None else (column(training.target, "training.target"),)
     if config.sae.skip and reads == writes:
         raise UserError("sae.skip: true is accepted for a transcoder, which training.target makes of it")
+    if config.sae.subtract_decoder_bias and reads != writes:
+        raise UserError("sae.subtract_decoder_bias: true is accepted for a coder that writes what it reads, and no transcoder")
     return reads, writes
+
+
+def of_two_models(reads: Sequence[str], writes: Sequence[str]) -> bool:
+    """Whether it is a crosscoder of one hook point in two models, by which these are compared."""
+    return tuple(reads) == tuple(writes) and len(reads) == 2 and reads[1] == f"{SECOND}.{reads[0]}"
 
 
 def hook_points_said(reads: Sequence[str], writes: Sequence[str]) -> str:
@@ -61,6 +69,7 @@ def coder_training(
     config: RunConfig, model: ModelRecord, reads: tuple[str, ...], writes: tuple[str, ...], **named: Any
 ) -> Training:
     """What there is to do. named: the fields of `Training` that are addresses and identities."""
+    second = config.language_model.second
     corpus, storage, of_images = config.corpus, config.storage, config.corpus.source == "images"
     return Training(
         settings=config.training,
@@ -70,6 +79,7 @@ def coder_training(
         seed=config.seed,
         metadata={
             "model_name": config.language_model.name,
+            **({} if second is None else {"second_model_name": second.name}),
             **placement(reads, writes),
             "context_size": len(model.layout()) if of_images else corpus.context_length,
             "prepend_bos": corpus.bos != "none",

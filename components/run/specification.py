@@ -300,10 +300,8 @@ def resolve(config: RunConfig, champion_must_fit: bool = True) -> Specification:
     mistake; without, training starts from new weights. Raises a UserError for what is not there.
     """
     images = config.corpus.source == "images"
-    found = find_model(config.language_model)
-    pinned = config.language_model if found.commit is None else found.settings.model_copy(update={"revision": found.commit})
-    config = config.model_copy(update={"corpus": corpus_sources.pinned(config.corpus), "language_model": pinned})
-    source = ModelSource(pinned, found.location, found.commit)
+    source = find_model(config.language_model).pinned()
+    config = config.model_copy(update={"corpus": corpus_sources.pinned(config.corpus), "language_model": source.settings})
     model = resolve_model(source, config.activations.hook_points, images, config.corpus.prompt)
     reads, writes = coder_columns(config, model, source)
     sources = list_corpus(config.corpus)

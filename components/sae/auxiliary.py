@@ -22,7 +22,7 @@ def auxk_loss_of(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, r
     places = dead.nonzero().flatten()
     if len(places) == 0:
         return residual.new_zeros((), dtype=torch.float32)
-    few = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.b_enc[places])
+    few = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.read_bias(coder.b_enc)[places])
     loss = auxk_loss(few, torch.ones_like(places, dtype=torch.bool), residual, coder.W_dec[places], min(k, len(places)))
     return loss * min(1.0, len(places) / k)
 

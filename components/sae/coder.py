@@ -99,6 +99,8 @@ class Coder(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.subtracts = settings.subtract_decoder_bias
+        """Whether features read `x - b_dec`: not where that is folded."""
         self.unit: Tensor | None = None
         """By what each dimension that is written is multiplied where lengths are taken, `[d_out]`; None for 1. Columns that
         were scaled differently in training differ in it afterwards."""
@@ -141,14 +143,46 @@ class Coder(nn.Module, ABC):
         """Put the decoder bias at a point of what is written, `[d_out]`, and let features begin by reading the distance from
         one of what is read, `[d_in]`. For a coder as `initialise` leaves it."""
         self.b_dec.copy_(written)
+        if self.subtracts:
+            return
         shift = read.double().cpu() @ self.W_enc.double().cpu()
         for name in self.encoder_biases:
             getattr(self, name).copy_(-shift)
 
     @torch.no_grad()
+    def confine(self, read: Tensor, written: Tensor) -> None:
+        """Keep decoder rows and encoder columns in the span of orthonormal columns, `[d_out, m]` and `[d_in, m]`, as long as
+        before: random directions become random ones there. For a coder as `initialise` leaves it."""
+        rows = (self.W_dec.double().cpu() @ written) @ written.T
+        self._begin_in(rows, (self.W_enc.T.double().cpu() @ read) @ read.T)
+
+    @torch.no_grad()
+    def lean(self, read: Tensor, written: Tensor, share: float) -> None:
+        """Turn decoder rows and encoder columns towards what tokens write, `[d_sae, d_out]`, and read, `[d_sae, d_in]`: unit
+        vectors are mixed with the weight `share`. For a coder as `initialise` leaves it."""
+
+        def mixed(own: Tensor, tokens: Tensor) -> Tensor:
+            own, tokens = (torch.nn.functional.normalize(rows.double().cpu(), dim=1) for rows in (own, tokens))
+            return (1 - share) * own + share * tokens
+
+        self._begin_in(mixed(self.W_dec, written), mixed(self.W_enc.T, read))
+
+    def _begin_in(self, rows: Tensor, columns: Tensor) -> None:
+        """Decoder rows `[d_sae, d_out]` and encoder columns `[d_sae, d_in]` of these directions and of the length that settings
+        want; an autoencoder's columns are its rows."""
+        norm = self.settings.decoder_init_norm
+        self.W_dec.copy_(norm * torch.nn.functional.normalize(rows, dim=1))
+        if self.reads == self.writes:
+            self.W_enc.copy_(self.W_dec.T)
+        else:
+            self.W_enc.copy_(norm * torch.nn.functional.normalize(columns, dim=1).T)
+
+    @torch.no_grad()
     def fire_on(self, x: Tensor, share: float) -> None:
         """Set the encoder biases so that each feature is above its onset on that share of these tokens, x `[n, d_in]`."""
         wanted, onset = max(1, round(share * len(x))), self.onset().double().cpu()
+        if self.subtracts:
+            x = x - self.b_dec.to(x)
         for features in torch.arange(self.d_sae).split(1_024):
             products = x.double().cpu() @ self.W_enc[:, features].double().cpu()
             last = products.kthvalue(len(x) - wanted + 1, dim=0).values
@@ -162,7 +196,25 @@ class Coder(nn.Module, ABC):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc + b_enc`: `[n, d_in]` -> `[n, d_sae]`."""
-        return torch.nn.functional.linear(x, self.W_enc.T, self.b_enc)
+        return torch.nn.functional.linear(x, self.W_enc.T, self.read_bias(self.b_enc))
+
+    def read_bias(self, bias: Tensor) -> Tensor:
+        """What is added to `x W_enc` for an encoder bias `[d_sae]`: where `b_dec` is subtracted, `bias - b_dec W_enc`."""
+        return bias - self.b_dec @ self.W_enc if self.subtracts else bias
+
+    def moved_biases(self, tensors: Mapping[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+        """The encoder biases of a coder's tensors, so that it computes the same for `x W_enc` that is smaller by a shift
+        `[d_sae]`."""
+        return {name: tensors[name] + shift for name in self.encoder_biases}
+
+    @torch.no_grad()
+    def subtracting(self) -> Self:
+        """This coder, which reads x, as one that computes the same from `x - b_dec`, where its settings want that."""
+        if self.settings.subtract_decoder_bias and not self.subtracts:
+            tensors = {name: value.double() for name, value in self.state_dict().items()}
+            self.load_state_dict({**self.state_dict(), **self.moved_biases(tensors, tensors["b_dec"] @ tensors["W_enc"])})
+            self.subtracts = True
+        return self
 
     def row_norms(self, rows: Tensor | None = None) -> Tensor:
         """`||W_dec_i||`, times which a feature's activation is the length of what it writes, `[d_sae]`; or of other rows."""
@@ -223,8 +275,9 @@ class Coder(nn.Module, ABC):
         for each column), with unit decoder rows.
 
         Scales and decoder norms go into the encoder: a feature's activation is then the length of what it adds to what is
-        written, which is what the paper reads (`f_i * ||W_dec_i||`). Computed in float64. Of several columns with scales of
-        their own the length is the one that training saw, see `unit`: what was ranked by it stays so.
+        written, which is what the paper reads (`f_i * ||W_dec_i||`). A decoder bias that is subtracted goes there too. Computed
+        in float64. Of several columns with scales of their own the length is the one that training saw, see `unit`: what was
+        ranked by it stays so.
         """
         reads, writes = per_dimension(self.reads, scale_in), per_dimension(self.writes, scale_out)
         common = scale_out[0]
@@ -236,6 +289,8 @@ class Coder(nn.Module, ABC):
         tensors = {
             name: value.double().cpu() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
+        if self.subtracts:
+            tensors |= self.moved_biases(tensors, -(tensors["b_dec"] @ tensors["W_enc"]))
         tensors["W_enc"] = tensors["W_enc"] * reads[:, None] * gain
         tensors["W_dec"] = rows * (common / writes) / norm[:, None]
         tensors["b_dec"] = tensors["b_dec"] / writes
@@ -245,6 +300,7 @@ class Coder(nn.Module, ABC):
             tensors[name] = tensors[name] * gain
         for name in self.scaled_like_outputs:
             tensors[name] = tensors[name] / common
+        result.subtracts = False
         result.load_state_dict(tensors)
         unit = (writes if self.unit is None else self.unit * writes) / common
         result.unit = None if torch.allclose(unit, torch.ones_like(unit), rtol=1e-12) else unit

@@ -22,7 +22,10 @@ class CoderSettings(Bounded):
     """Raised when the same settings and data would no longer give the same weights."""
     decides: ClassVar[tuple[str, ...]] = ("architecture", "decoder_init_norm")
     """Fields that are always part of an identity; `d_sae` and `expansion_factor` are by what they come to."""
-    decides_later: ClassVar[tuple[str, ...]] = ("skip", "decoder_bias_init", "first_density", "resample_at")
+    decides_later: ClassVar[tuple[str, ...]] = (
+        "skip", "decoder_bias_init", "first_density", "resample_at", "subtract_decoder_bias", "active_subspace",
+        "decoder_token_share",
+    )  # fmt: skip
     """Fields that came after the version: part of an identity only where they differ from their default."""
 
     architecture: str
@@ -47,6 +50,19 @@ class CoderSettings(Bounded):
     first_density: float | None = Field(default=None, ge=1e-3, lt=1)
     """Share of tokens on which each feature of new weights is above zero, or above its threshold, by its encoder bias
     (Anthropic, January 2025); the bias is left alone where it is not given."""
+
+    subtract_decoder_bias: bool = False
+    """In training features read `x - b_dec`, and the decoder bias learns from that as well (Bricken et al. 2023; SAELens'
+    `apply_b_dec_to_input`). What is exported reads x, with encoder biases that make up for it."""
+
+    decoder_token_share: float = Field(default=0.0, ge=0, le=1)
+    """Of the direction in which each decoder row of new weights begins: the weight of a token's, as it lies from the decoder
+    bias, drawn from the first that are trained on; the rest is random. 0 is random alone."""
+
+    active_subspace: float | None = Field(default=None, gt=0, le=1)
+    """Decoder rows (and the columns of an encoder that is no transpose) of new weights begin in the span of the fewest
+    principal directions that hold this share of the variance, such as 0.99: for attention outputs, in which many directions are
+    all but empty (Wang et al. 2025, arXiv 2508.16929)."""
 
     resample_at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
     """Shares of the training at which features that are dead begin anew, at tokens that are reconstructed badly (Bricken et al.

@@ -11,6 +11,7 @@ from components.corpus.labelled import read_labelled
 from components.corpus.manifest import TokenManifest
 from components.evaluation import passages, probing
 from components.evaluation.absorption import absorption
+from components.evaluation.difference import scalings, summarised
 from components.evaluation.held_out import HeldOut
 from components.evaluation.meta_structure import meta_structure
 from components.evaluation.occurrences import read_occurrences
@@ -18,7 +19,9 @@ from components.evaluation.record import Metrics
 from components.evaluation.results import Evaluation
 from components.interop.coders import AnySAE, NormalizedSAE
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
+from components.run.coder import of_two_models
 from components.run.specification import Specification
+from components.sae.coder import Coder
 from components.steps.reference import exclusion_of, reference_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ def with_optional(run: Specification, found: Evaluation, sae: AnySAE, token_mani
         found = _probed(run, found, sae, token_manifest)
     if run.config.evaluation.absorption is not None:
         found = _with_absorption(run, found, sae, token_manifest)
+    if of_two_models(run.reads, run.writes) and isinstance(sae, Coder):
+        found = _with_difference(run, found, sae, token_manifest)
     structure = run.config.evaluation.meta_structure
     if structure is not None:
         living = torch.from_numpy(~found.features["dead"].to_numpy(zero_copy_only=False)).to(sae.W_dec.device)
@@ -72,6 +77,21 @@ def _with_absorption(run: Specification, found: Evaluation, sae: AnySAE, token_m
     metrics, rows = absorption(seen, decoder, bias, settings)
     return dataclasses.replace(
         found, optional={**found.optional, "absorption": metrics}, breakdown={**found.breakdown, "absorption": rows}
+    )
+
+
+def _with_difference(run: Specification, found: Evaluation, coder: Coder, token_manifest: TokenManifest) -> Evaluation:
+    text, model = HeldOut(url=run.token_url, manifest=token_manifest), kept_model(run.source, run.device)
+    settings, exclusion = run.config.evaluation, exclusion_of(run, model, token_manifest)
+    sums = scalings(
+        coder, model, run.read_points, text, settings.tokens, exclusion, settings.batch_sequences, run.device
+    )  # fmt: skip
+    metrics, rows, features = summarised(sums.found(), found.features)
+    return dataclasses.replace(
+        found,
+        optional={**found.optional, "difference": metrics},
+        breakdown={**found.breakdown, "difference": rows},
+        features=features,
     )
 
 

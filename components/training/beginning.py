@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,21 +21,51 @@ _CPU = torch.device("cpu")
 
 
 def begin_from_data(coder: Coder, job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> None:
-    """Biases of a new coder as `decoder_bias_init` and `first_density` want them; nothing is read where they need nothing.
+    """A new coder as the settings want it that are taken from data; nothing is read where they need nothing.
 
     Computed on the CPU, from batches that depend on the job alone: the same weights on every device, and beside other coders.
     """
     settings = coder.settings
+
+    @cache
+    def sample() -> tuple[Tensor, Tensor]:
+        return _sample(job, reads, writes)
+
+    points: tuple[Tensor, Tensor] | None = None
     if settings.decoder_bias_init == "mean":
-        coder.centre(scaled_mean(reads, _CPU), scaled_mean(writes, _CPU))
-    if settings.decoder_bias_init != "geometric_median" and settings.first_density is None:
-        return
-    x, y = _sample(job, reads, writes)
-    if settings.decoder_bias_init == "geometric_median":
+        points = scaled_mean(reads, _CPU), scaled_mean(writes, _CPU)
+    elif settings.decoder_bias_init == "geometric_median":
+        x, y = sample()
         written = geometric_median(y)
-        coder.centre(written if job.reads == job.writes else geometric_median(x), written)
+        points = (written if job.reads == job.writes else geometric_median(x)), written
+    if settings.active_subspace is not None or settings.decoder_token_share > 0:
+        origins = points or (torch.zeros(()), torch.zeros(()))
+        read, written = (rows - origin for rows, origin in zip(sample(), origins, strict=True))
+        if settings.active_subspace is not None:
+            coder.confine(*(principal_directions(rows, settings.active_subspace) for rows in (read, written)))
+        if settings.decoder_token_share > 0:
+            drawn = _drawn(len(read), coder.d_sae, job.seed)
+            coder.lean(read[drawn], written[drawn], settings.decoder_token_share)
+    if points is not None:
+        coder.centre(*points)
     if settings.first_density is not None:
-        coder.fire_on(x, settings.first_density)
+        coder.fire_on(sample()[0], settings.first_density)
+
+
+def _drawn(tokens: int, count: int, seed: int) -> Tensor:
+    """So many of the tokens, each as often as any other up to one time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(tokens, generator=generator) for _ in range(-(-count // tokens))])[:count]
+
+
+def principal_directions(rows: Tensor, share: float) -> Tensor:
+    """Orthonormal columns `[width, m]`, float64: the fewest directions from zero in which rows `[n, width]` have that share of
+    their squared norm."""
+    rows = rows.double()
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
+    held = values.cumsum(0) / values.sum()
+    return vectors[:, : int((held < share - 1e-12).sum()) + 1]
 
 
 def geometric_median(rows: Tensor, tolerance: float = 1e-10, most: int = 1_000) -> Tensor:

@@ -23,7 +23,7 @@ class TrainingSettings(Settings):
 
     crosscoder: tuple[str, ...] = ()
     """Several columns, all of which the coder reads and writes, side by side and each with a scale of its own (Lindsey et al.
-    2024); they take the place of `hook_point`."""
+    2024), such as `resid_post.6` and `second.resid_post.6` of two models; they take the place of `hook_point`."""
 
     start_from: LocalPath | None = Field(default=None, min_length=1)
     """The coder that training continues from, with an optimizer and a schedule of its own: `champion` (of the registered

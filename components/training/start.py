@@ -52,6 +52,7 @@ def as_trained(coder: Coder, folder: Path, scale_in: Sequence[float], scale_out:
     if not isinstance(given, Coder):
         raise ValueError("its center_writing_weights is true; accepted is false")
     raw = type(coder)(coder.settings, coder.reads, coder.writes, coder.d_sae)
+    raw.subtracts = False
     raw.unit = None if len(set(scale_out)) == 1 else per_dimension(raw.writes, scale_out) / scale_out[0]
     raw.load_exported(given.state_dict())
-    return raw.folded([1 / scale for scale in scale_in], [1 / scale for scale in scale_out])
+    return raw.folded([1 / scale for scale in scale_in], [1 / scale for scale in scale_out]).subtracting()

@@ -272,19 +272,28 @@ def write_gemma(folder: Path, peer: Peer) -> None:
 GEMMA = "/hub/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
 
 
-def gemma_scope(second: bool = False, lower: bool = False, **options) -> Peer:
-    made = {name: weights(4)[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+def gemma_scope(second: bool = False, lower: bool = False, transcodes: bool = False, **options) -> Peer:
+    names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
+    made = {name: weights(4)[name] for name in names}
+    if options.get("affine_connection"):
+        made["affine_skip_connection"] = weights(5)["W_enc"][:, :D_IN]
+    if transcodes:
+        norms = {"in": "pre_feedforward_layernorm", "out": "post_feedforward_layernorm"}
+        options |= {f"hf_hook_point_{way}": f"model.layers.5.{norm}.output" for way, norm in norms.items()}
     arrays = {name.lower() if lower else name: value for name, value in made.items()}
 
     def compute(x: np.ndarray, a: Arrays) -> tuple[np.ndarray, np.ndarray]:
         a = {name.replace("w_", "W_"): value for name, value in a.items()}
         z = x @ a["W_enc"] + a["b_enc"]
         f = (z > a["threshold"]) * relu(z)
-        return f, f @ a["W_dec"] + a["b_dec"]
+        y = f @ a["W_dec"] + a["b_dec"]
+        return f, y + x @ a["affine_skip_connection"] if "affine_skip_connection" in a else y
 
     config = {"architecture": "jump_relu", "model_name": "gemma-v3-270m-pt", "hf_hook_point_in": "model.layers.5.output",
               **options}  # fmt: skip
-    return Peer(config, arrays, compute, write_gemma if second else write_npz, GEMMA, "jumprelu")
+    skip = "skip_" * bool(options.get("affine_connection"))
+    kind = f"jumprelu_{skip}transcoder" if transcodes else "jumprelu"
+    return Peer(config, arrays, compute, write_gemma if second else write_npz, GEMMA, kind)
 
 
 def in_folder(peer: Peer, tmp_path: Path) -> Path:

@@ -78,6 +78,8 @@ EXACT = {
     "gemma scope": gemma_scope(),
     "gemma scope, lower case": gemma_scope(lower=True),
     "gemma scope 2": gemma_scope(second=True, lower=True),
+    "gemma scope 2 transcoder": gemma_scope(second=True, lower=True, transcodes=True),
+    "gemma scope 2 skip transcoder": gemma_scope(second=True, lower=True, transcodes=True, affine_connection=True),
 }  # fmt: skip
 EXACT["sparsify by factor"].arrays = {
     name: value[: 2 * D_IN] if name != "b_dec" else value for name, value in EXACT["sparsify"].arrays.items()
@@ -195,6 +197,10 @@ def test_what_sparsify_has_no_form_for_is_refused(name: str, tmp_path: Path):
         (
             gemma_scope(second=True, hf_hook_point_in="model.layers.5.post_feedforward_layernorm.output"),
             {"hook_name": "mlp_out.5", "model_name": "gemma-3-270m"},
+        ),
+        (
+            gemma_scope(second=True, transcodes=True),
+            {"hook_name": "mlp_in.5", "hook_name_out": "mlp_out.5", "model_name": "gemma-3-270m"},
         ),
         (
             gemma_scope(second=True, hf_hook_point_in="model.layers.5.self_attn.o_proj.input"),

@@ -144,8 +144,11 @@ REFUSED: dict[str, tuple[Peer, Callable[[Path], None], list[str]]] = {
         gemma_scope(), lambda folder: np.savez(folder / "params.npz", W_enc=weights()["W_enc"]), ["cannot be read", "b_dec"]),
     "gemma array alone": (
         gemma_scope(), lambda folder: np.save((folder / "params.npz").open("wb"), np.ones(3)), ["cannot be read"]),
-    "gemma 2 transcoder": (
-        gemma_scope(second=True), edit("config.json", hf_hook_point_out="model.layers.5.mlp.output"), ["only SAEs"]),
+    "gemma 2 transcoder's skip": (
+        gemma_scope(second=True, transcodes=True), edit("config.json", affine_connection=True), ["W_skip"]),
+    "gemma 2 hidden skip": (
+        gemma_scope(second=True, transcodes=True, affine_connection=True), edit("config.json", affine_connection=False),
+        ["W_skip"]),
     "gemma 2 affine": (gemma_scope(second=True), edit("config.json", affine_connection=True), ["affine_connection"]),
     "gemma 2 architecture": (gemma_scope(second=True), edit("config.json", architecture="topk"), ["jump_relu"]),
     "gemma 2 cross-layer": (

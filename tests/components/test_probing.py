@@ -141,6 +141,26 @@ def test_the_standard_library_gives_packages_and_prose_without_a_network():
     assert {text.label for text in prose} == {"code", "prose"}
 
 
+def test_languages_are_told_apart_on_texts_that_no_probe_has_seen_in_any_language():
+    task = LabelledSettings(source="languages")
+    (listed,) = list_labelled([task])
+    texts = list(read_labelled(task, 0, listed))
+    kept = chosen_texts(texts, ProbingSettings(tasks=(task,)), "here")
+    assert list(kept) == ["dutch", "english", "french", "german", "italian", "spanish"]
+    for found in kept.values():  # of one document in every language
+        assert {text.document for text in found} == {f"text {place}" for place in range(10)}
+    assert len({text.text for text in texts}) == 60
+    letters = np.array(
+        [[text.text.lower().count(letter) / len(text.text) for letter in "aeioukwznàéèñüßòùj"] for text in texts]
+    )
+    labels = np.unique([text.label for text in texts], return_inverse=True)[1]
+    documents = np.array([int(text.document.split()[1]) for text in texts])
+    values = {"sae": letters, "coordinates": letters, "random_directions": letters[:, :4]}
+    values = {name: part.astype(np.float32) for name, part in values.items()}
+    found, _ = probe("languages", Passages(values=values, labels=labels, documents=documents, names=tuple(kept)), SETTINGS)
+    assert found["languages/dense"] > 0.8  # shares of letters say it
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
     """40 rows with one of two topics, each of words of its own."""

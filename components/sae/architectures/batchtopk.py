@@ -75,7 +75,7 @@ class BatchTopKSAE(Coder):
             before = self.pre_activations(x)
             return before, self._strongest(before, k)
         norms = self.row_norms().detach()
-        values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.b_enc, norms, k)
+        values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
         offsets = torch.searchsorted(places, torch.arange(len(x) + 1) * self.d_sae)
         return None, chosen_features(self, x, values, places % self.d_sae, offsets)
 

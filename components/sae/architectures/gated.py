@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -47,7 +48,10 @@ class GatedSAE(Coder):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`x W_enc`, which both paths read."""
-        return torch.nn.functional.linear(x, self.W_enc.T)
+        return torch.nn.functional.linear(x, self.W_enc.T, self.read_bias(torch.zeros_like(self.b_gate)))
+
+    def moved_biases(self, tensors: Mapping[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+        return {"b_gate": tensors["b_gate"] + shift, "b_mag": tensors["b_mag"] + shift * tensors["r_mag"].exp()}
 
     def _features(self, product: Tensor) -> DenseFeatures:
         return DenseFeatures((product + self.b_gate > 0) * torch.relu(product * self.r_mag.exp() + self.b_mag))

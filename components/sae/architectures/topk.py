@@ -90,7 +90,7 @@ class TopKSAE(Coder):
     def _chosen(self, x: Tensor, k: int) -> SparseFeatures:
         """`_strongest` without the pre-activations of the others."""
         norms = self.row_norms().detach() if self.settings.rank_by == "length" else None
-        values, indices = strongest_of_rows(x, self.W_enc, self.b_enc, norms, k)
+        values, indices = strongest_of_rows(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
         offsets = torch.arange(len(x) + 1) * indices.shape[1]
         return chosen_features(self, x, values.flatten(), indices.flatten(), offsets)
 
@@ -111,7 +111,7 @@ class TopKSAE(Coder):
 def chosen_features(coder: Coder, x: Tensor, before: Tensor, indices: Tensor, offsets: Tensor) -> SparseFeatures:
     """Features of x that were chosen without a gradient, by pre-activations before and indices `[m]`, with their gradient."""
     places = Places.of(indices, offsets, coder.d_sae)
-    values = torch.relu(encoded(x, coder.W_enc, coder.b_enc, before, places))
+    values = torch.relu(encoded(x, coder.W_enc, coder.read_bias(coder.b_enc), before, places))
     return SparseFeatures(values, indices, offsets, coder.d_sae, places)
 
 
