@@ -92,7 +92,7 @@ class Mesh:
         else:
             own = strengths.topk(k, dim=1, sorted=False).values
         every = _gathered(own.T, self.over_shares, self.features)
-        return strengths >= every.topk(k, dim=0).values[-1][:, None]
+        return _kept(strengths.T, every, every.topk(k, dim=0).values[-1], k, self.feature_rank * k).T
 
     @torch.no_grad()
     def strongest_of_batch(
@@ -114,7 +114,7 @@ class Mesh:
             if self.data == 1 or not self.anywhere(count < d_sae and bool(strengths.amin() > top[-1]))[0]:
                 break
             count *= 2
-        kept = (strengths >= top[-1]) & (strengths > 0)
+        kept = _kept(strengths, every, top[-1], len(top), dist.get_rank() * len(strengths)) & (strengths > 0)
         weakest = torch.where(top > 0, top, torch.inf).amin()
         return values[kept], places[kept], torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
 
@@ -131,6 +131,15 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient, None, None
+
+
+def _kept(own: Tensor, every: Tensor, least: Tensor, count: int, before: int) -> Tensor:
+    """Which of own `[c, ...]` are among the `count` largest of every `[m, ...]`, the smallest of which is least `[...]`. Of
+    equal ones, which repeated tokens and short number formats make, as many as there is place for, by the order of processes.
+    before: how many in `every` are of processes before this one."""
+    place = count - (every > least).sum(dim=0) - (every[:before] == least).sum(dim=0)
+    equal = own == least
+    return (own > least) | (equal & (equal.cumsum(dim=0) <= place))
 
 
 def _gathered(share: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:

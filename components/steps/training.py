@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from components.run.specification import Specification
 from components.steps.extraction import require_dataset
-from components.training import loop, process
+from components.training import divergence, loop, process
 from components.training.job import Point, Training, TrainingRecord
 from components.training.parallel.ranks import joined, started_by_torchrun
 
@@ -47,6 +48,12 @@ def launch_training(run: Specification, on_points: Callable[[list[Point]], None]
         return process.launch(
             job, run.device, on_points, None if minutes is None else minutes * 60, run.config.execution.training
         )
+
+
+def replay(run: Specification) -> dict[str, Any]:
+    """What the step comes to, run again, by which the training diverged; as plain JSON."""
+    with prepared(run) as job:
+        return divergence.replay(job, run.device).as_json()
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -74,6 +75,13 @@ class Replay:
     rows: list[int]
     """Tokens of the batch, at most 10, that have the largest entries; those with none that is finite first."""
 
+    def as_json(self) -> dict[str, Any]:
+        """JSON has no NaN: what is not finite is a text."""
+        tree = asdict(self)
+        for part in ("terms", "gradients", "weights", "batch"):
+            tree[part] = {name: value if _finite(value) else str(value) for name, value in tree[part].items()}
+        return tree
+
 
 def replay(job: Training, device: torch.device) -> Replay:
     """Run the step again by which a training diverged; a UserError where none has."""
@@ -90,7 +98,7 @@ def replay(job: Training, device: torch.device) -> Replay:
     restore_checkpoint(training, folder)
     x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
     dead = training.silent_tokens >= job.settings.dead_after_tokens
-    progress = replace(Progress(0, job.steps, dead), step=step - 1)
+    progress = Progress(step - 1, job.steps, dead)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.settings.autocast == "bfloat16"):
         losses = training.coder.losses(x, y, progress)
     losses.total.backward()

@@ -29,6 +29,11 @@ def started_by_torchrun() -> bool:
     return dist.is_torchelastic_launched()
 
 
+def speaks() -> bool:
+    """Whether this process is alone, or the one of them that speaks for all."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
 def require_parallel(ranks: RankSettings, training: TrainingSettings, coder: CoderSettings, d_sae: int) -> None:
     """A UserError where this training cannot be shared out so."""
     if ranks.size == 1:
