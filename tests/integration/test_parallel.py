@@ -1,4 +1,4 @@
-"""Parallel trainings as a user starts them: every architecture over 200 steps, and processes that die alone or are sent away."""
+"""Parallel trainings as a user starts them: every architecture over 200 steps, and processes that die or are sent away."""
 
 from __future__ import annotations
 
