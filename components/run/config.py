@@ -27,7 +27,7 @@ from components.sae.choice import SAESettings, default_settings
 from components.settings import Settings, UserError, digest, first_line
 from components.storage.addresses import Address, LocalPath
 from components.tracking.settings import TrackingSettings
-from components.training.settings import TrainingSettings
+from components.training.settings import RankSettings, TrainingSettings
 from components.yaml_text import YamlError, parse_value, parse_yaml, read_text
 
 
@@ -59,6 +59,9 @@ class ExecutionSettings(Settings):
 
     training_timeout_minutes: float | None = Field(default=None, gt=0, le=LONGEST_SECONDS / 60)
     """A training that takes longer is stopped, leaves a checkpoint, and fails."""
+
+    training: RankSettings = RankSettings()
+    """How many processes train the coder, and what each of them holds."""
 
     address: str | None = None
     """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; a local one is started where it is not given."""

@@ -10,6 +10,7 @@ from components.interpretation.examples import BINS
 from components.interpretation.token_shares import SAMPLED
 from components.run.checks import without_evaluation
 from components.run.specification import Specification
+from components.training.settings import RankSettings
 
 
 def estimate(run: Specification) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def estimate(run: Specification) -> dict[str, Any]:
     config, d_in, d_sae = run.config, run.d_in, run.d_sae
     tokens = run.token_manifest()
     manifest = run.dataset_manifest()
-    record = run.training_record()
+    record, ranks = run.training_record(), config.execution.training
     stored = manifest.tokens if manifest else (tokens.splits["train"].tokens if tokens else config.corpus.train_tokens)
     held_out = tokens.splits["held_out"].tokens if tokens else config.corpus.held_out_tokens
     row_bytes = TOKEN_BYTES + sum(run.widths.values()) * DTYPES[config.activations.dtype].itemsize
@@ -59,6 +60,7 @@ def estimate(run: Specification) -> dict[str, Any]:
         "training": {
             "tokens": steps * config.training.batch_size, "epochs": steps * config.training.batch_size / stored,
             "steps": steps, "starts": run.start_said, "flops": dense_flops(run),
+            **({} if ranks.size == 1 else {"processes": ranks.size, "torchrun": torchrun(ranks)}),
         },
         "evaluation": {
             "exists": run.evaluation_record() is not None, "impossible": without_evaluation(run), "tokens": evaluated,
@@ -67,13 +69,18 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "memory_bytes": {
             "extraction": 4 * model_parameters + max(4 * chunk_bytes, shuffled_bytes),
-            "training": coder_bytes + window_bytes,
+            "training": coder_bytes + window_bytes,  # of one of its processes
             "evaluation": 4 * model_parameters + 2 * logit_bytes,
             # of each kept sequence some eight activations (see `Examples`); histograms of the text and of a span
             **({"interpretation": 4 * model_parameters + example_bytes} if interpreted.tokens else {}),
         },
         "registered_model": run.registered_model,
     }  # fmt: skip
+
+
+def torchrun(ranks: RankSettings) -> str:
+    """By which a machine starts them all by itself; `sae train` and the flow do the same."""
+    return f"torchrun --standalone --nproc-per-node {ranks.size} --no-python sae train CONFIG"
 
 
 def parameters(run: Specification) -> int:
@@ -83,11 +90,13 @@ def parameters(run: Specification) -> int:
 
 
 def training_memory(run: Specification, stored: int) -> tuple[int, int]:
-    """Bytes of a coder in training, and of the reader that coders in lockstep share. stored: tokens of the dataset."""
+    """Bytes of a coder in training, in each of its processes, and of the reader that coders in lockstep share. stored: tokens
+    of the dataset."""
     settings = run.config.activations
     read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
     # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
-    coder = 16 * parameters(run) + 12 * run.config.training.batch_size * run.d_sae
+    ranks = run.config.execution.training
+    coder = 16 * parameters(run) // ranks.feature_parallel + 12 * run.config.training.batch_size * run.d_sae // ranks.size
     window = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
     return coder, 4 * window
 

@@ -11,6 +11,7 @@ from components.registry.gates import load_gates
 from components.run.config import ExecutionSettings, RunConfig
 from components.settings import UserError
 from components.tracking.address import tracking_uri
+from components.training.parallel.ranks import require_parallel
 
 LONGEST_REGISTERED_NAME = 250
 """Characters; MLflow's databases keep 256 of a registered model's name, and webhooks and aliases add to it."""
@@ -24,6 +25,7 @@ def check_later_steps(config: RunConfig, d_sae: int, registered_model: str, eval
         field = "d_sae" if config.sae.d_sae is not None else "expansion_factor"
         raise UserError(f"sae.{field}: it gives {d_sae} features; accepted are at most {LONGEST_WIDTH}")
     require_runner(config.execution)
+    require_parallel(config.execution.training, config.training, config.sae, d_sae)
     require_cache(config)
     if evaluated:
         require_something_to_predict(config)

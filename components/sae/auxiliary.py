@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def auxk_loss_of(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int) -> Tensor:
     """`auxk_loss` of a coder on x `[n, d_in]`. before: pre-activations of all features; without them those of dead features
     alone are computed, which is for where it costs nothing to ask how many they are."""
+    if coder.mesh is not None:
+        return _auxk_of_share(coder, x, before, dead, residual, k)
     k = min(k, coder.d_sae)
     if before is not None:
         return auxk_loss(before, dead, residual, coder.W_dec, k)
@@ -40,12 +42,38 @@ def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Ten
     k = min(k, pre_activations.shape[1])
     chosen = pre_activations.masked_fill(~dead, -torch.inf).topk(k, dim=1)
     known = chosen.values.isfinite()
-    values = torch.where(known, chosen.values, torch.zeros_like(chosen.values))
-    values = values + (torch.relu(values) - values).detach()
-    written = SparseFeatures.of_rows(values, chosen.indices, pre_activations.shape[1]).decode(
-        rows, rows.new_zeros(rows.shape[1])
-    )
+    written = _written(chosen.values, known, chosen.indices, rows)
     spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
     loss = (error - written.float()).square().sum(dim=1).mean() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     # Few dead features cannot write all of it: without this they would be pulled apart by it.
     return loss * rows.shape[1] * (dead.sum() / k).clamp(max=1.0)
+
+
+def _written(before: Tensor, kept: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """By features with pre-activations before `[n, k]`, those kept alone: `[n, d_out]`."""
+    values = torch.where(kept, before, torch.zeros_like(before))
+    values = values + (torch.relu(values) - values).detach()
+    return SparseFeatures.of_rows(values, indices, len(rows)).decode(rows, rows.new_zeros(rows.shape[1]))
+
+
+def _auxk_of_share(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int) -> Tensor:
+    """`auxk_loss_of` where the other features, or the other tokens of the batch, are with other processes."""
+    mesh = coder.mesh
+    assert mesh is not None
+    error, k = residual.detach().float(), min(k, coder.features_of_all)
+    count = mesh.over_features(dead.sum())
+    if before is None:  # on a CPU, where asking waits for nothing; the same answer for everybody
+        if not count:
+            return error.new_zeros(())
+        places = dead.nonzero().flatten()
+        before, rows = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.b_enc[places]), coder.W_dec[places]
+    else:
+        before, rows = before.masked_fill(~dead, -torch.inf), coder.W_dec
+    chosen = before.topk(min(k, before.shape[1]), dim=1)
+    kept = chosen.values.isfinite() & mesh.among_strongest(chosen.values, k)
+    share = _written(chosen.values, kept, chosen.indices, rows) if len(rows) else torch.zeros_like(error)
+    written = mesh.over_features(share)
+    middle = mesh.over_tokens(error.mean(dim=0))
+    spread = mesh.over_tokens((error - middle).square().sum(dim=1).mean())
+    loss = (error - written.float()).square().sum(dim=1).mean() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    return loss * coder.d_out * (count / k).clamp(max=1.0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from components.sae.features import Features
+from components.sae.mesh import Mesh
 from components.sae.settings import CoderSettings
 
 
@@ -90,6 +91,9 @@ class Coder(nn.Module, ABC):
     """Whether W_enc lies in memory feature by feature, as the gradients of few features want it."""
     scaled_like_outputs: ClassVar[tuple[str, ...]] = ()
     """Those that have the unit of what is written."""
+    parallel: ClassVar[bool] = False
+    """Whether `losses` is right where this is a share of a coder: sums over features through `over_features`, what is no plain
+    mean over tokens through `over_tokens`."""
 
     def __init__(self, settings: CoderSettings, reads: Sequence[Column], writes: Sequence[Column], d_sae: int) -> None:
         super().__init__()
@@ -104,6 +108,8 @@ class Coder(nn.Module, ABC):
         self.unit: Tensor | None = None
         """By what each dimension that is written is multiplied where lengths are taken, `[d_out]`; None for 1. Columns that
         were scaled differently in training differ in it afterwards."""
+        self.mesh: Mesh | None = None
+        """Where this holds a share of the features, or sees a share of every batch: the place among those that do."""
         self.W_skip: nn.Parameter | None = nn.Parameter(torch.zeros(d_out, d_in)) if settings.skip else None
 
     @classmethod
@@ -123,6 +129,16 @@ class Coder(nn.Module, ABC):
     @property
     def d_out(self) -> int:
         return self.W_dec.shape[1]
+
+    @property
+    def features_of_all(self) -> int:
+        """`d_sae` of the whole, where this holds a share of the features."""
+        return self.d_sae if self.mesh is None else self.d_sae * self.mesh.features
+
+    @property
+    def first_feature(self) -> int:
+        """Its place among all features."""
+        return 0 if self.mesh is None else self.d_sae * self.mesh.feature_rank
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -227,7 +243,21 @@ class Coder(nn.Module, ABC):
 
     def decode(self, features: Features) -> Tensor:
         """Features of `n` tokens -> what they write, `[n, d_out]`."""
-        return features.decode(self.W_dec, self.b_dec)
+        return self.written(features, self.W_dec, self.b_dec)
+
+    def written(self, features: Features, rows: Tensor, bias: Tensor) -> Tensor:
+        """`decode` with rows `[d_sae, d_out]` and a bias of one's own."""
+        if self.mesh is None:
+            return features.decode(rows, bias)
+        return self.mesh.over_features(features.decode(rows, torch.zeros_like(bias))) + bias
+
+    def over_features(self, share: Tensor) -> Tensor:
+        """A sum over the features of this coder -> over all features, where others are elsewhere."""
+        return share if self.mesh is None else self.mesh.over_features(share)
+
+    def over_tokens(self, mean: Tensor) -> Tensor:
+        """A mean over the tokens of this batch -> over all tokens, where others are elsewhere."""
+        return mean if self.mesh is None else self.mesh.over_tokens(mean)
 
     def skipped(self, y: Tensor, x: Tensor, held: bool = False) -> Tensor:
         """What features write, `[n, d_out]`, and the affine path from what is read, `[n, d_in]`, where there is one. held:

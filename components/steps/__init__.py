@@ -31,7 +31,7 @@ from components.steps.outcome import comparison, finished_run, is_news, run_addr
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
 from components.steps.tokens import prepare_tokens
-from components.steps.training import launch_training, train, training_tokens
+from components.steps.training import launch_training, replay, train, training_tokens
 
 __all__ = [
     "attribute",
@@ -60,6 +60,7 @@ __all__ = [
     "measure_span",
     "prepare_tokens",
     "register",
+    "replay",
     "require_autoencoder",
     "require_evaluated",
     "run_address",

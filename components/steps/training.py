@@ -8,30 +8,52 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from components.run.specification import Specification
 from components.steps.extraction import require_dataset
-from components.training import loop, process
+from components.training import divergence, loop, process
 from components.training.job import Point, Training, TrainingRecord
+from components.training.parallel.ranks import joined, started_by_torchrun
 
 logger = logging.getLogger(__name__)
 
 
-def train(run: Specification, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
-    """The record of the training, in this process."""
+def train(
+    run: Specification,
+    on_points: Callable[[list[Point]], None] = lambda points: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingRecord:
+    """The record of the training, in this process, which may be one of those that torchrun has started; where
+    `execution.training` asks for more and it is not, they are started here. should_stop: see `loop.train`."""
+    ranks = run.config.execution.training
+    if ranks.size > 1 and not started_by_torchrun() and run.training_record() is None:
+        return launch_training(run, on_points)
     require_dataset(run)
     with prepared(run) as job:
-        return loop.train(job, run.device, on_points)
+        if not started_by_torchrun():
+            return loop.train(job, run.device, on_points, should_stop)
+        with joined(ranks, run.device) as (mesh, device):
+            return loop.train(job, device, on_points, should_stop, mesh)
 
 
 def launch_training(run: Specification, on_points: Callable[[list[Point]], None] = lambda points: None) -> TrainingRecord:
-    """`train` in a process of its own, which `execution.training_timeout_minutes` and a cancelled run really end."""
+    """`train` in a process of its own, or in those of `execution.training`, which `execution.training_timeout_minutes` and a
+    cancelled run really end."""
     if run.training_record() is not None:
         return train(run, on_points)
     require_dataset(run)
     minutes = run.config.execution.training_timeout_minutes
     with prepared(run) as job:
-        return process.launch(job, run.device, on_points, None if minutes is None else minutes * 60)
+        return process.launch(
+            job, run.device, on_points, None if minutes is None else minutes * 60, run.config.execution.training
+        )
+
+
+def replay(run: Specification) -> dict[str, Any]:
+    """What the step comes to, run again, by which the training diverged; as plain JSON."""
+    with prepared(run) as job:
+        return divergence.replay(job, run.device).as_json()
 
 
 @contextmanager

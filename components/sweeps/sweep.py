@@ -58,6 +58,11 @@ def sweep(
 ) -> tuple[str, SweepRecord]:
     """Where its record is, and the record. memory_bytes: that coders in lockstep may take together; most of what is free
     where it is not given. A UserError for a grid that is no good, before any work."""
+    if base.config.execution.training.size > 1:
+        raise UserError(
+            "execution.training: a sweep trains its coders in lockstep in one process, and not each in several; accepted is 1 "
+            "for data_parallel and feature_parallel"
+        )
     everyone = children(base, grid)
     url = sweep_url(base, grid)
     manifest = steps.extract(base)

@@ -12,6 +12,7 @@ from torch import Tensor
 from components.activations.dataset.manifest import Manifest
 from components.activations.dataset.reader import ActivationReader
 from components.sae.coder import Column
+from components.sae.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,16 @@ def scaled_mean(columns: Sequence[Statistics], device: torch.device) -> Tensor:
 
 
 def scaled_batches(
-    reader: ActivationReader, columns: Sequence[Statistics], start: int, device: torch.device
+    reader: ActivationReader,
+    columns: Sequence[Statistics],
+    start: int,
+    device: torch.device,
+    mesh: Mesh | None = None,
 ) -> Generator[dict[str, Tensor]]:
-    """Batches from row `start` on, without end: each column `[batch, width]` in float32, times its scale."""
-    with closing(reader.batches(start)) as batches:
+    """Batches from row `start` on, without end: each column `[batch, width]` in float32, times its scale. mesh: each process
+    gets its share of every batch."""
+    rank, ranks = (0, 1) if mesh is None else (mesh.data_rank, mesh.data)
+    with closing(reader.batches(start, rank, ranks)) as batches:
         for batch in batches:
             yield {
                 column.column.name: batch[column.column.name].to(device, non_blocking=True).float() * column.scale

@@ -20,11 +20,21 @@ from components.activations.dataset.manifest import require_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.hardware import keep_freed_memory
 from components.progress import progress
+from components.sae.mesh import Mesh
 from components.training.artifact import put_artifact
 from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side, statistics
 from components.training.beginning import begin_from_data
-from components.training.checkpoint import CheckpointWriter, checkpoint_folder, restore_checkpoint
+from components.training.checkpoint import (
+    CheckpointWriter,
+    checkpoint_folder,
+    discard_incomplete,
+    newest_checkpoint,
+    restore_checkpoint,
+)
+from components.training.divergence import divergence_folder, keep_divergence
 from components.training.job import Point, Training, TrainingRecord, read_training_record
+from components.training.parallel.ranks import claimed
+from components.training.parallel.shares import take_share
 from components.training.start import load_start
 from components.training.step import CoderInTraining, new_coder, take_step
 
@@ -37,19 +47,25 @@ logger = logging.getLogger(__name__)
 class Stopped(Exception):
     """Training was asked to stop; it says from which checkpoint it continues."""
 
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
+
 
 def train(
     job: Training,
     device: torch.device,
     on_points: Callable[[list[Point]], None] = lambda points: None,
     should_stop: Callable[[], bool] = lambda: False,
+    mesh: Mesh | None = None,
 ) -> TrainingRecord:
     """Train, or continue, or return what is there: the record of the finished training.
 
     on_points: gets the training curves' points, once each, as they come; after a resume from the first on again.
     should_stop: asked after every step; once it says yes, a checkpoint is put and `Stopped` is raised.
+    mesh: of the processes that train it together, each of which calls this.
     """
-    (outcome,) = train_together([job], device, lambda _, points: on_points(points), should_stop)
+    (outcome,) = train_together([job], device, lambda _, points: on_points(points), should_stop, mesh)
     if isinstance(outcome, FloatingPointError):
         raise outcome
     return outcome
@@ -60,6 +76,7 @@ def train_together(
     device: torch.device,
     on_points: Callable[[int, list[Point]], None] = lambda job, points: None,
     should_stop: Callable[[], bool] = lambda: False,
+    mesh: Mesh | None = None,
 ) -> list[TrainingRecord | FloatingPointError]:
     """Several coders on one pass over the same batches, each as it would be alone; what each came to, in the order of `jobs`.
 
@@ -76,17 +93,18 @@ def train_together(
         for place, job in enumerate(jobs):
             record = read_training_record(job.url)
             if record is None:
-                claim = claims.enter_context(storage.claimed(job.url))
+                claim = claims.enter_context(claimed(job.url, mesh))
                 record = read_training_record(job.url)  # of a rival, for whom the claim has waited
             if record is None:
-                members.append(_member(place, job, claim.check, device))
+                members.append(_member(place, job, claim.check, device, mesh))
             else:
                 on_points(place, record.curves)
                 outcomes[place] = record
         if members:
             outcomes |= _train(members, device, on_points, should_stop)
     for place, job in enumerate(jobs):
-        if isinstance(outcomes[place], TrainingRecord):
+        if isinstance(outcomes[place], TrainingRecord) and (mesh is None or mesh.leads):
+            storage.delete(divergence_folder(job.url))
             storage.delete(checkpoint_folder(job.url))
             storage.sweep(job.url)
     return [outcomes[place] for place in range(len(jobs))]
@@ -109,17 +127,27 @@ class _Member:
     log_steps: int
 
 
-def _member(place: int, job: Training, still_owned: Callable[[], None], device: torch.device) -> _Member:
+def _member(place: int, job: Training, still_owned: Callable[[], None], device: torch.device, mesh: Mesh | None) -> _Member:
     manifest = require_manifest(job.dataset_url)
     reads, writes = statistics(manifest, job.reads), statistics(manifest, job.writes)
-    training = new_coder(job, tuple(column.column for column in reads), tuple(column.column for column in writes), device)
+    columns = tuple(column.column for column in reads), tuple(column.column for column in writes)
+    training = new_coder(job, *columns, device, mesh)
     if restore_checkpoint(training, job.url):
         logger.info("train: continuing from step %s of %s", f"{training.step:,}", f"{job.steps:,}")
-    elif job.start is not None:
-        load_start(training.coder, job.start, [column.scale for column in reads], [column.scale for column in writes])
-        logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
     else:
-        begin_from_data(training.coder, job, reads, writes)
+        # Where this is to be a share, it is one of what a single process would begin with.
+        whole = training.coder if mesh is None else new_coder(job, *columns, torch.device("cpu")).coder
+        if job.start is not None:
+            load_start(whole, job.start, [column.scale for column in reads], [column.scale for column in writes])
+            logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
+        else:
+            begin_from_data(whole, job, reads, writes)
+        if mesh is not None:
+            take_share(training.coder, whole)
+    if mesh is None or mesh.leads:
+        discard_incomplete(job.url)
+    if mesh is not None:
+        mesh.meet()  # nobody puts a file before that
     settings = job.settings
     return _Member(
         place=place,
@@ -128,7 +156,7 @@ def _member(place: int, job: Training, still_owned: Callable[[], None], device: 
         reads=reads,
         writes=writes,
         mean=scaled_mean(writes, device),
-        checkpoints=CheckpointWriter(job.url, still_owned),
+        checkpoints=CheckpointWriter(job.url, still_owned, settings.checkpoints_kept),
         still_owned=still_owned,
         started_step=training.step,
         checkpoint_steps=max(1, settings.checkpoint_tokens // settings.batch_size),
@@ -155,17 +183,22 @@ def _train(
         device=device,
         cache=None if job.cache is None else job.cache.open(),
     )
+    mesh = members[0].training.coder.mesh
     outcomes: dict[int, TrainingRecord | FloatingPointError] = {}
     for member in members:
         if member.training.curves:
             on_points(member.place, member.training.curves)
     begin, end = min(member.training.step for member in members), max(member.job.steps for member in members)
     started, going = time.monotonic(), list(members)
+    due = _Due(job.settings.checkpoint_minutes)
     try:
         with (
-            closing(scaled_batches(reader, list(columns.values()), begin * size, device)) as batches,
+            closing(scaled_batches(reader, list(columns.values()), begin * size, device, mesh)) as batches,
             progress(logger, "train", (end - begin) * size, "tokens") as advance,
         ):
+            for member in [one for one in going if one.training.step == one.job.steps]:  # but for the artifact
+                going.remove(member)
+                outcomes[member.place] = _finished(member, device, 0.0)
             for step in range(begin, end):
                 batch, note = next(batches), ""
                 for member in [one for one in going if one.training.step == step]:
@@ -173,7 +206,7 @@ def _train(
                         point = _take(member, batch, on_points)
                     except FloatingPointError as error:
                         going.remove(member)
-                        outcomes[member.place] = error
+                        outcomes[member.place] = keep_divergence(member.job, member.training, reader, error)
                         continue
                     if point is not None:
                         note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
@@ -183,8 +216,15 @@ def _train(
                 advance(size, note)
                 if not going:
                     break
-                if should_stop():
-                    raise Stopped(_stopped(going))
+                stop, save = should_stop(), due.now()
+                if mesh is not None:
+                    stop, save = mesh.anywhere(stop, save)
+                if stop:
+                    raise Stopped(_stopped(going), going[0].training.step)
+                if save:
+                    due.begin()
+                    for member in going:
+                        _save(member)
     finally:
         for member in members:
             member.checkpoints.wait(LAST_CHECKPOINT_SECONDS)
@@ -201,32 +241,68 @@ def _take(member: _Member, batch: dict[str, torch.Tensor], on_points: Callable[[
     if point is not None:
         on_points(member.place, [point])
     if training.step < job.steps and training.step % member.checkpoint_steps == 0:
-        training.require_finite()
-        member.checkpoints.save(training)
+        _save(member)
     return point
 
 
+def _save(member: _Member) -> None:
+    """Begin a checkpoint of this step, unless that has been done."""
+    if member.checkpoints.begun != member.training.step:
+        member.training.require_finite()
+        member.checkpoints.save(member.training)
+
+
+class _Due:
+    """Whether the time between two checkpoints is over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else minutes * 60
+        self.begin()
+
+    def begin(self) -> None:
+        self._since = time.monotonic()
+
+    def now(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._since >= self._seconds
+
+
 def _finished(member: _Member, device: torch.device, seconds: float) -> TrainingRecord:
-    member.training.require_finite()
+    job, training, mesh = member.job, member.training, member.training.coder.mesh
+    training.require_finite()
+    steps = job.steps - member.started_step
+    rate = steps * job.settings.batch_size / seconds if steps else None
+    if mesh is not None:
+        # The whole is put together from the shares' last checkpoint, in memory of the first process and of no device.
+        _save(member)
     member.checkpoints.wait()
-    steps = member.job.steps - member.started_step
-    rate = steps * member.job.settings.batch_size / seconds if steps else None
-    return put_artifact(member.job, member.training, member.reads, member.writes, device, rate, member.still_owned)
+    if mesh is not None:
+        mesh.meet()
+        if mesh.leads:
+            columns = tuple(column.column for column in member.reads), tuple(column.column for column in member.writes)
+            training = new_coder(job, *columns, torch.device("cpu"))
+            assert restore_checkpoint(training, job.url)
+    record = None
+    if mesh is None or mesh.leads:
+        record = put_artifact(job, training, member.reads, member.writes, device, rate, member.still_owned)
+    if mesh is not None:
+        mesh.meet()
+        record = read_training_record(job.url)
+    assert record is not None
+    return record
 
 
 def _stopped(members: Sequence[_Member]) -> str:
     """Put the last checkpoints, as far as the time suffices, and say from where training continues."""
     for member in members:
-        member.training.require_finite()
-        if member.checkpoints.complete != member.training.step:
-            member.checkpoints.save(member.training)
-    until = time.monotonic() + LAST_CHECKPOINT_SECONDS
+        _save(member)
+    until, mesh = time.monotonic() + LAST_CHECKPOINT_SECONDS, members[0].training.coder.mesh
     for member in members:
-        if not member.checkpoints.wait(max(0.0, until - time.monotonic())):
-            complete = member.checkpoints.complete
-            where = (
-                "its start" if complete is None and member.started_step == 0 else f"step {complete or member.started_step:,}"
-            )
+        late = not member.checkpoints.wait(max(0.0, until - time.monotonic()))
+        if mesh is not None:
+            (late,) = mesh.anywhere(late)
+        if late:
+            complete = newest_checkpoint(member.job.url)
+            where = "its start" if complete is None else f"step {complete:,}"
             return (
                 f"stopped after step {member.training.step:,} of {member.job.steps:,}; its last checkpoint was not put within "
                 f"{LAST_CHECKPOINT_SECONDS:g} s, so training continues from {where}"

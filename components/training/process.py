@@ -1,4 +1,4 @@
-"""Training in a process of its own: the one place that starts it, and where torchrun takes that place later.
+"""Training in a process of its own, or in several that torch.distributed.elastic starts: the one place that starts it.
 
 A process can be stopped for certain: by a time limit, by a cancelled run, by the death of whoever waits for it. Asked to
 stop, it finishes its step, puts a checkpoint and ends.
@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
@@ -29,11 +30,16 @@ from pydantic import TypeAdapter
 from components.settings import UserError
 from components.threads import with_patient_threads
 from components.training.job import Point, Training, TrainingRecord
-from components.training.loop import train_together
+from components.training.loop import Stopped, train_together
+from components.training.parallel.ranks import joined
+from components.training.settings import RankSettings
 
 STOP_SECONDS = 25.0
 """How long a training that was asked to stop may take for its last checkpoint; then it is killed. Under the 30 s after which
 Prefect kills a cancelled run."""
+
+CONTINUE = 75
+"""Exit code of a training that was asked to stop and left a checkpoint: start it again (EX_TEMPFAIL of sysexits.h)."""
 
 _MODULE = "components.training.process"
 _LEVEL_END = ": "
@@ -50,14 +56,15 @@ def launch(
     device: torch.device,
     on_points: Callable[[list[Point]], None] = lambda points: None,
     timeout_seconds: float | None = None,
+    ranks: RankSettings | None = None,
 ) -> TrainingRecord:
-    """`loop.train` in a process of its own: the record of the finished training.
+    """`loop.train` in a process of its own, or in as many as `ranks` says: the record of the finished training.
 
     Raises what the training raised where it is a UserError or a FloatingPointError, TrainingTimeout after
-    `timeout_seconds`, and RuntimeError where the process failed in another way or was killed. However this call ends, the
-    process has ended before it.
+    `timeout_seconds`, and RuntimeError where the process failed in another way or was killed. One that somebody else asked
+    to stop, and that left a checkpoint, is started again. However this call ends, the process has ended before it.
     """
-    (outcome,) = launch_together([work], device, lambda _, points: on_points(points), timeout_seconds)
+    (outcome,) = launch_together([work], device, lambda _, points: on_points(points), timeout_seconds, ranks)
     if isinstance(outcome, FloatingPointError):
         raise outcome
     return outcome
@@ -68,9 +75,37 @@ def launch_together(
     device: torch.device,
     on_points: Callable[[int, list[Point]], None] = lambda place, points: None,
     timeout_seconds: float | None = None,
+    ranks: RankSettings | None = None,
 ) -> list[TrainingRecord | FloatingPointError]:
     """`loop.train_together` in a process of its own, see `launch`; what each training came to, in the order of `works`."""
-    order = {"works": [json.loads(_TRAINING.dump_json(work)) for work in works], "device": str(device)}
+    order: dict[str, Any] = {"works": [json.loads(_TRAINING.dump_json(work)) for work in works], "device": str(device)}
+    if ranks is not None and ranks.size > 1:
+        order["ranks"] = ranks.model_dump()
+    deadline, reached = None if timeout_seconds is None else time.monotonic() + timeout_seconds, -1
+    while True:
+        try:
+            return _launched(order, on_points, deadline, timeout_seconds)
+        except _Interrupted as stopped:
+            if stopped.step <= reached:  # it gets nowhere
+                raise RuntimeError(f"training failed: {stopped}") from None
+            reached = stopped.step
+            logger.warning("train: %s; it goes on in a new process", stopped)
+
+
+class _Interrupted(Exception):
+    """The process was asked to stop, and not by this one."""
+
+    def __init__(self, text: str, step: int) -> None:
+        super().__init__(text)
+        self.step = step
+
+
+def _launched(
+    order: dict[str, Any],
+    on_points: Callable[[int, list[Point]], None],
+    deadline: float | None,
+    timeout_seconds: float | None,
+) -> list[TrainingRecord | FloatingPointError]:
     own_terminal = sys.stderr.isatty()  # then the progress bar goes there
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE],
@@ -83,7 +118,6 @@ def launch_together(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     last: dict[str, Any] = {}
     try:
         if process.stderr is not None:
@@ -106,6 +140,8 @@ def launch_together(
     if overdue.is_set():
         assert timeout_seconds is not None
         raise TrainingTimeout(f"training took more than {timeout_seconds / 60:g} minutes; it continues from its checkpoint")
+    if process.returncode == CONTINUE:
+        raise _Interrupted(last.get("text", "it was asked to stop"), last.get("step", 0))
     _raise(last, process.returncode)
 
 
@@ -187,7 +223,12 @@ def main() -> None:
         logging.basicConfig(level=logging.WARNING)
     else:
         logging.basicConfig(level=logging.INFO, format=f"%(levelname)s{_LEVEL_END}%(message)s", stream=sys.stderr)
-    order = json.loads(sys.stdin.readline())
+    if len(sys.argv) > 1:
+        order = json.loads(Path(sys.argv[1]).read_text())
+    else:
+        order = json.loads(sys.stdin.readline())
+        if "ranks" in order:
+            sys.exit(_run_ranks(order))
     threading.Thread(target=_stop_when_closed, args=(stop,), name="parent", daemon=True).start()
 
     # What libraries print (NCCL_DEBUG) is no message: it goes to the log.
@@ -200,17 +241,55 @@ def main() -> None:
         with suppress(BrokenPipeError):
             print(json.dumps(message), file=messages, flush=True)
 
+    works, device = [_TRAINING.validate_python(work) for work in order["works"]], torch.device(order["device"])
+    speaks = True
     try:
-        works = [_TRAINING.validate_python(work) for work in order["works"]]
-        outcomes = train_together(
-            works, torch.device(order["device"]), lambda place, points: say(place=place, points=points), stop.is_set
-        )
+        with ExitStack() as stack:
+            mesh = None
+            if "ranks" in order:
+                mesh, device = stack.enter_context(joined(RankSettings.model_validate(order["ranks"]), device))
+                speaks = mesh.leads
+                if not speaks:
+                    logging.getLogger().setLevel(logging.ERROR)
+                threading.Thread(target=_end_when_stopped, args=(stop,), name="watchdog", daemon=True).start()
+            outcomes = train_together(
+                works,
+                device,
+                lambda place, points: say(place=place, points=points) if speaks else None,
+                stop.is_set,
+                mesh,
+            )
+    except Stopped as stopped:
+        if speaks:
+            say(error=type(stopped).__name__, text=str(stopped), step=stopped.step)
+        sys.exit(CONTINUE)
     except Exception as error:
+        if not speaks:
+            sys.exit(1)
         if not isinstance(error, UserError | FloatingPointError):
             logger.exception("train: failed")
         say(error=type(error).__name__, text=str(error))
         sys.exit(1)
-    say(outcomes=[_message(outcome) for outcome in outcomes])
+    if speaks:
+        say(outcomes=[_message(outcome) for outcome in outcomes])
+
+
+def _run_ranks(order: dict[str, Any]) -> int:
+    """The processes of a parallel training, each of which is `main` with the order in a file; their exit code."""
+    from components.training.parallel.launch import RankFailed, run_ranks
+
+    try:
+        return run_ranks(_MODULE, json.dumps(order), RankSettings.model_validate(order["ranks"]).size)
+    except RankFailed as failure:
+        print(json.dumps({"error": type(failure).__name__, "text": str(failure)}), flush=True)
+        return 1
+
+
+def _end_when_stopped(stop: threading.Event) -> None:
+    """A process that waits for one that is gone, in an exchange that does not end, ends here."""
+    stop.wait()
+    time.sleep(STOP_SECONDS)
+    os._exit(1)
 
 
 def _stop_when_closed(stop: threading.Event) -> None:

@@ -6,10 +6,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from components.bounds import LONGEST_SECONDS
 from components.settings import Settings
 from components.storage.addresses import LocalPath
 
 _DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RankSettings(Settings):
+    """The processes that train one coder together, one for each GPU; more than one are started as torchrun does it. They give
+    the weights of one process up to rounding."""
+
+    data_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Shares of each batch: `training.batch_size` stays that of the whole batch."""
+
+    feature_parallel: int = Field(default=1, ge=1, le=65_536)
+    """Shares of the features: each process holds its part of encoder, decoder and optimizer."""
+
+    @property
+    def size(self) -> int:
+        return self.data_parallel * self.feature_parallel
 
 
 class TrainingSettings(Settings):
@@ -61,6 +77,12 @@ class TrainingSettings(Settings):
 
     checkpoint_tokens: int = Field(default=500_000, ge=1)
     """Tokens between two checkpoints; it does not change the result."""
+
+    checkpoint_minutes: float | None = Field(default=None, gt=0, le=LONGEST_SECONDS / 60)
+    """Longest time between two checkpoints; one is put when it is over, beside those by tokens."""
+
+    checkpoints_kept: int = Field(default=1, ge=1)
+    """The newest so many stay until training has finished; older ones are removed as newer ones are complete."""
 
     log_tokens: int = Field(default=20_000, ge=1)
     """Tokens between two points of the training curves; it does not change the result."""

@@ -10,10 +10,15 @@ from torch import Tensor
 
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column, Losses, Progress
+from components.sae.mesh import Mesh
 from components.training.job import Point, Training
+from components.training.parallel.gradients import averaged, clip_gradients
 from components.training.resampling import is_due, resample
 from components.training.schedule import learning_rate
 from components.training.settings import TrainingSettings
+
+EXPLODED = 1e9
+"""A reconstruction error of so many times the activations' own mean square is no training any more."""
 
 
 @dataclass
@@ -60,16 +65,20 @@ class CoderInTraining:
         step = int(self.diverged_at.item())
         if step:
             raise FloatingPointError(
-                f"training diverged at step {step:,}: its loss or gradient is not finite, and no weight was changed by it; "
-                "lower training.learning_rate"
+                f"training diverged at step {step:,}: its loss or gradient is not finite or beyond all bounds, and no "
+                "weight was changed by it; lower training.learning_rate"
             )
 
 
-def new_coder(job: Training, reads: tuple[Column, ...], writes: tuple[Column, ...], device: torch.device) -> CoderInTraining:
-    """The coder of a job with its first weights."""
-    d_sae = job.coder.features(sum(column.width for column in reads))
+def new_coder(
+    job: Training, reads: tuple[Column, ...], writes: tuple[Column, ...], device: torch.device, mesh: Mesh | None = None
+) -> CoderInTraining:
+    """The coder of a job with its first weights; in a mesh, a share of its features that has none yet."""
+    d_sae = job.coder.features(sum(column.width for column in reads)) // (1 if mesh is None else mesh.features)
     coder = architectures()[job.coder.architecture](job.coder, reads, writes, d_sae)
-    coder.initialise(job.seed)
+    coder.mesh = mesh
+    if mesh is None:
+        coder.initialise(job.seed)
     coder.to(device)
     optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, betas=job.settings.adam_betas, fused=True)
     silent, diverged = torch.zeros(d_sae, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
@@ -91,8 +100,9 @@ def take_step(
         losses = coder.losses(x, y, progress)
     total = losses.total
     total.backward()
-    gradient_norm = torch.nn.utils.clip_grad_norm_(coder.parameters(), settings.clip_gradient_norm)
-    bad = ~(total.isfinite() & gradient_norm.isfinite())
+    watched = torch.stack([total.detach(), losses.terms["reconstruction"].detach()])
+    (total, reconstruction), gradient_norm = clip_gradients(coder, watched, settings.clip_gradient_norm)
+    bad = ~(total.isfinite() & gradient_norm.isfinite() & (reconstruction < EXPLODED * coder.d_out))
     training.diverged_at.copy_(torch.where(bad & (training.diverged_at == 0), training.step + 1, training.diverged_at))
     optimizer.found_inf = (training.diverged_at > 0).float()  # type: ignore[attr-defined]  # as torch.amp's scaler sets it
     rate = learning_rate(settings, progress)
@@ -101,8 +111,9 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     coder.after_step()
-    training.silent_tokens += len(x)
-    training.silent_tokens.masked_fill_(losses.features.largest() > 0, 0)
+    fired = losses.features.largest() > 0
+    training.silent_tokens += len(x) if coder.mesh is None else len(x) * coder.mesh.data
+    training.silent_tokens.masked_fill_(fired if coder.mesh is None else coder.mesh.any(fired), 0)
     training.step += 1
     if is_due(coder, training.step, settings.steps):
         dead = training.silent_tokens >= settings.dead_after_tokens
@@ -112,22 +123,29 @@ def take_step(
         training.require_finite()
     if not measured:
         return None
-    point = _point(training, settings, losses, y, mean)
+    point = _point(training, settings, losses, total, y, mean)
     point |= {"gradient_norm": gradient_norm.item(), "learning_rate": rate}
     training.curves.append(point)
     return point
 
 
-def _point(training: CoderInTraining, settings: TrainingSettings, losses: Losses, y: Tensor, mean: Tensor) -> Point:
-    variance = (y - mean).square().sum(dim=1).mean().item()
-    reconstruction = losses.terms["reconstruction"].item()
+def _point(
+    training: CoderInTraining, settings: TrainingSettings, losses: Losses, total: Tensor, y: Tensor, mean: Tensor
+) -> Point:
+    shares = {
+        "variance": (y - mean).square().sum(dim=1).mean(),
+        "l0": losses.features.active().float().mean(),
+        "dead_fraction": (training.silent_tokens >= settings.dead_after_tokens).float().mean(),
+    }
+    found = averaged(shares | dict(losses.terms), ("l0",), training.coder.mesh)
+    variance, reconstruction = found["variance"], found["reconstruction"]
     point = {
         "tokens": float(training.step * settings.batch_size),
-        "loss": losses.total.item(),
-        **{f"{name}_loss": term.item() for name, term in losses.terms.items()},
+        "loss": total.item(),
+        **{f"{name}_loss": found[name] for name in losses.terms},
         **{f"{name}_coefficient": weight for name, weight in losses.weights.items() if name != "reconstruction"},
         "explained_variance": 1.0 - reconstruction / variance if variance > 0 else 0.0,
-        "l0": losses.features.active().float().mean().item(),
-        "dead_fraction": (training.silent_tokens >= settings.dead_after_tokens).float().mean().item(),
+        "l0": found["l0"],
+        "dead_fraction": found["dead_fraction"],
     }
     return {name: value for name, value in point.items() if math.isfinite(value)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -83,14 +85,49 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
         )
 
 
-def train(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train the SAE on the activation dataset (`sae extract` makes it)."""
-    with command(as_json) as show:
-        log_to_stderr()
-        from components import steps
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Run the step again by which the training diverged, and say what is not finite.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the SAE on the activation dataset (`sae extract` makes it).
 
+    Asked to stop (SIGTERM), it leaves a checkpoint and ends with exit code 75: started again, it continues. It may itself be
+    started by `torchrun --no-python`, on one machine or many, as many times as `execution.training` says.
+    """
+    with command(as_json) as show:
+        from components import steps
+        from components.training.loop import Stopped
+        from components.training.parallel.ranks import speaks, started_by_torchrun
+        from components.training.process import CONTINUE
+
+        if speaks():
+            log_to_stderr()
         work = checked(config, overrides, evaluated=None)
-        record = steps.train(work).model_dump(mode="json")
+        if replay:
+            show(steps.replay(work), print_tree)
+            return
+        elsewhere = work.config.execution.training.size > 1 and not started_by_torchrun()
+        stop = threading.Event()
+
+        def asked(*_: object) -> None:
+            stop.set()
+            if elsewhere:  # the processes that train are asked on the way out
+                raise Stopped("stopped; it continues from its last checkpoint", 0)
+
+        before = signal.signal(signal.SIGTERM, asked)
+        try:
+            record = steps.train(work, should_stop=stop.is_set).model_dump(mode="json")
+        except Stopped as stopped:
+            terminal(stderr=True, soft_wrap=True).print(str(stopped))
+            raise typer.Exit(CONTINUE) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if not speaks():
+            return
         kept = ("digest", "d_in", "d_sae", "steps", "tokens", "tokens_per_second", "weights_sha256")
         show({"url": work.sae_url, **{key: record[key] for key in kept}, "last": record["curves"][-1]}, print_tree)
 

@@ -99,7 +99,7 @@ def print_plan(estimate: dict[str, Any]) -> None:
         state("sae"),
         f"{sae['architecture']} {sae['d_in']} -> {sae['d_sae']:,} ({sae['parameters']:,} parameters), "
         f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs) {training['starts']}, "
-        f"{training['flops']:.2g} FLOPs\n{sae['url']}",
+        f"{training['flops']:.2g} FLOPs\n{sae['url']}" + (f"\n{training['torchrun']}" if "torchrun" in training else ""),
     )
     evaluation = estimate["evaluation"]
     if evaluation["impossible"]:

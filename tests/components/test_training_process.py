@@ -111,6 +111,22 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
     assert steps.train(longer).weights_sha256 == record.weights_sha256
 
 
+def test_a_process_that_somebody_asks_to_stop_leaves_a_checkpoint_and_another_goes_on(tiny_tree: dict, plan: Specification):
+    """A node that goes away says so with SIGTERM."""
+    longer = with_tokens(tiny_tree, 200_000, checkpoint_tokens=1_000_000)
+    asked: list[int] = []
+
+    def terminate(points: list[dict]) -> None:
+        if not asked and points[-1]["tokens"] >= 20_000:
+            asked.extend(child.pid for child in training_processes() if child.terminate() is None)
+
+    record = launch(work_of(longer), CPU, terminate)
+    assert len(asked) == 1
+    assert record.tokens_per_second is not None
+    storage.delete(longer.sae_url)
+    assert steps.train(longer).weights_sha256 == record.weights_sha256
+
+
 def test_a_mistake_of_the_user_and_a_divergence_come_back_as_what_they_are(tiny_tree: dict, plan: Specification):
     wild = with_tokens(tiny_tree, 20_000, learning_rate=1e15)
     with pytest.raises(FloatingPointError, match=r"training\.learning_rate"):

@@ -43,6 +43,7 @@ class BatchTopKSAE(Coder):
     Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
     scaled_like_outputs = ("weakest",)
     by_feature = True
+    parallel = True
     settings: BatchTopKSettings
     weakest: Tensor
     """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""
@@ -61,10 +62,22 @@ class BatchTopKSAE(Coder):
         """The `n k` strongest features of the batch."""
         with torch.no_grad():
             lengths = (torch.relu(before) * self.row_norms()).flatten()
-            places = lengths.topk(min(k * len(before), lengths.numel()), sorted=False).indices.sort().values
-            chosen = lengths[places]
-            weakest = torch.where(chosen > 0, chosen, torch.inf).amin()
-            self._weakest_of_batch = torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
+
+            def strongest(count: int) -> Tensor:
+                return lengths.topk(min(count * len(before), lengths.numel()), sorted=False).indices.sort().values
+
+            if self.mesh is None:
+                places = strongest(k)
+                chosen = lengths[places]
+                weakest = torch.where(chosen > 0, chosen, torch.inf).amin()
+                self._weakest_of_batch = torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
+            else:
+
+                def found(count: int) -> tuple[Tensor, Tensor, Tensor]:
+                    places = strongest(count)
+                    return places, places, lengths[places]
+
+                places, _, self._weakest_of_batch = self.mesh.strongest_of_batch(found, len(before), self.d_sae, k)
             starts = torch.arange(len(before) + 1, device=before.device) * self.d_sae
         values = torch.relu(before.flatten()[places])
         return SparseFeatures(values, places % self.d_sae, torch.searchsorted(places, starts), self.d_sae)
@@ -75,7 +88,15 @@ class BatchTopKSAE(Coder):
             before = self.pre_activations(x)
             return before, self._strongest(before, k)
         norms = self.row_norms().detach()
-        values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
+        if self.mesh is None:
+            values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
+        else:
+
+            def found(count: int) -> tuple[Tensor, Tensor, Tensor]:
+                values, places, _ = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, count)
+                return values, places, torch.relu(values) * norms[places % self.d_sae]
+
+            values, places, self._weakest_of_batch = self.mesh.strongest_of_batch(found, len(x), self.d_sae, k)
         offsets = torch.searchsorted(places, torch.arange(len(x) + 1) * self.d_sae)
         return None, chosen_features(self, x, values, places % self.d_sae, offsets)
 

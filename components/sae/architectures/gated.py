@@ -34,6 +34,7 @@ class GatedSAE(Coder):
 
     Settings = GatedSettings
     settings: GatedSettings
+    parallel = True
     scaled_like_features = ("b_gate", "b_mag")
     encoder_biases = ("b_gate", "b_mag")
     b_gate: torch.nn.Parameter
@@ -70,10 +71,10 @@ class GatedSAE(Coder):
         features = self._features(product)
         opened = DenseFeatures(torch.relu(product + self.b_gate))
         reconstruction = reconstruction_loss(y, self.write(features, x))
-        by_gate = opened.decode(self.W_dec.detach(), self.b_dec.detach())
+        by_gate = self.written(opened, self.W_dec.detach(), self.b_dec.detach())
         auxiliary = reconstruction_loss(y, self.skipped(by_gate, x, held=True))
         with in_float32(x.device):
-            sparsity = opened.means() @ self.row_norms().detach()
+            sparsity = self.over_features(opened.means() @ self.row_norms().detach())
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
         return Losses(
             {"reconstruction": reconstruction, "sparsity": sparsity, "gate": auxiliary},

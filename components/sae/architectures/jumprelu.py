@@ -63,6 +63,7 @@ class JumpReLUSAE(Coder):
 
     Settings = JumpReLUSettings
     settings: JumpReLUSettings
+    parallel = True
     scaled_like_features = ("b_enc", "threshold")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -89,12 +90,13 @@ class JumpReLUSAE(Coder):
             values = torch.relu(z) * jump
             norms = self.row_norms()
             if settings.sparsity == "tanh":
-                sparsity = torch.tanh(settings.tanh_scale * values * norms).sum(dim=1).mean()
+                sparsity = self.over_features(torch.tanh(settings.tanh_scale * values * norms).sum(dim=1).mean())
             elif settings.sparsity == "l0":
-                sparsity = jump.sum(dim=1).mean()
+                sparsity = self.over_features(jump.sum(dim=1).mean())
             else:
-                sparsity = (jump.sum(dim=1).mean() / settings.target_l0 - 1).square()
-            silent = torch.relu(self.threshold - z).mean(dim=0) @ norms
+                found = self.over_tokens(self.over_features(jump.sum(dim=1).mean()))
+                sparsity = (found / settings.target_l0 - 1).square()
+            silent = self.over_features(torch.relu(self.threshold - z).mean(dim=0) @ norms)
         features = DenseFeatures(values)
         reconstruction = reconstruction_loss(y, self.write(features, x))
         coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
@@ -102,7 +104,8 @@ class JumpReLUSAE(Coder):
         weights = {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient}
         if settings.frequency_coefficient > 0:
             with in_float32(x.device):
-                terms["frequency"] = jump.mean(dim=0).square().sum() / settings.frequency_scale
+                share = self.over_tokens(jump.mean(dim=0))
+                terms["frequency"] = self.over_features(share.square().sum()) / settings.frequency_scale
             weights["frequency"] = settings.frequency_coefficient * progress.rise(settings.sparsity_warmup)
         return Losses(terms, weights, features.detach())
 

@@ -40,12 +40,13 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         before, features = self._chosen(x, self.settings.k_at(progress))
+        places = features.indices + self.first_feature
         y_hat = self.skipped(self.b_dec.expand(len(x), -1), x)
         nothing, low, losses = torch.zeros_like(self.b_dec), 0, []
         for share in self.settings.levels:
-            high = max(low, round(share * self.d_sae))
-            here = features.values * ((features.indices >= low) & (features.indices < high))
-            y_hat = y_hat + replace(features, values=here).decode(self.W_dec, nothing)
+            high = max(low, round(share * self.features_of_all))
+            here = features.values * ((places >= low) & (places < high))
+            y_hat = y_hat + self.written(replace(features, values=here), self.W_dec, nothing)
             losses.append(reconstruction_loss(y, y_hat))
             low = high
         found = with_auxk(self, self.settings, x, before, features, y, y_hat, progress)

@@ -40,6 +40,7 @@ class ReLUSAE(Coder):
 
     Settings = ReLUSettings
     settings: ReLUSettings
+    parallel = True
 
     def encode(self, x: Tensor) -> DenseFeatures:
         return DenseFeatures(torch.relu(self.pre_activations(x.reshape(-1, self.d_in))))
@@ -55,7 +56,7 @@ class ReLUSAE(Coder):
         y_hat = self.write(features, x)
         with in_float32(x.device):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms
-            sparsity = features.means() @ self.row_norms()
+            sparsity = self.over_features(features.means() @ self.row_norms())
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
         terms = {"reconstruction": reconstruction_loss(y, y_hat), "sparsity": sparsity}
         weights = {"reconstruction": 1.0, "sparsity": coefficient}

@@ -66,6 +66,7 @@ class TopKSAE(Coder):
     Settings = TopKSettings
     settings: TopKSettings
     by_feature = True
+    parallel = True
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
@@ -76,7 +77,9 @@ class TopKSAE(Coder):
             if self.settings.rank_by == "length":
                 strength = strength * self.row_norms()
             indices = strength.topk(min(k, self.d_sae), dim=1, sorted=False).indices
-        return SparseFeatures.of_rows(torch.relu(pre_activations.gather(1, indices)), indices, self.d_sae)
+            kept = None if self.mesh is None else self.mesh.among_strongest(strength.gather(1, indices), k)
+        values = torch.relu(pre_activations.gather(1, indices))
+        return SparseFeatures.of_rows(values if kept is None else values * kept, indices, self.d_sae)
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         k = self.settings.k_at(progress)
@@ -91,8 +94,13 @@ class TopKSAE(Coder):
         """`_strongest` without the pre-activations of the others."""
         norms = self.row_norms().detach() if self.settings.rank_by == "length" else None
         values, indices = strongest_of_rows(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
-        offsets = torch.arange(len(x) + 1) * indices.shape[1]
-        return chosen_features(self, x, values.flatten(), indices.flatten(), offsets)
+        if self.mesh is None:
+            offsets = torch.arange(len(x) + 1) * indices.shape[1]
+            return chosen_features(self, x, values.flatten(), indices.flatten(), offsets)
+        strengths = torch.relu(values) if norms is None else torch.relu(values) * norms[indices]
+        kept = self.mesh.among_strongest(strengths, k)
+        offsets = torch.nn.functional.pad(kept.sum(dim=1).cumsum(dim=0), (1, 0))
+        return chosen_features(self, x, values[kept], indices[kept], offsets)
 
     def exported(self) -> Exported:
         return Exported("topk", dict(self.state_dict()), {"k": self.settings.k})

@@ -1,0 +1,58 @@
+"""What the processes that train a coder together exchange after the loss: gradients, whether they are finite, what is shown."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from components.sae.coder import Coder
+from components.sae.mesh import Mesh
+from components.training.parallel.shares import feature_dimension
+
+
+def clip_gradients(coder: Coder, losses: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Scale gradients down to a global norm of at most `limit`; losses `[m]`, and the norm that the gradients had, `[]`.
+
+    Where others train the same coder, losses and gradients are averaged over the shares of the batch first, and the norm is
+    that of all shares of the features.
+    """
+    parameters = [parameter for parameter in coder.parameters() if parameter.grad is not None]
+    if coder.mesh is None:
+        return losses, torch.nn.utils.clip_grad_norm_(parameters, limit)
+    mesh, shared, own = coder.mesh, losses.new_zeros(()), losses.new_zeros(())
+    for name, parameter in coder.named_parameters():
+        if parameter.grad is None:
+            # Of a share in which nothing was chosen; the others' part of it counts.
+            parameter.grad = torch.zeros_like(parameter)
+        _average(parameter.grad, mesh)
+        square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+        if feature_dimension(name, parameter.shape, coder.d_sae) is None:
+            shared = shared + square
+        else:
+            own = own + square
+    # In one exchange: the squared norm of all shares of features, and the losses of all shares of the batch.
+    found = torch.cat([own[None] / mesh.data, losses / mesh.size])
+    dist.all_reduce(found)
+    norm = (found[0] + shared).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(coder.parameters(), limit, norm)
+    return found[1:], norm
+
+
+def _average(gradient: Tensor, mesh: Mesh) -> None:
+    if mesh.data == 1:
+        return
+    dense = gradient.T if gradient.dim() == 2 and gradient.T.is_contiguous() else gradient
+    sent = dense.contiguous()
+    dist.all_reduce(sent, group=mesh.over_data)
+    dense.copy_(sent / mesh.data)
+
+
+def averaged(values: dict[str, Tensor], summed: tuple[str, ...], mesh: Mesh | None) -> dict[str, float]:
+    """Numbers `[]` of this process -> of all: their means, and sums over features of those that are `summed`."""
+    if mesh is None:
+        return {name: value.item() for name, value in values.items()}
+    found = torch.stack([value.detach().double() for value in values.values()])
+    dist.all_reduce(found)
+    means = dict(zip(values, (found / mesh.size).tolist(), strict=True))
+    return {name: value * mesh.features if name in summed else value for name, value in means.items()}

@@ -1,0 +1,83 @@
+"""Two processes that train one coder together come to what one process comes to, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import LAYOUTS, SAES, extracted, found_by_two, planned, require_equal, weights
+
+from components.run.checks import check
+from components.sae.mesh import _kept
+from components.settings import UserError
+from components.training.job import Training
+
+NAMES = ("batchtopk", "relu")  # the others: tests/integration/test_parallel.py
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
+    tree = tiny_tree_in(tmp_path_factory.mktemp("parallel"))
+    return extracted({name: planned(tree, SAES[name]) for name in NAMES})
+
+
+@pytest.fixture(scope="module")
+def found(jobs: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return found_by_two(jobs, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_come_to_the_losses_and_weights_of_one(
+    jobs: dict[str, Training], found: dict[str, Any], name: str, layout: str
+):
+    curves = require_equal(jobs[name], found[f"{name}-{layout}"], layout)
+    assert any(point["auxk_loss"] > 0 for point in curves), "dead features are to be revived together, too"
+
+
+def test_each_process_holds_half_of_the_parameters(found: dict[str, Any]):
+    encoder, bias, decoder, shared = found["sizes"]["whole"]
+    assert found["sizes"]["share"] == [encoder // 2, bias // 2, decoder // 2, shared]
+
+
+def test_continued_by_as_many_it_ends_with_the_same_bits(found: dict[str, Any]):
+    assert found["files"] == ["step-0000000020.0-of-2.safetensors", "step-0000000020.1-of-2.safetensors"]
+    assert found["again"]["weights_sha256"] == found["batchtopk-features"]["weights_sha256"]
+    assert found["again"]["curves"] == found["batchtopk-features"]["curves"]
+
+
+def test_one_process_goes_on_from_the_checkpoint_of_two_and_two_from_that_of_one(
+    jobs: dict[str, Training], found: dict[str, Any]
+):
+    for key, tensor in weights(jobs["batchtopk"], "features").items():
+        torch.testing.assert_close(weights(jobs["batchtopk"], "by-one")[key], tensor, rtol=1e-4, atol=1e-5)
+    for ours, other in zip(found["by-one"]["curves"], found["batchtopk-features"]["curves"], strict=True):
+        assert ours == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_of_equally_strong_features_no_more_are_chosen_than_there_is_place_for():
+    """Repeated tokens are equal to the last bit, wherever they are."""
+    shares = torch.tensor([[3.0, 2.0, 2.0, 1.0], [2.0, 2.0, 0.0, 3.0], [2.0, 3.0, 2.0, 2.0]])
+    every = shares.flatten()
+    for count in range(1, len(every) + 1):
+        least = every.topk(count).values[-1]
+        kept = torch.cat([_kept(share, every, least, count, 4 * rank) for rank, share in enumerate(shares)])
+        assert kept.sum() == count
+        assert every[kept].min() >= every[~kept].max() if count < len(every) else kept.all()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sae", "said"),
+    [
+        ({"feature_parallel": 3}, {}, r"execution\.training\.feature_parallel: 128 features have no equal shares for 3"),
+        ({"data_parallel": 3}, {}, r"execution\.training\.data_parallel: a batch of 128 tokens .* for 3 processes"),
+        ({"data_parallel": 2}, {"resample_at": [0.5]}, r"sae\.resample_at: accepted with one process"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused_before_anything_begins(tiny_tree: dict, ranks: dict, sae: dict, said: str):
+    run = planned(tiny_tree, {"architecture": "relu", **sae}, execution={"training": ranks})
+    with pytest.raises(UserError, match=said):
+        check(run)
