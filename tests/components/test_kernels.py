@@ -7,8 +7,8 @@ import torch
 
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column, Progress
-from components.sae.kernels import cpu
-from components.sae.kernels.cpu import strongest_of_batch, strongest_of_rows
+from components.sae.kernels import selection
+from components.sae.kernels.selection import strongest_of_batch, strongest_of_rows
 from components.training.job import Training
 from components.training.settings import TrainingSettings
 from components.training.step import new_coder, take_step
@@ -64,7 +64,7 @@ def test_every_term_and_gradient_is_that_of_the_dense_formula(
 
 @pytest.mark.parametrize("tile", [1, 1 << 24])
 def test_the_strongest_of_a_token_are_those_of_a_sort(tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "_TILE_ENTRIES", tile)
+    monkeypatch.setattr(selection, "_TILE_ENTRIES", tile)
     coder, (x, _) = made("topk"), batch(200)
     norms = coder.row_norms().detach()
     before, indices = strongest_of_rows(x, coder.W_enc, coder.b_enc, norms, 5)

@@ -12,7 +12,8 @@ from torch import Tensor
 from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
-from components.sae.kernels.cpu import Places, can_be_sparse, encoded, strongest_of_rows
+from components.sae.kernels.cpu import Places, can_be_sparse, encoded
+from components.sae.kernels.selection import strongest_of_rows
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5

@@ -14,14 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-_TILE_ENTRIES = 1 << 24
-"""Of products that are held at once: 64 MB."""
-_CANDIDATES = 4
-_ALIGNED = 16
-"""Columns of the product's operands are a multiple of it."""
-_LEAST_NORM = 1e-20
-"""So that the strength of a feature that writes nothing can be divided by it again."""
-
 
 @dataclass(frozen=True)
 class Places:
@@ -51,51 +43,13 @@ def can_be_sparse(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not x.requires_grad
 
 
-@torch.no_grad()
-def strongest_of_rows(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """For each token of x `[n, d_in]` the k features of largest `relu(x W_enc + b_enc)` times norms `[d_sae]`: pre-activations
-    and indices, `[n, k]` each, in no order. Tokens with fewer positive ones get others as well, of any pre-activation."""
-    d_sae = W_enc.shape[1]
-    k = min(k, d_sae)
-    # One product for strengths, bias and norms included: no further pass over [n, d_sae].
-    rows = W_enc.new_zeros(d_sae, -(-(len(W_enc) + 1) // _ALIGNED) * _ALIGNED)
-    rows[:, : len(W_enc)], rows[:, len(W_enc)] = W_enc.T, b_enc
-    if norms is not None:
-        norms = norms.clamp_min(_LEAST_NORM)
-        rows *= norms[:, None]
-    padded = torch.cat([x, x.new_ones(len(x), 1), x.new_zeros(len(x), rows.shape[1] - x.shape[1] - 1)], dim=1)
-    tile = max(64, _TILE_ENTRIES // d_sae)
-    found = [(part @ rows.T).topk(k, dim=1, sorted=False) for part in padded.split(tile)]
-    strengths, indices = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
-    return strengths if norms is None else strengths / norms[indices], indices
-
-
-@torch.no_grad()
-def strongest_of_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `n k` features of largest `relu(x W_enc + b_enc)` times norms over the whole batch: their pre-activations and places
-    `token * d_sae + feature`, `[m]` each in the order of places, and the smallest strength among them that is over zero, 0
-    where none is.
-
-    A few times k of each token suffice to find them, unless all of a token's are among them: such tokens are looked at whole.
-    """
-    d_sae = W_enc.shape[1]
-    count, most = min(k, d_sae) * len(x), min(d_sae, _CANDIDATES * k)
-    before, indices = strongest_of_rows(x, W_enc, b_enc, norms, most)
-    strengths, places = torch.relu(before) * norms[indices], indices + d_sae * torch.arange(len(x))[:, None]
-    least = strengths.flatten().topk(count).values[-1]
-    full = strengths.amin(dim=1) > least
-    flat, where, values = strengths.flatten(), places.flatten(), before.flatten()
-    if most < d_sae and bool(full.any()):
-        rows = full.nonzero().flatten()
-        whole, indices = strongest_of_rows(x[rows], W_enc, b_enc, norms, d_sae)
-        flat = torch.cat([strengths[~full].flatten(), (torch.relu(whole) * norms[indices]).flatten()])
-        where = torch.cat([places[~full].flatten(), (indices + d_sae * rows[:, None]).flatten()])
-        values = torch.cat([before[~full].flatten(), whole.flatten()])
-    chosen = flat.topk(count, sorted=False).indices
-    chosen = chosen[where[chosen].argsort()]
-    positive = flat[chosen]
-    weakest = torch.where(positive > 0, positive, torch.inf).amin()
-    return values[chosen], where[chosen], torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
+def products_of_pairs(rows: Tensor, places: Tensor, others: Tensor, other_places: Tensor) -> Tensor:
+    """`rows[places[i]] . others[other_places[i]]`, `[m]`: quickest where places rise and others fit into the cache."""
+    if len(places) == 0:
+        return rows.new_zeros(0)
+    # What embedding_bag does for the gradient to its weights, told of bags that are rows.
+    start = places.new_zeros(1)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, others, other_places, start, places, 0, -1)
 
 
 class _Encoded(torch.autograd.Function):
@@ -135,11 +89,8 @@ class _Decoded(torch.autograd.Function):
         gradient = gradient.contiguous()
         sorted_values = values[places.by_feature]
         to_rows = embedding_bag(places.tokens, gradient, places.starts, per_sample_weights=sorted_values, mode="sum")
-        tokens = torch.empty_like(places.tokens)
-        tokens[places.by_feature] = places.tokens
-        to_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            gradient, rows, places.indices, places.offsets[:-1], tokens, 0, -1
-        )
+        to_values = torch.empty_like(values)
+        to_values[places.by_feature] = products_of_pairs(rows, places.indices[places.by_feature], gradient, places.tokens)
         return to_values, to_rows, None
 
 

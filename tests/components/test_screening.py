@@ -1,0 +1,92 @@
+"""What is chosen with a product in bfloat16 first is what a product in float64 would choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from components.sae.kernels import screening, selection
+from components.sae.kernels.selection import strongest_of_batch, strongest_of_rows
+
+K, D_SAE = 6, 512
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch):
+    """Screened at any size and on any CPU, by tiles of 64 tokens."""
+    for name in ("_LEAST_WIDTH", "_LEAST_FEATURES", "_LEAST_TOKENS"):
+        monkeypatch.setattr(screening, name, 1)
+    monkeypatch.setattr(screening, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(selection, "_TILE_ENTRIES", 64 * D_SAE)
+
+
+def inputs(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(5)
+    x, W_enc = torch.randn(150, 40, generator=random), torch.randn(40, D_SAE, generator=random) / 6
+    b_enc, norms = 0.1 * torch.randn(D_SAE, generator=random), 0.5 + torch.rand(D_SAE, generator=random)
+    if kind == "far from zero":
+        x += 20 * torch.randn(40, generator=random)
+    elif kind == "uneven":
+        x[:3] *= 200
+    elif kind == "close together":  # what bfloat16 cannot tell apart
+        W_enc = W_enc[:, :1] + 1e-4 * W_enc
+        b_enc, norms = torch.zeros(D_SAE), torch.ones(D_SAE)
+    elif kind == "wide and narrow":
+        W_enc, norms = W_enc * 10 ** torch.linspace(-3, 1, D_SAE), norms * 10 ** torch.linspace(1, -3, D_SAE)
+    return x, W_enc, b_enc, norms
+
+
+KINDS = ("plain", "far from zero", "uneven", "close together", "wide and narrow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normed", [True, False])
+def test_of_each_token(kind: str, normed: bool):
+    x, W_enc, b_enc, norms = inputs(kind)
+    before, indices = strongest_of_rows(x, W_enc, b_enc, norms if normed else None, K)
+    exact = x.double() @ W_enc.double() + b_enc.double()
+    strengths = exact * norms if normed else exact
+    assert all(len(set(row)) == K for row in indices.tolist())
+    error = 1e-5 * x.norm(dim=1, keepdim=True) * (W_enc * norms if normed else W_enc).norm(dim=0).max()
+    assert ((before - exact.gather(1, indices)).abs() <= 1e-5 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=0).max()).all()
+    weakest, kth = strengths.gather(1, indices).amin(dim=1), strengths.topk(K, dim=1).values[:, -1]
+    assert (weakest >= kth - error[:, 0]).all()  # of equal strength up to float32, either
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_batch(kind: str):
+    x, W_enc, b_enc, norms = inputs(kind)
+    before, places, weakest = strongest_of_batch(x, W_enc, b_enc, norms, K)
+    exact = (x.double() @ W_enc.double() + b_enc.double()).flatten()
+    strengths = torch.relu(exact) * norms.double().repeat(len(x))
+    kth = strengths.topk(K * len(x)).values[-1]
+    error = 1e-5 * x.norm(dim=1).max() * (W_enc * norms).norm(dim=0).max()
+    assert len(places) == K * len(x)
+    assert (places.diff() > 0).all()
+    assert strengths[places].min() >= kth - error
+    assert weakest.item() == pytest.approx(kth.item(), abs=error.item())
+    assert (before - exact[places]).abs().max() <= 1e-5 * x.norm(dim=1).max() * W_enc.norm(dim=0).max()
+
+
+def test_the_product_is_off_by_no_more_than_is_said_and_the_usual_case_needs_no_second_one(monkeypatch: pytest.MonkeyPatch):
+    for kind in KINDS:
+        x, W_enc, b_enc, norms = inputs(kind)
+        rows = screening.Rows.of(W_enc.T, b_enc, norms, x.mean(dim=0))
+        products, error = next(rows.products(x, len(x)))
+        exact = (x.double() @ W_enc.double() + b_enc) * norms
+        assert ((products.double() - exact).abs() <= error[:, None] + 2.0**-8 * products.double().abs()).all(), kind
+    monkeypatch.setattr(selection._Products, "_tiles", lambda *_: pytest.fail("a product in float32"))
+    x, W_enc, b_enc, norms = inputs("plain")
+    strongest_of_rows(x, W_enc, b_enc, norms, K)
+    strongest_of_batch(x, W_enc, b_enc, norms, K)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_tokens_without_an_order_end_it_in_no_other_way(value: float):
+    x, W_enc, _, norms = inputs("plain")
+    x[:] = value
+    before, indices = strongest_of_rows(x, W_enc, torch.zeros(D_SAE), norms, K)
+    assert before.shape == indices.shape == (150, K)
+    values, _, weakest = strongest_of_batch(x, W_enc, torch.zeros(D_SAE), norms, K)
+    assert torch.relu(values).sum() == 0 or not values.isfinite().all()
+    assert weakest == 0 or value != 0
