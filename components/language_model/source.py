@@ -191,7 +191,8 @@ class ModelSource:
 
     @property
     def _own_slug(self) -> str:
-        """A folder whose name says nothing has what it holds before it: `llama-30x576-st`; a snapshot in the Hub's cache has the name that it has there."""
+        """A folder whose name says nothing has what it holds before it, `llama-30x576-st`; a snapshot in the Hub's cache has
+        the name that it has there."""
         if not os.path.isdir(self.settings.name):
             return self.settings.name.split("/")[-1]
         folder = Path(os.path.abspath(self.settings.name))
