@@ -1,0 +1,184 @@
+"""The pictures of the docs, as the pages are now: `python docs/screenshots.py`, or with the names of some of them.
+
+Starts a Prefect server of its own, runs the quickstart in an empty folder, starts MLflow on what came of it, and looks at
+the pages in headless Chromium (`chromium` on PATH), waiting for what each must show. Minutes; `prefect-form` alone needs no
+run. The pictures of three runs side by side (`mlflow-compare`, `mlflow-charts`) and matplotlib's are not made here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from websockets.sync.client import connect
+
+DOCS = Path(__file__).parent
+BIN = Path(sys.executable).parent
+CHROMIUM = [
+    "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
+]  # fmt: skip
+PATIENCE_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A page, and a text that is on it once it is all there."""
+
+    url: str
+    shows: str
+    width: int
+    height: int
+
+
+def main(names: list[str]) -> None:
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="sae-pictures-")))
+        environment = stack.enter_context(_prefect(scratch))
+        shots = {"prefect-form": _form(environment)}
+        if names != ["prefect-form"]:
+            shots |= _of_a_run(environment, scratch, stack)
+        for name in names or shots:
+            _take(shots[name], DOCS / f"{name}.png", scratch)
+            print(f"docs/{name}.png", flush=True)
+
+
+def _form(environment: dict[str, str]) -> Shot:
+    for pool in ("cpu", "gpu"):
+        subprocess.run([BIN / "prefect", "work-pool", "create", pool, "--type", "process"], env=environment, check=True)
+    deploy = [BIN / "prefect", "--no-prompt", "deploy", "--all"]
+    subprocess.run(deploy, env=environment, cwd=DOCS.parent, check=True, stdout=subprocess.DEVNULL)
+    known = _ask(f"{environment['PREFECT_API_URL']}/deployments/name/pipeline/quickstart")["id"]
+    page = environment["PREFECT_API_URL"].removesuffix("/api")
+    return Shot(f"{page}/deployments/deployment/{known}/run", "Hook Points", 1400, 1400)
+
+
+def _of_a_run(environment: dict[str, str], scratch: Path, stack: ExitStack) -> dict[str, Shot]:
+    done = subprocess.run(
+        [BIN / "sae", "run", "quickstart", "--json"], env=environment, cwd=scratch, check=True, stdout=subprocess.PIPE
+    )
+    summary = json.loads(done.stdout)
+    sae = scratch / summary["paths"]["sae"]
+    port = _free_port()
+    settings = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{scratch}/data/mlflow.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    server = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
+    stack.enter_context(_running(server, {**environment, **settings}, f"http://127.0.0.1:{port}/health", scratch))
+    run = summary["mlflow_run"]
+    found = _ask(f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run}")["run"]
+    experiment = found["info"]["experiment_id"]
+    flow_run = next(tag["value"] for tag in found["data"]["tags"] if tag["key"] == "prefect.flow_run_id")
+    prefect = environment["PREFECT_API_URL"].removesuffix("/api")
+    return {
+        "feature-browser": Shot(f"file://{sae}/browser/index.html#12", "Where it fires most", 1100, 1000),
+        "evaluation-report": Shot(f"file://{sae}/report.html", "explained_variance", 1160, 2330),
+        "mlflow-run": Shot(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run}", "loss_recovered", 1500, 1100),
+        "prefect-run": Shot(f"{prefect}/runs/flow-run/{flow_run}", "register", 1400, 1100),
+    }
+
+
+def _take(shot: Shot, file: Path, scratch: Path) -> None:
+    """A fresh browser for each, so that no page is remembered."""
+    profile = Path(scratch / f"profile-{file.stem}")
+    with (scratch / "chromium.log").open("a") as log:
+        browser = subprocess.Popen([*CHROMIUM, f"--user-data-dir={profile}"], stdout=log, stderr=log)
+    try:
+        port = _until(lambda: (profile / "DevToolsActivePort").read_text().split()[0])
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
+        with urllib.request.urlopen(request) as answer:
+            target = json.load(answer)["webSocketDebuggerUrl"]
+        with connect(target, max_size=None) as page:
+            size = {"width": shot.width, "height": shot.height, "deviceScaleFactor": 1, "mobile": False}
+            _tell(page, "Emulation.setDeviceMetricsOverride", **size)
+            _tell(page, "Page.navigate", url=shot.url)
+            there = f"document.body.innerText.includes({json.dumps(shot.shows)})"
+            _until(lambda: _tell(page, "Runtime.evaluate", expression=there)["result"]["value"] or None)
+            time.sleep(3)  # what fades in
+            file.write_bytes(base64.b64decode(_tell(page, "Page.captureScreenshot", format="png")["data"]))
+    finally:
+        browser.terminate()
+        browser.wait()
+
+
+def _tell(page: Any, method: str, **parameters: Any) -> dict[str, Any]:
+    page.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+    while True:
+        answer = json.loads(page.recv(timeout=PATIENCE_SECONDS))
+        if answer.get("id") == 1:
+            return dict(answer.get("result", {}))
+
+
+@contextmanager
+def _prefect(scratch: Path) -> Iterator[dict[str, str]]:
+    """The environment of a client of a new server."""
+    port = _free_port()
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(scratch / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "components",
+    }
+    environment.pop("SAE_STORAGE_ROOT", None)
+    server = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+    with _running(server, environment, f"http://127.0.0.1:{port}/api/health", scratch):
+        yield environment
+
+
+@contextmanager
+def _running(command: list[str], environment: dict[str, str], ready: str, folder: Path) -> Iterator[None]:
+    with (folder / "servers.log").open("a") as log:
+        server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+    try:
+        _until(lambda: urllib.request.urlopen(ready, timeout=2).status)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _until(look: Any) -> Any:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            found = look()
+        except (OSError, IndexError, KeyError):
+            found = None
+        if found is not None:
+            return found
+        if time.monotonic() > deadline:
+            raise TimeoutError("a page or server did not come up")
+        time.sleep(0.3)
+
+
+def _ask(url: str) -> Any:
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        return json.load(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    if shutil.which("chromium") is None:
+        sys.exit("chromium is not installed: sudo apt-get install chromium")
+    main(sys.argv[1:])
