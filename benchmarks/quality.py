@@ -39,10 +39,17 @@ SPARSITIES: dict[str, tuple[str, tuple[float, ...], float, dict[str, Any]]] = {
     "gated": ("sparsity_coefficient", (2.5, 4.0, 6.0), 4e-3, {}),
     "jumprelu": ("sparsity_coefficient", (0.7, 1.2, 3.0), 4e-3, {}),
     "topk": ("k", (7, 12, 20), 4e-3, {}),
-    "batchtopk": ("k", (7, 12, 20), 4e-3, {"decoder_init_norm": 0.3}),
+    "batchtopk": (
+        "k",
+        (7, 12, 20),
+        4e-3,
+        {"decoder_init_norm": 0.3, "decoder_bias_init": "mean", "decoder_token_share": 0.5, "batch_size": 512},
+    ),
+    "batchtopk plain": ("k", (7, 12, 20), 4e-3, {"decoder_init_norm": 0.3}),
     "matryoshka": ("k", (7, 12, 20), 4e-3, {}),
 }
-"""Of ours: the field that decides sparsity, its values, the learning rate, other settings that are not the defaults."""
+"""Of ours: the field that decides sparsity, its values, the learning rate, other settings that are not the defaults, and
+`batch_size` where it is not 1,024. `batchtopk` is what ships as the quickstart, `batchtopk plain` what did before."""
 
 _K = ("k", (7, 12, 20))
 _ANTHROPIC = {
@@ -72,14 +79,19 @@ RATES: dict[str, dict[str, dict[str, Any]]] = {
         "dictionary_learning": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0},
         "sparsify": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0, "optimizer": "adam", "auxk_alpha": 1 / 32},
     },
+    "ours at 512": {
+        "saelens": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0},
+        "dictionary_learning": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0},
+        "sparsify": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0, "optimizer": "adam", "auxk_alpha": 1 / 32},
+    },
     "theirs": {
         "saelens": {"learning_rate": 3e-4, "batch_size": 4_096, "warmup": 0.0},
         "dictionary_learning": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.05},
         "sparsify": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.0},
     },
 }
-"""How peers are trained: as ours are, and by the defaults of their libraries. (None: they choose it, by kind and `d_sae`.
-Of sparsify all but the batch, which would be 65,536 tokens.)"""
+"""How peers are trained: as ours are, in our default's batches, and by the defaults of their libraries. (None: they choose it,
+by kind and `d_sae`. Of sparsify all but the batch, which would be 65,536 tokens.)"""
 
 AT_L0 = (8.0, 12.0, 16.0)
 MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_fraction")
@@ -92,10 +104,9 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
     base = plan.training()
     for name in names:
         field, values, rate, more = SPARSITIES[name]
-        kind = architectures()[name].Settings
-        settings = base.settings.model_copy(
-            update={"tokens": tokens, "learning_rate": rate, "checkpoint_tokens": tokens, "dead_after_tokens": tokens // 10}
-        )
+        kind, more = architectures()[name.partition(" ")[0]].Settings, dict(more)
+        changed = {"tokens": tokens, "learning_rate": rate, "checkpoint_tokens": tokens, "dead_after_tokens": tokens // 10}
+        settings = base.settings.model_copy(update={**changed, "batch_size": more.pop("batch_size", 1_024)})
         for value in values:
             coder = kind.model_validate({"d_sae": plan.d_sae, field: value, **more})
             identity = {"coder": coder.identity(plan.d_in), "training": settings.model_dump(), "seed": seed}
@@ -105,8 +116,9 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
             )
     if kept:
         jobs = {key: job for key, job in jobs.items() if read_training_record(job.url)}
-    elif jobs:
-        train_together(list(jobs.values()), torch.device("cpu"))
+    else:
+        for size in {job.settings.batch_size for job in jobs.values()}:
+            train_together([job for job in jobs.values() if job.settings.batch_size == size], torch.device("cpu"))
     return {key: job.url for key, job in jobs.items()}
 
 
@@ -204,7 +216,7 @@ def margins(runs: Runs, default: str) -> str:
     lines = []
     for l0 in AT_L0:
         left = {name: 1 - at_l0(seeds, l0, "loss_recovered").mean() for name, seeds in runs.items()}
-        peers = {name: value for name, value in left.items() if " " in name and np.isfinite(value)}
+        peers = {name: value for name, value in left.items() if "," in name and np.isfinite(value)}
         if peers and np.isfinite(left.get(default, np.nan)):
             best = min(peers, key=lambda name: peers[name])
             less = 1 - left[default] / peers[best]
@@ -212,7 +224,8 @@ def margins(runs: Runs, default: str) -> str:
     return "\n".join(lines)
 
 
-COLOURS = dict(zip(SPARSITIES, ("tab:gray", "tab:green", "tab:orange", "tab:blue", "tab:red", "tab:purple"), strict=True))
+_COLOURS = ("tab:gray", "tab:green", "tab:orange", "tab:blue", "tab:red", "tab:pink", "tab:purple")
+COLOURS = dict(zip(SPARSITIES, _COLOURS, strict=True))
 MARKERS = {"": "o", "saelens": "s", "dictionary_learning": "^", "sparsify": "D"}
 
 
@@ -225,7 +238,7 @@ def picture(runs: Runs, path: str) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12.5, 5))
     for axis, metric in zip(axes, ("explained_variance", "loss_recovered"), strict=True):
         for name, seeds in runs.items():
-            library, _, kind = name.rpartition(",")[0].partition(" ") if " " in name else ("", "", name)
+            library, _, kind = name.rpartition(",")[0].partition(" ") if "," in name else ("", "", name)
             mean = [
                 [np.mean([point[key] for point in points]) for key in ("l0", metric)]
                 for points in zip(*seeds.values(), strict=True)
@@ -234,7 +247,7 @@ def picture(runs: Runs, path: str) -> None:
             if not ((l0 > AT_L0[0] / 1.5) & (l0 < AT_L0[-1] * 1.5)).any():
                 continue
             colour = COLOURS["relu" if kind == "standard" else kind]
-            style = {"ls": "-", "lw": 2.0} if not library else {"ls": "--" if name.endswith("ours") else ":", "lw": 1.0}
+            style = {"ls": "-", "lw": 2.0} if not library else {"ls": ":" if name.endswith("theirs") else "--", "lw": 1.0}
             face = colour if not library else "white"
             axis.plot(l0, 1 - value, marker=MARKERS[library], color=colour, mfc=face, ms=5, label=name, **style)
         axis.set(xlabel="L0", ylabel=f"1 - {metric}", xscale="log", yscale="log", xlim=(AT_L0[0] / 1.35, AT_L0[-1] * 1.5))
@@ -242,7 +255,7 @@ def picture(runs: Runs, path: str) -> None:
         ticks = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4)
         axis.set_yticks(ticks, [f"{value:g}" for value in ticks])
         lost = {name: [1 - point[metric] for points in seeds.values() for point in points] for name, seeds in runs.items()}
-        top = max(max(values) for name, values in lost.items() if " " not in name)
+        top = max(max(values) for name, values in lost.items() if "," not in name)
         axis.set_ylim(0.9 * min(min(values) for values in lost.values()), 1.1 * top)
         axis.minorticks_off()
         axis.grid(alpha=0.3)

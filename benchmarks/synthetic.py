@@ -27,6 +27,7 @@ from components.hardware import keep_freed_memory
 from components.interop.formats import given_sae
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column
+from components.training.beginning import begin
 from components.training.job import Training
 from components.training.settings import TrainingSettings
 from components.training.step import CoderInTraining, new_coder, take_step
@@ -141,7 +142,7 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
         options = options | {key: value for key, value in arguments.set if key in kind.model_fields}
         settings = TrainingSettings(
             tokens=arguments.tokens, batch_size=arguments.batch, learning_rate=arguments.learning_rate or rate,
-            learning_rate_warmup=0.02, dead_after_tokens=30_000,
+            learning_rate_warmup=0.02, dead_after_tokens=arguments.dead_after,
         )  # fmt: skip
         job = Training(
             url="", digest="", identity={}, settings=settings, coder=kind(d_sae=world.features, **options), dataset_url="",
@@ -149,6 +150,9 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
         )  # fmt: skip
         members[name] = (new_coder(job, column, column, torch.device("cpu")), settings)
     generator, mean = torch.Generator().manual_seed(arguments.seed + 2), torch.zeros(world.d_in)
+    first, _ = world.tokens(16_384, torch.Generator().manual_seed(arguments.seed + 4))
+    for member, _ in members.values():
+        begin(member.coder, arguments.seed, lambda: (first, first), (first.mean(dim=0), first.mean(dim=0)))
     for _ in range(-(-arguments.tokens // arguments.batch)):
         x, _ = world.tokens(arguments.batch, generator)
         for name, (member, settings) in members.items():
@@ -245,6 +249,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in: its own on the same data, too")
+    parser.add_argument("--dead-after", type=int, default=30_000, help="tokens without firing after which a feature is dead")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="FIELD=JSON")
     arguments = parser.parse_args()
     keep_freed_memory()

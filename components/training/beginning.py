@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cache
 
@@ -21,30 +21,34 @@ _CPU = torch.device("cpu")
 
 
 def begin_from_data(coder: Coder, job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> None:
-    """A new coder as the settings want it that are taken from data; nothing is read where they need nothing.
+    """`begin` from the data of a job.
 
     Computed on the CPU, from batches that depend on the job alone: the same weights on every device, and beside other coders.
     """
-    settings = coder.settings
+    begin(coder, job.seed, lambda: _sample(job, reads, writes), (scaled_mean(reads, _CPU), scaled_mean(writes, _CPU)))
 
-    @cache
-    def sample() -> tuple[Tensor, Tensor]:
-        return _sample(job, reads, writes)
 
+def begin(coder: Coder, seed: int, sample: Callable[[], tuple[Tensor, Tensor]], means: tuple[Tensor, Tensor]) -> None:
+    """A new coder as its settings want it that are taken from data.
+
+    sample: some rows of what is read `[n, d_in]` and of what is written `[n, d_out]`, asked for where the settings need them.
+    means: of all of both.
+    """
+    settings, sample = coder.settings, cache(sample)
     points: tuple[Tensor, Tensor] | None = None
     if settings.decoder_bias_init == "mean":
-        points = scaled_mean(reads, _CPU), scaled_mean(writes, _CPU)
+        points = means
     elif settings.decoder_bias_init == "geometric_median":
         x, y = sample()
         written = geometric_median(y)
-        points = (written if job.reads == job.writes else geometric_median(x)), written
+        points = (written if coder.reads == coder.writes else geometric_median(x)), written
     if settings.active_subspace is not None or settings.decoder_token_share > 0:
         origins = points or (torch.zeros(()), torch.zeros(()))
         read, written = (rows - origin for rows, origin in zip(sample(), origins, strict=True))
         if settings.active_subspace is not None:
             coder.confine(*(principal_directions(rows, settings.active_subspace) for rows in (read, written)))
         if settings.decoder_token_share > 0:
-            drawn = _drawn(len(read), coder.d_sae, job.seed)
+            drawn = _drawn(len(read), coder.d_sae, seed)
             coder.lean(read[drawn], written[drawn], settings.decoder_token_share)
     if points is not None:
         coder.centre(*points)
