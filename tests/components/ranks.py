@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from components import steps, storage
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
+from components.sae.architectures import batchtopk, topk
 from components.sae.coder import Column
+from components.sae.kernels.cpu import can_be_sparse
 from components.sae.mesh import Mesh
 from components.training.checkpoint import checkpoint_folder
 from components.training.job import Training
@@ -100,8 +102,12 @@ def main(folder: Path) -> None:
     with joined(RankSettings(feature_parallel=2), CPU) as (by_features, _):
         meshes = {"features": by_features, "data": Mesh.joined(2, 1, CPU)}
         for name, job in jobs.items():
+            if name.endswith("-dense"):
+                topk.can_be_sparse = batchtopk.can_be_sparse = lambda x: False
             for layout, mesh in meshes.items():
                 found[f"{name}-{layout}"] = train(elsewhere(job, layout), CPU, mesh=mesh).model_dump(mode="json")
+
+        topk.can_be_sparse = batchtopk.can_be_sparse = can_be_sparse
 
         # Stopped and continued by as many, and by one in between.
         job = jobs["batchtopk"]

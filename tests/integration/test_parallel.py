@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from processes import ranks
 from ranks import LAYOUTS, SAES, extracted, found_by_two, planned, require_equal
 
 from components import steps, storage
-from components.run.specification import Specification
+from components.run.config import parse_config
+from components.run.specification import Specification, resolve
 from components.training.checkpoint import checkpoint_folder
 from components.training.job import Training
 from components.training.process import launch
@@ -31,7 +33,10 @@ BY_FEATURES = RankSettings(feature_parallel=2)
 @pytest.fixture(scope="module")
 def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
     tree = tiny_tree_in(tmp_path_factory.mktemp("parallel"))
-    return extracted({name: planned(tree, sae, steps=200) for name, sae in SAES.items()})
+    jobs = extracted({name: planned(tree, sae, steps=200) for name, sae in SAES.items()})
+    # As on a GPU, where pre-activations of all features are at hand.
+    dense = {f"{name}-dense": replace(jobs[name], url=f"{jobs[name].url}-dense") for name in ("batchtopk", "topk")}
+    return jobs | dense
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +45,23 @@ def found(jobs: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", SAES)
+@pytest.mark.parametrize("name", [*SAES, "batchtopk-dense", "topk-dense"])
 def test_two_processes_come_to_the_losses_and_weights_of_one(
     jobs: dict[str, Training], found: dict[str, Any], name: str, layout: str
 ):
     require_equal(jobs[name], found[f"{name}-{layout}"], layout)
 
 
+@pytest.mark.parametrize("name", ["batchtopk", "relu"])
+def test_four_processes_share_out_features_and_batches(jobs: dict[str, Training], name: str):
+    job = replace(jobs[name], url=f"{jobs[name].url}-four")
+    record = launch(job, CPU, ranks=RankSettings(data_parallel=2, feature_parallel=2))
+    require_equal(jobs[name], record.model_dump(mode="json"), "four")
+
+
 @pytest.fixture
 def run(tiny_tree: dict) -> Specification:
-    run = planned(tiny_tree, SAES["batchtopk"], steps=600, execution={"training": BY_FEATURES.model_dump()})
+    run = planned(tiny_tree, SAES["batchtopk"], steps=250, execution={"training": BY_FEATURES.model_dump()})
     steps.extract(run)
     return run
 
@@ -58,7 +70,7 @@ def disturbed(run: Specification, disturb: Callable[[], None]) -> Callable[[list
     seen: list[int] = []
 
     def on_points(points: list[dict]) -> None:
-        if not seen and points[-1]["tokens"] >= 30_000 and set(ranks()) == {0, 1}:
+        if not seen and points[-1]["tokens"] >= 10_000 and set(ranks()) == {0, 1}:
             seen.append(1)
             disturb()
 
@@ -100,9 +112,6 @@ def test_the_command_and_torchrun_by_hand_come_to_the_same(run: Specification, t
 def test_a_divergence_is_the_same_sentence_and_can_be_run_again(run: Specification, tiny_tree: dict):
     tree = {**tiny_tree, "execution": {"training": {"data_parallel": 2}}}
     tree["training"] = {**tree["training"], "learning_rate": 1e15}
-    from components.run.config import parse_config
-    from components.run.specification import resolve
-
     wild = resolve(parse_config(tree))
     with pytest.raises(FloatingPointError, match=r"diverged at step .*--replay"):
         steps.launch_training(wild)
