@@ -42,9 +42,13 @@ def test_two_processes_come_to_the_losses_and_weights_of_one(
     assert any(point["auxk_loss"] > 0 for point in curves), "dead features are to be revived together, too"
 
 
-def test_each_process_holds_half_of_the_parameters(found: dict[str, Any]):
-    encoder, bias, decoder, shared = found["sizes"]["whole"]
-    assert found["sizes"]["share"] == [encoder // 2, bias // 2, decoder // 2, shared]
+def test_each_process_holds_half_of_parameters_optimizer_and_counters(found: dict[str, Any]):
+    whole, share = found["whole"], found["share"]
+    assert {name for name in whole if share[name] == whole[name]} == {
+        name for name in whole if name.endswith(".b_dec") or name == "weight.weakest" or name.startswith("adam.step.")
+    }
+    assert all(share[name] in (whole[name] // 2, whole[name]) for name in whole)
+    assert sum(share.values()) < 0.51 * sum(whole.values())
 
 
 def test_continued_by_as_many_it_ends_with_the_same_bits(found: dict[str, Any]):
