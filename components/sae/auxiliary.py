@@ -62,9 +62,10 @@ def _auxk_of_share(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor,
     assert mesh is not None
     error, k = residual.detach().float(), min(k, coder.features_of_all)
     count = mesh.over_features(dead.sum())
-    if before is None:  # on a CPU, where asking waits for nothing; the same answer for everybody
-        if not count:
-            return error.new_zeros(())
+    # On a CPU asking waits for nothing. The answer is the same for everybody, whatever pre-activations each has at hand.
+    if x.device.type == "cpu" and not count:
+        return error.new_zeros(())
+    if before is None:
         places = dead.nonzero().flatten()
         before, rows = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.b_enc[places]), coder.W_dec[places]
     else:

@@ -8,8 +8,9 @@ file under `architectures/` with its settings beside it; nothing else has to kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from components.sae.features import Features
 from components.sae.mesh import Mesh
 from components.sae.settings import CoderSettings
+
+_DRAWN_ENTRIES = 1 << 22
+"""Random numbers that are held at once: 16 MB."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +148,20 @@ class Coder(nn.Module, ABC):
     def initialise(self, seed: int) -> None:
         """Decoder rows of random direction and norm `decoder_init_norm`, the encoder their transpose where it has that shape
         (else of random columns of that norm), biases zero. For a coder as it is made. Drawn on the CPU, so that every device
-        starts from the same weights."""
+        starts from the same weights; a share of a coder from its part of them."""
         random, norm = torch.Generator().manual_seed(seed), self.settings.decoder_init_norm
-        rows = torch.randn(self.d_sae, self.d_out, generator=random)
+        own = slice(self.first_feature, self.first_feature + self.d_sae)
+        rows = torch.cat(
+            [
+                part[max(0, own.start - row) : max(0, own.stop - row)]
+                for row, part in normal_rows(self.features_of_all, self.d_out, random)
+            ]
+        )
         self.W_dec.copy_(norm * rows / rows.norm(dim=1, keepdim=True))
         if self.reads == self.writes:
             self.W_enc.copy_(self.W_dec.T)
         else:
-            columns = torch.randn(self.d_in, self.d_sae, generator=random)
+            columns = torch.cat([part[:, own] for _, part in normal_rows(self.d_in, self.features_of_all, random)])
             self.W_enc.copy_(norm * columns / columns.norm(dim=0, keepdim=True))
 
     @torch.no_grad()
@@ -335,6 +345,15 @@ class Coder(nn.Module, ABC):
         unit = (writes if self.unit is None else self.unit * writes) / common
         result.unit = None if torch.allclose(unit, torch.ones_like(unit), rtol=1e-12) else unit
         return result.train(self.training)
+
+
+def normal_rows(rows: int, width: int, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """`torch.randn(rows, width)` in parts of some rows, each with the number of its first: the same numbers, since torch draws
+    them 16 at a time, and the last 16 once more where they are no multiple of it."""
+    step = max(1, _DRAWN_ENTRIES // (16 * width)) * 16
+    edges = [*range(0, rows - step, step), rows] if rows > 2 * step else [0, rows]
+    for first, stop in pairwise(edges):
+        yield first, torch.randn(stop - first, width, generator=generator)
 
 
 def per_dimension(columns: Sequence[Column], scales: Sequence[float]) -> Tensor:

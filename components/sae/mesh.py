@@ -145,5 +145,5 @@ def _kept(own: Tensor, every: Tensor, least: Tensor, count: int, before: int) ->
 def _gathered(share: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:
     """`[m, ...]` of each -> `[size m, ...]`"""
     every = share.new_empty(size * len(share), *share.shape[1:])
-    dist.all_gather_into_tensor(every, share.contiguous(), group=group)
+    dist.all_gather_single(every, share.contiguous(), group=group)
     return every

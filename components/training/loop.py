@@ -134,16 +134,14 @@ def _member(place: int, job: Training, still_owned: Callable[[], None], device: 
     training = new_coder(job, *columns, device, mesh)
     if restore_checkpoint(training, job.url):
         logger.info("train: continuing from step %s of %s", f"{training.step:,}", f"{job.steps:,}")
-    else:
-        # Where this is to be a share, it is one of what a single process would begin with.
+    elif job.start is not None:
         whole = training.coder if mesh is None else new_coder(job, *columns, torch.device("cpu")).coder
-        if job.start is not None:
-            load_start(whole, job.start, [column.scale for column in reads], [column.scale for column in writes])
-            logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
-        else:
-            begin_from_data(whole, job, reads, writes)
+        load_start(whole, job.start, [column.scale for column in reads], [column.scale for column in writes])
         if mesh is not None:
             take_share(training.coder, whole)
+        logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
+    else:
+        begin_from_data(training.coder, job, reads, writes)
     if mesh is None or mesh.leads:
         discard_incomplete(job.url)
     if mesh is not None:

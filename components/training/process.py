@@ -279,15 +279,19 @@ def _run_ranks(order: dict[str, Any]) -> int:
     from components.training.parallel.launch import RankFailed, run_ranks
 
     try:
-        return run_ranks(_MODULE, json.dumps(order), RankSettings.model_validate(order["ranks"]).size)
+        return run_ranks(_MODULE, json.dumps(order), RankSettings.model_validate(order["ranks"]).size, CONTINUE)
     except RankFailed as failure:
         print(json.dumps({"error": type(failure).__name__, "text": str(failure)}), flush=True)
         return 1
 
 
 def _end_when_stopped(stop: threading.Event) -> None:
-    """A process that waits for one that is gone, in an exchange that does not end, ends here."""
-    stop.wait()
+    """Stop when what started this process is gone. One that waits for another that is gone, in an exchange that does not end,
+    ends here."""
+    parent = os.getppid()
+    while not stop.wait(1.0):
+        if os.getppid() != parent:
+            stop.set()
     time.sleep(STOP_SECONDS)
     os._exit(1)
 

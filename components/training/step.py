@@ -73,12 +73,11 @@ class CoderInTraining:
 def new_coder(
     job: Training, reads: tuple[Column, ...], writes: tuple[Column, ...], device: torch.device, mesh: Mesh | None = None
 ) -> CoderInTraining:
-    """The coder of a job with its first weights; in a mesh, a share of its features that has none yet."""
+    """The coder of a job with its first weights; in a mesh, this process's share of its features."""
     d_sae = job.coder.features(sum(column.width for column in reads)) // (1 if mesh is None else mesh.features)
     coder = architectures()[job.coder.architecture](job.coder, reads, writes, d_sae)
     coder.mesh = mesh
-    if mesh is None:
-        coder.initialise(job.seed)
+    coder.initialise(job.seed)
     coder.to(device)
     optimizer = torch.optim.Adam(coder.parameters(), lr=0.0, betas=job.settings.adam_betas, fused=True)
     silent, diverged = torch.zeros(d_sae, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)

@@ -99,7 +99,8 @@ def print_plan(estimate: dict[str, Any]) -> None:
         state("sae"),
         f"{sae['architecture']} {sae['d_in']} -> {sae['d_sae']:,} ({sae['parameters']:,} parameters), "
         f"{training['steps']:,} steps, {training['tokens']:,} tokens ({training['epochs']:.2f} epochs) {training['starts']}, "
-        f"{training['flops']:.2g} FLOPs\n{sae['url']}" + (f"\n{training['torchrun']}" if "torchrun" in training else ""),
+        f"{training['flops']:.2g} FLOPs\n{sae['url']}"
+        + (f"\n{training['processes']} processes: {training['torchrun']}" if "torchrun" in training else ""),
     )
     evaluation = estimate["evaluation"]
     if evaluation["impossible"]:
@@ -108,5 +109,6 @@ def print_plan(estimate: dict[str, Any]) -> None:
         what = f"{evaluation['tokens']:,} held-out tokens, {evaluation['flops']:.2g} FLOPs"
         table.add_row("evaluate", state("evaluation"), what)
         table.add_row("register", "", estimate["registered_model"])
-    table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in memory.items()))
+    each = {"training": " in each process"} if "processes" in training else {}
+    table.add_row("memory", "", ", ".join(f"{name} {size / 1e6:,.0f} MB{each.get(name, '')}" for name, size in memory.items()))
     terminal().print(table)

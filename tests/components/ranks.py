@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from components import steps, storage
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
-from components.sae.coder import Column
+from components.sae.architectures import batchtopk, topk
+from components.sae.kernels.cpu import can_be_sparse
 from components.sae.mesh import Mesh
 from components.training.checkpoint import checkpoint_folder
 from components.training.job import Training
 from components.training.loop import Stopped, train
 from components.training.parallel.ranks import joined
 from components.training.settings import RankSettings
-from components.training.step import new_coder
 
 CPU = torch.device("cpu")
 LAYOUTS = ("features", "data")
@@ -86,6 +86,11 @@ def elsewhere(job: Training, name: str) -> Training:
     return replace(job, url=f"{job.url}-{name}")
 
 
+def numbers(job: Training, checkpoint: str) -> dict[str, int]:
+    """How many numbers each tensor of the state has."""
+    return {name: tensor.numel() for name, tensor in load_file(f"{checkpoint_folder(job.url)}/{checkpoint}").items()}
+
+
 def stopped(job: Training, steps: int, mesh: Mesh | None) -> int:
     try:
         train(job, CPU, should_stop=until(steps - 1), mesh=mesh)
@@ -100,8 +105,12 @@ def main(folder: Path) -> None:
     with joined(RankSettings(feature_parallel=2), CPU) as (by_features, _):
         meshes = {"features": by_features, "data": Mesh.joined(2, 1, CPU)}
         for name, job in jobs.items():
+            if name.endswith("-dense"):
+                topk.can_be_sparse = batchtopk.can_be_sparse = lambda x: False
             for layout, mesh in meshes.items():
                 found[f"{name}-{layout}"] = train(elsewhere(job, layout), CPU, mesh=mesh).model_dump(mode="json")
+
+        topk.can_be_sparse = batchtopk.can_be_sparse = can_be_sparse
 
         # Stopped and continued by as many, and by one in between.
         job = jobs["batchtopk"]
@@ -109,20 +118,16 @@ def main(folder: Path) -> None:
         assert stopped(again, 20, by_features) == 20
         files = [name for name in storage.list_names(checkpoint_folder(again.url)) if name.endswith(".safetensors")]
         found["files"] = sorted(files)
+        found["share"] = numbers(again, found["files"][1])
         found["again"] = train(again, CPU, mesh=by_features).model_dump(mode="json")
         by_one = elsewhere(job, "by-one")
         stopped(by_one, 20, by_features)
         if by_features.leads:
             assert stopped(by_one, 10, None) == 30
+            found["whole"] = numbers(by_one, "step-0000000030.safetensors")
         by_features.meet()
         found["by-one"] = train(by_one, CPU, mesh=by_features).model_dump(mode="json")
 
-        column = (Column("resid_post.1", 32),)
-        sizes = {
-            place: [tensor.numel() for tensor in new_coder(job, column, column, CPU, mesh).coder.parameters()]
-            for place, mesh in (("whole", None), ("share", by_features))
-        }
-        found["sizes"] = sizes
         if by_features.leads:
             (folder / "found.json").write_text(json.dumps(found))
 

@@ -11,9 +11,13 @@ import torch
 from ranks import LAYOUTS, SAES, extracted, found_by_two, planned, require_equal, weights
 
 from components.run.checks import check
-from components.sae.mesh import _kept
+from components.sae import coder
+from components.sae.architectures import architectures
+from components.sae.coder import Column
+from components.sae.mesh import Mesh, _kept
 from components.settings import UserError
 from components.training.job import Training
+from components.training.parallel.shares import take_share
 
 NAMES = ("batchtopk", "relu")  # the others: tests/integration/test_parallel.py
 
@@ -38,9 +42,13 @@ def test_two_processes_come_to_the_losses_and_weights_of_one(
     assert any(point["auxk_loss"] > 0 for point in curves), "dead features are to be revived together, too"
 
 
-def test_each_process_holds_half_of_the_parameters(found: dict[str, Any]):
-    encoder, bias, decoder, shared = found["sizes"]["whole"]
-    assert found["sizes"]["share"] == [encoder // 2, bias // 2, decoder // 2, shared]
+def test_each_process_holds_half_of_parameters_optimizer_and_counters(found: dict[str, Any]):
+    whole, share = found["whole"], found["share"]
+    assert {name for name in whole if share[name] == whole[name]} == {
+        name for name in whole if name.endswith(".b_dec") or name == "weight.weakest" or name.startswith("adam.step.")
+    }
+    assert all(share[name] in (whole[name] // 2, whole[name]) for name in whole)
+    assert sum(share.values()) < 0.51 * sum(whole.values())
 
 
 def test_continued_by_as_many_it_ends_with_the_same_bits(found: dict[str, Any]):
@@ -67,6 +75,26 @@ def test_of_equally_strong_features_no_more_are_chosen_than_there_is_place_for()
         kept = torch.cat([_kept(share, every, least, count, 4 * rank) for rank, share in enumerate(shares)])
         assert kept.sum() == count
         assert every[kept].min() >= every[~kept].max() if count < len(every) else kept.all()
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("width", [12, 13])
+def test_shares_begin_with_the_weights_of_the_whole_without_drawing_it_at_once(
+    name: str, width: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(coder, "_DRAWN_ENTRIES", 256)
+    kind = architectures()[name]
+    settings, reads, writes = kind.Settings(d_sae=154), (Column("a", 60),), (Column("b", width),)
+    for written in (writes, reads):
+        whole = kind(settings, reads, written, 154)
+        whole.initialise(3)
+        for rank in range(7):
+            share, taken = (kind(settings, reads, written, 22) for _ in range(2))
+            share.mesh = taken.mesh = Mesh(1, 7, 0, rank, None, None)  # type: ignore[arg-type]
+            share.initialise(3)
+            take_share(taken, whole)
+            for key, value in taken.state_dict().items():
+                assert torch.equal(share.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ class BatchTopKSettings(KSettings):
 class BatchTopKSAE(Coder):
     """Ranked by `f_i ||W_dec_i||`, over which the threshold stands too: one number for all features once they are folded."""
 
+    parallel = True
     Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
     scaled_like_outputs = ("weakest",)
     by_feature = True
-    parallel = True
     settings: BatchTopKSettings
     weakest: Tensor
     """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""

@@ -32,9 +32,9 @@ class GatedSettings(CoderSettings):
 class GatedSAE(Coder):
     """`p = x W_enc`; `f_i = relu(p_i exp(r_i) + b_mag_i)` where `p_i + b_gate_i > 0`, else 0."""
 
+    parallel = True
     Settings = GatedSettings
     settings: GatedSettings
-    parallel = True
     scaled_like_features = ("b_gate", "b_mag")
     encoder_biases = ("b_gate", "b_mag")
     b_gate: torch.nn.Parameter

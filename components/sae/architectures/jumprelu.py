@@ -61,9 +61,9 @@ class JumpReLUSettings(CoderSettings):
 class JumpReLUSAE(Coder):
     """`z = x W_enc + b_enc`, `f = z` where `z > theta` and `theta`'s feature is positive, else 0."""
 
+    parallel = True
     Settings = JumpReLUSettings
     settings: JumpReLUSettings
-    parallel = True
     scaled_like_features = ("b_enc", "threshold")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -38,9 +38,9 @@ class ReLUSettings(CoderSettings):
 class ReLUSAE(Coder):
     """`f(x) = ReLU(x W_enc + b_enc)`, `x_hat = f W_dec + b_dec`."""
 
+    parallel = True
     Settings = ReLUSettings
     settings: ReLUSettings
-    parallel = True
 
     def encode(self, x: Tensor) -> DenseFeatures:
         return DenseFeatures(torch.relu(self.pre_activations(x.reshape(-1, self.d_in))))

@@ -64,10 +64,10 @@ class TopKSettings(KSettings):
 class TopKSAE(Coder):
     """`f(x) = TopK(ReLU(x W_enc + b_enc))`."""
 
+    parallel = True
     Settings = TopKSettings
     settings: TopKSettings
     by_feature = True
-    parallel = True
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)

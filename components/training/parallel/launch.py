@@ -23,9 +23,10 @@ class RankFailed(RuntimeError):
     """A process of a parallel training ended in another way than by an error that it could tell of."""
 
 
-def run_ranks(module: str, order: str, size: int) -> int:
-    """`python -m module FILE` in `size` processes, with the order in the file; the exit code of the first that ended with
-    another than 0. Raises RankFailed where one was killed. They have all ended when this returns."""
+def run_ranks(module: str, order: str, size: int, stopped: int) -> int:
+    """`python -m module FILE` in `size` processes, with the order in the file; their exit code, the largest where they differ,
+    and `stopped` where this process was asked to stop, and so they were. Raises RankFailed where one was killed. They have all
+    ended when this returns."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # what went wrong is said below, without a stack
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // size))
@@ -47,7 +48,7 @@ def run_ranks(module: str, order: str, size: int) -> int:
         try:
             elastic_launch(config, sys.executable)("-m", module, str(file))
         except SignalException:
-            return 1
+            return stopped
         except ChildFailedError as error:
             for rank, failure in sorted(error.failures.items()):
                 # What ends by SIGTERM is ended by the launcher, since another has failed.
