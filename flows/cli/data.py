@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="data", no_args_is_help=True, help="List, show, check and delete activation datasets.")
 
-Dataset = Annotated[str, typer.Argument(metavar="DATASET", help="URL, name, or the beginning of a digest.")]
+Dataset = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATASET", help="URL, name (the configuration's, where it has one dataset), or the beginning of a digest."
+    ),
+]
 Root = Annotated[str, typer.Option("--root", help="Folder or `s3://` prefix under which everything is stored.")]
 
 

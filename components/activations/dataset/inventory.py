@@ -62,12 +62,14 @@ def _entry(folder: str, name: str) -> Entry:
 
 
 def find_dataset(root: str, reference: str) -> str:
-    """The URL of the dataset that a URL, a name, or the beginning of a digest stands for; a UserError otherwise."""
+    """The URL of the dataset that a URL, a name (that of the configuration where it has one
+    dataset), or the beginning of a digest stands for; a UserError otherwise."""
     if storage.exists(manifest_url(reference)):
         return reference.rstrip("/")
     folder = storage.join(root, "activations")
     names = storage.list_folders(folder)
-    found = [name for name in names if name == reference or name.rsplit("-", 1)[-1].startswith(reference)]
+    named = [(name, *name.rsplit("-", 1)) for name in names]
+    found = [name for name, *parts in named if reference in (name, parts[0]) or parts[-1].startswith(reference)]
     if len(found) == 1:
         return storage.join(folder, found[0])
     if found:
