@@ -418,6 +418,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_next_run_continues(tree: d
 def test_datasets_are_listed_and_found_by_name_or_digest(dataset: tuple[str, Manifest], tmp_path: Path):
     url, manifest = dataset
     root = str(tmp_path / "root")
+    assert catalog.find_dataset(root, "tiny") == url
     half = Path(root) / "activations" / "tiny-0123456789abcdef" / "scatter"
     half.mkdir(parents=True)
     old = Path(root) / "activations" / "tiny-fedcba9876543210"
@@ -431,6 +432,8 @@ def test_datasets_are_listed_and_found_by_name_or_digest(dataset: tuple[str, Man
     }
     for reference in (url, url.rsplit("/", 1)[-1], manifest.digest, manifest.digest[:5]):
         assert catalog.find_dataset(root, reference) == url
+    with pytest.raises(UserError, match=r"'tiny' stands for tiny-.*write more of the digest"):
+        catalog.find_dataset(root, "tiny")
     with pytest.raises(UserError, match=r"'nothing'.*tiny-"):
         catalog.find_dataset(root, "nothing")
     catalog.delete_dataset(url, root)
