@@ -233,9 +233,9 @@ def _alone(run: Specification) -> bool:
 
 
 def _prepare_prefect() -> None:
-    # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and the logs of
-    # `components` belong to the flow run.
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and minutes where they are
+    # busy; and the logs of `components` belong to the flow run.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "components")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     log_to_stderr(handler=False)
