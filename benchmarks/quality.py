@@ -255,7 +255,7 @@ def picture(runs: Runs, path: str) -> None:
         ticks = (0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4)
         axis.set_yticks(ticks, [f"{value:g}" for value in ticks])
         lost = {name: [1 - point[metric] for points in seeds.values() for point in points] for name, seeds in runs.items()}
-        top = max(max(values) for name, values in lost.items() if "," not in name)
+        top = max((max(values) for name, values in lost.items() if "," not in name), default=0.4)
         axis.set_ylim(0.9 * min(min(values) for values in lost.values()), 1.1 * top)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
