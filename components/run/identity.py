@@ -65,7 +65,7 @@ TRAINING = Fields(
         "clip_gradient_norm", "autocast", "dead_after_tokens",
     ),
     resolved=("hook_point", "target", "crosscoder", "start_from"),
-    without_effect=("checkpoint_tokens", "checkpoint_minutes", "checkpoints_kept", "log_tokens"),
+    without_effect=("checkpoint_tokens", "checkpoint_minutes", "checkpoints_kept", "stop_seconds", "log_tokens"),
 )  # fmt: skip
 EVALUATION = Fields(
     always=("tokens", "reference_tokens", "baselines", "baseline_tokens", "neighbours"),

@@ -67,7 +67,10 @@ def _auxk_of_share(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor,
         return error.new_zeros(())
     if before is None:
         places = dead.nonzero().flatten()
-        before, rows = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.b_enc[places]), coder.W_dec[places]
+        before, rows = (
+            torch.nn.functional.linear(x, coder.W_enc.T[places], coder.read_bias(coder.b_enc)[places]),
+            coder.W_dec[places],
+        )
     else:
         before, rows = before.masked_fill(~dead, -torch.inf), coder.W_dec
     chosen = before.topk(min(k, before.shape[1]), dim=1)

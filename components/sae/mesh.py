@@ -101,13 +101,15 @@ class Mesh:
         """Of this share, what is among the `k` strongest per token of the whole batch: values and places as `find` gives them,
         and the smallest strength among them all that is over zero, 0 where none is.
 
-        find: for c, values, places and strengths of the `c n` strongest of this share, `[c n]` each. n: tokens, and d_sae:
+        find: for c, values, places and strengths of the `c n` strongest of this share, or of those over zero, one each. n: tokens, and d_sae:
         features of this share.
         """
         count = k if self.data == 1 else 2 * k
         while True:
             count = min(count, d_sae)
             values, places, strengths = find(count)
+            # Of one kind of length for everybody, where fewer are over zero.
+            strengths = torch.nn.functional.pad(strengths, (0, count * n - len(strengths)))
             every = _gathered(strengths, dist.group.WORLD, self.size)
             top = every.topk(min(k * n * self.data, len(every))).values
             # Where tokens of this share take more than twice their part, some may not have been looked at.
@@ -115,6 +117,7 @@ class Mesh:
                 break
             count *= 2
         kept = _kept(strengths, every, top[-1], len(top), dist.get_rank() * len(strengths)) & (strengths > 0)
+        kept = kept[: len(values)]
         weakest = torch.where(top > 0, top, torch.inf).amin()
         return values[kept], places[kept], torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
 

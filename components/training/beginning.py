@@ -48,7 +48,7 @@ def begin(coder: Coder, seed: int, sample: Callable[[], tuple[Tensor, Tensor]], 
         if settings.active_subspace is not None:
             coder.confine(*(principal_directions(rows, settings.active_subspace) for rows in (read, written)))
         if settings.decoder_token_share > 0:
-            drawn = _drawn(len(read), coder.d_sae, seed)
+            drawn = _drawn(len(read), coder.features_of_all, seed)[coder.first_feature :][: coder.d_sae]
             coder.lean(read[drawn], written[drawn], settings.decoder_token_share)
     if points is not None:
         coder.centre(*points)

@@ -38,9 +38,6 @@ from components.training.parallel.shares import take_share
 from components.training.start import load_start
 from components.training.step import CoderInTraining, new_coder, take_step
 
-LAST_CHECKPOINT_SECONDS = 20.0
-"""How long a training that is asked to stop waits for its last checkpoint; the one before it counts if that is too short."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -225,7 +222,7 @@ def _train(
                         _save(member)
     finally:
         for member in members:
-            member.checkpoints.wait(LAST_CHECKPOINT_SECONDS)
+            member.checkpoints.wait(member.job.settings.stop_seconds)
     return outcomes
 
 
@@ -293,7 +290,8 @@ def _stopped(members: Sequence[_Member]) -> str:
     """Put the last checkpoints, as far as the time suffices, and say from where training continues."""
     for member in members:
         _save(member)
-    until, mesh = time.monotonic() + LAST_CHECKPOINT_SECONDS, members[0].training.coder.mesh
+    seconds, mesh = max(member.job.settings.stop_seconds for member in members), members[0].training.coder.mesh
+    until = time.monotonic() + seconds
     for member in members:
         late = not member.checkpoints.wait(max(0.0, until - time.monotonic()))
         if mesh is not None:
@@ -303,6 +301,6 @@ def _stopped(members: Sequence[_Member]) -> str:
             where = "its start" if complete is None else f"step {complete:,}"
             return (
                 f"stopped after step {member.training.step:,} of {member.job.steps:,}; its last checkpoint was not put within "
-                f"{LAST_CHECKPOINT_SECONDS:g} s, so training continues from {where}"
+                f"{seconds:g} s, so training continues from {where}"
             )
     return f"stopped after step {members[0].training.step:,} of {members[0].job.steps:,}, at a checkpoint"

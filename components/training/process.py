@@ -34,9 +34,9 @@ from components.training.loop import Stopped, train_together
 from components.training.parallel.ranks import joined
 from components.training.settings import RankSettings
 
-STOP_SECONDS = 25.0
-"""How long a training that was asked to stop may take for its last checkpoint; then it is killed. Under the 30 s after which
-Prefect kills a cancelled run."""
+GRACE_SECONDS = 5.0
+"""What a training that was asked to stop has beyond `training.stop_seconds`, which is for its last checkpoint; then it is
+killed. Together 25 s by default: under the 30 after which Prefect kills a cancelled run."""
 
 CONTINUE = 75
 """Exit code of a training that was asked to stop and left a checkpoint: start it again (EX_TEMPFAIL of sysexits.h)."""
@@ -92,6 +92,11 @@ def launch_together(
             logger.warning("train: %s; it goes on in a new process", stopped)
 
 
+def _stop_seconds(order: dict[str, Any]) -> float:
+    """How long it may take to end once it is asked to."""
+    return max(float(work["settings"]["stop_seconds"]) for work in order["works"]) + GRACE_SECONDS
+
+
 class _Interrupted(Exception):
     """The process was asked to stop, and not by this one."""
 
@@ -118,7 +123,7 @@ def _launched(
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    last: dict[str, Any] = {}
+    last, seconds = dict[str, Any](), _stop_seconds(order)
     try:
         if process.stderr is not None:
             # In this thread's context, by which Prefect knows whose log it is.
@@ -127,14 +132,14 @@ def _launched(
         with suppress(BrokenPipeError):  # it ended at once; its exit code says more
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
-        with _stopped_at(process, deadline) as overdue:
+        with _stopped_at(process, deadline, seconds) as overdue:
             for line in process.stdout:
                 last = json.loads(line)
                 if "points" in last:
                     on_points(last["place"], last["points"])
             process.wait()
     finally:
-        _end(process)
+        _end(process, seconds)
     if "outcomes" in last:
         return [_outcome(found) for found in last["outcomes"]]
     if overdue.is_set():
@@ -158,8 +163,8 @@ def _message(outcome: TrainingRecord | FloatingPointError) -> dict[str, Any] | s
 
 
 @contextmanager
-def _stopped_at(process: subprocess.Popen[str], deadline: float | None) -> Iterator[threading.Event]:
-    """Stops the process at `deadline` (`time.monotonic`); the event says that it came to that."""
+def _stopped_at(process: subprocess.Popen[str], deadline: float | None, seconds: float) -> Iterator[threading.Event]:
+    """Stops the process at `deadline` (`time.monotonic`), within `seconds`; the event says that it came to that."""
     overdue = threading.Event()
     if deadline is None:
         yield overdue
@@ -167,7 +172,7 @@ def _stopped_at(process: subprocess.Popen[str], deadline: float | None) -> Itera
 
     def stop() -> None:
         overdue.set()
-        _end(process)
+        _end(process, seconds)
 
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop)
     timer.daemon = True
@@ -178,15 +183,15 @@ def _stopped_at(process: subprocess.Popen[str], deadline: float | None) -> Itera
         timer.cancel()
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], seconds: float) -> None:
     """Ask it to stop, wait for its checkpoint, then make sure."""
     if process.poll() is not None:
         return
     process.terminate()
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
-        logger.warning("train: no end %g s after it was asked to stop; it is killed", STOP_SECONDS)
+        logger.warning("train: no end %g s after it was asked to stop; it is killed", seconds)
         process.kill()
         process.wait()
 
@@ -251,7 +256,9 @@ def main() -> None:
                 speaks = mesh.leads
                 if not speaks:
                     logging.getLogger().setLevel(logging.ERROR)
-                threading.Thread(target=_end_when_stopped, args=(stop,), name="watchdog", daemon=True).start()
+                threading.Thread(
+                    target=_end_when_stopped, args=(stop, _stop_seconds(order)), name="watchdog", daemon=True
+                ).start()
             outcomes = train_together(
                 works,
                 device,
@@ -278,21 +285,23 @@ def _run_ranks(order: dict[str, Any]) -> int:
     """The processes of a parallel training, each of which is `main` with the order in a file; their exit code."""
     from components.training.parallel.launch import RankFailed, run_ranks
 
+    size = RankSettings.model_validate(order["ranks"]).size
+    seconds = _stop_seconds(order) - GRACE_SECONDS / 2
     try:
-        return run_ranks(_MODULE, json.dumps(order), RankSettings.model_validate(order["ranks"]).size, CONTINUE)
+        return run_ranks(_MODULE, json.dumps(order), size, CONTINUE, seconds)
     except RankFailed as failure:
         print(json.dumps({"error": type(failure).__name__, "text": str(failure)}), flush=True)
         return 1
 
 
-def _end_when_stopped(stop: threading.Event) -> None:
+def _end_when_stopped(stop: threading.Event, seconds: float) -> None:
     """Stop when what started this process is gone. One that waits for another that is gone, in an exchange that does not end,
     ends here."""
     parent = os.getppid()
     while not stop.wait(1.0):
         if os.getppid() != parent:
             stop.set()
-    time.sleep(STOP_SECONDS)
+    time.sleep(seconds)
     os._exit(1)
 
 

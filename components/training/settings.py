@@ -84,6 +84,10 @@ class TrainingSettings(Settings):
     checkpoints_kept: int = Field(default=1, ge=1)
     """The newest so many stay until training has finished; older ones are removed as newer ones are complete."""
 
+    stop_seconds: float = Field(default=20.0, gt=0, le=86_400)
+    """How long a training that is asked to stop (SIGTERM) may take for its last checkpoint; then the one before it counts.
+    Prefect kills a cancelled run after 30 s, Kubernetes a pod after its grace period."""
+
     log_tokens: int = Field(default=20_000, ge=1)
     """Tokens between two points of the training curves; it does not change the result."""
 

@@ -13,9 +13,10 @@ from ranks import LAYOUTS, SAES, extracted, found_by_two, planned, require_equal
 from components.run.checks import check
 from components.sae import coder
 from components.sae.architectures import architectures
-from components.sae.coder import Column
+from components.sae.coder import Coder, Column
 from components.sae.mesh import Mesh, _kept
 from components.settings import UserError
+from components.training.beginning import begin
 from components.training.job import Training
 from components.training.parallel.shares import take_share
 
@@ -97,11 +98,31 @@ def test_shares_begin_with_the_weights_of_the_whole_without_drawing_it_at_once(
                 assert torch.equal(share.state_dict()[key], value), key
 
 
+def test_shares_begin_from_data_as_the_whole_does():
+    kind, column = architectures()["batchtopk"], (Column("a", 12),)
+    settings = kind.Settings(d_sae=96, decoder_token_share=0.5, decoder_bias_init="mean", first_density=0.1)
+    rows = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+
+    def begun(share: Coder) -> Coder:
+        share.initialise(3)
+        begin(share, 3, lambda: (rows, rows), (rows.mean(dim=0), rows.mean(dim=0)))
+        return share
+
+    whole = begun(kind(settings, column, column, 96))
+    for rank in range(4):
+        share, taken = (kind(settings, column, column, 24) for _ in range(2))
+        share.mesh = taken.mesh = Mesh(1, 4, 0, rank, None, None)  # type: ignore[arg-type]
+        take_share(taken, whole)
+        for key, value in taken.state_dict().items():
+            torch.testing.assert_close(begun(share).state_dict()[key], value, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("ranks", "sae", "said"),
     [
         ({"feature_parallel": 3}, {}, r"execution\.training\.feature_parallel: 128 features have no equal shares for 3"),
         ({"data_parallel": 3}, {}, r"execution\.training\.data_parallel: a batch of 128 tokens .* for 3 processes"),
+        ({"feature_parallel": 2}, {"subtract_decoder_bias": True}, r"sae\.subtract_decoder_bias: accepted with .* 1"),
         ({"data_parallel": 2}, {"resample_at": [0.5]}, r"sae\.resample_at: accepted with one process"),
     ],
 )

@@ -22,8 +22,10 @@ from components.settings import UserError
 from components.training import process
 from components.training.checkpoint import checkpoint_folder
 from components.training.process import TrainingTimeout, launch
+from components.training.settings import TrainingSettings
 
 CPU = torch.device("cpu")
+STOP_SECONDS = TrainingSettings().stop_seconds + process.GRACE_SECONDS
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_b
     started = time.monotonic()
     with pytest.raises(TrainingTimeout, match=r"more than 0\.75 minutes"):
         launch(work_of(slow), CPU, timeout_seconds=45)
-    assert time.monotonic() - started < 45 + process.STOP_SECONDS
+    assert time.monotonic() - started < 45 + STOP_SECONDS
     assert training_processes() == []
     (checkpoint,) = storage.list_names(checkpoint_folder(slow.sae_url))
     assert int(checkpoint.removeprefix("step-").removesuffix(".safetensors")) > 0
@@ -91,7 +93,7 @@ def test_the_process_ends_with_a_checkpoint_when_its_parent_is_killed(tiny_tree:
     (child,) = psutil.Process(parent.pid).children()
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    child.wait(timeout=process.STOP_SECONDS)
+    child.wait(timeout=STOP_SECONDS)
     assert storage.list_names(checkpoint_folder(slow.sae_url))
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
@@ -15,18 +16,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-END_SECONDS = 22
-"""How long the processes may take to end after they were asked to: their last checkpoint is put within 20 s."""
-
 
 class RankFailed(RuntimeError):
     """A process of a parallel training ended in another way than by an error that it could tell of."""
 
 
-def run_ranks(module: str, order: str, size: int, stopped: int) -> int:
+def run_ranks(module: str, order: str, size: int, stopped: int, seconds: float) -> int:
     """`python -m module FILE` in `size` processes, with the order in the file; their exit code, the largest where they differ,
-    and `stopped` where this process was asked to stop, and so they were. Raises RankFailed where one was killed. They have all
-    ended when this returns."""
+    and `stopped` where this process was asked to stop, and so they were, and had `seconds` to end. Raises RankFailed where one
+    was killed. They have all ended when this returns."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # what went wrong is said below, without a stack
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // size))
@@ -42,7 +40,7 @@ def run_ranks(module: str, order: str, size: int, stopped: int) -> int:
             local_addr="127.0.0.1",
             run_id=uuid4().hex,
             max_restarts=0,  # the flow tries again, and says so
-            shutdown_timeout=END_SECONDS,
+            shutdown_timeout=ceil(seconds),
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
