@@ -44,7 +44,7 @@ class BatchTopKSAE(Coder):
     parallel = True
     Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
     scaled_like_outputs = ("weakest",)
-    by_feature = True
+    by_feature_from = (0, 0)
     settings: BatchTopKSettings
     weakest: Tensor
     """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""

@@ -67,7 +67,7 @@ class TopKSAE(Coder):
     parallel = True
     Settings = TopKSettings
     settings: TopKSettings
-    by_feature = True
+    by_feature_from = (0, 0)
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
