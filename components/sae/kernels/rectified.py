@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from components.sae.kernels.cpu import Places, can_be_sparse, encoded
+from components.sae.kernels.sparse import Places, can_be_sparse, encoded
 
 LARGE = (256, 4_096)
 """`d_in` and `d_sae` from which on a step may be sparse. Smaller ones are quick, and keep the bits that they had."""
