@@ -54,6 +54,11 @@ test-integration: $(VENV)/.integration  ## Run the tests against real servers an
 soak: $(VENV)/.integration  ## Run the long campaigns (kill -9 at every moment that can be told apart)
 	@$(BIN)/python -m pytest -m soak
 
+PYTHON ?= python3
+.PHONY: bench-gpu
+bench-gpu:  ## Check and measure on a GPU, with any Python that has torch (PYTHON=python3)
+	@$(PYTHON) benchmarks/gpu.py
+
 .PHONY: lint
 lint: $(INSTALLED)  ## Check style, types and import rules
 	@$(BIN)/ruff check .

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from components.sae.features import SparseFeatures
+from components.sae.kernels.rows import uses_triton
+from components.sae.kernels.selection import strongest_of_rows
+from components.sae.kernels.sparse import Places, encoded
+
+_LIVING = -1e30
+"""The bias with which a living feature is among no dead ones."""
 
 if TYPE_CHECKING:
     from components.sae.coder import Coder
@@ -21,6 +27,9 @@ def auxk_loss_of(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, r
     k = min(k, coder.d_sae)
     if before is not None:
         return auxk_loss(before, dead, residual, coder.W_dec, k)
+    if uses_triton(x):
+        values, features = _strongest_dead(coder, x, dead, k)
+        return _loss_of(values, features, dead, residual, coder.W_dec, k)
     places = dead.nonzero().flatten()
     if len(places) == 0:
         return residual.new_zeros((), dtype=torch.float32)
@@ -38,11 +47,25 @@ def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Ten
     rectifier, since a dead feature is below zero nearly everywhere. (Unrectified, some learn to write with negative
     activations, and stay dead.) Which features are dead is not asked of the device: with none the term is multiplied by 0.
     """
-    error = residual.detach().float()
     k = min(k, pre_activations.shape[1])
     chosen = pre_activations.masked_fill(~dead, -torch.inf).topk(k, dim=1)
-    known = chosen.values.isfinite()
-    written = _written(chosen.values, known, chosen.indices, rows)
+    return _loss_of(chosen.values, chosen.indices, dead, residual, rows, k)
+
+
+def _strongest_dead(coder: Coder, x: Tensor, dead: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Pre-activations and indices, `[n, k]`, by a product of its own: how many are dead is not asked of the device."""
+    bias = coder.read_bias(coder.b_enc)
+    living = torch.where(dead, bias.detach(), torch.full_like(bias, _LIVING))
+    before, features = strongest_of_rows(x, coder.W_enc, living, None, k)
+    places = Places.of(features.flatten(), torch.arange(len(x) + 1, device=x.device) * k, coder.d_sae)
+    values = encoded(x, coder.W_enc, bias, before.flatten(), places).reshape(before.shape)
+    return torch.where(before > _LIVING / 2, values, -torch.inf), features
+
+
+def _loss_of(before: Tensor, features: Tensor, dead: Tensor, residual: Tensor, rows: Tensor, k: int) -> Tensor:
+    """`auxk_loss` with these features of each token, `[n, k]` both; what is not finite is none."""
+    error = residual.detach().float()
+    written = _written(before, before.isfinite(), features, rows)
     spread = (error - error.mean(dim=0)).square().sum(dim=1).mean()
     loss = (error - written.float()).square().sum(dim=1).mean() / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     # Few dead features cannot write all of it: without this they would be pulled apart by it.

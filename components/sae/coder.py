@@ -91,8 +91,8 @@ class Coder(nn.Module, ABC):
     """Parameters and buffers `[d_sae]` that have the unit of a feature's activation: `folded` scales them with it."""
     encoder_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Parameters `[d_sae]` that are added to `x W_enc`, each zero at the start."""
-    by_feature: ClassVar[bool] = False
-    """Whether W_enc lies in memory feature by feature, as the gradients of few features want it."""
+    by_feature_from: ClassVar[tuple[int, int] | None] = None
+    """`d_in` and `d_sae` from which on W_enc lies in memory feature by feature, as the gradients of few features want it."""
     scaled_like_outputs: ClassVar[tuple[str, ...]] = ()
     """Those that have the unit of what is written."""
     parallel: ClassVar[bool] = False
@@ -103,7 +103,9 @@ class Coder(nn.Module, ABC):
         super().__init__()
         self.settings, self.reads, self.writes = settings, tuple(reads), tuple(writes)
         d_in, d_out = (sum(column.width for column in columns) for columns in (reads, writes))
-        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T if self.by_feature else torch.zeros(d_in, d_sae))
+        large = self.by_feature_from
+        by_feature = large is not None and d_in >= large[0] and d_sae >= large[1]
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T if by_feature else torch.zeros(d_in, d_sae))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))

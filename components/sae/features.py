@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.sae.kernels.cpu import Places, decoded
+from components.sae.kernels.sparse import Places, decoded
 
 
 class Features(ABC):

@@ -31,7 +31,7 @@ from components.steps.outcome import comparison, finished_run, is_news, run_addr
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
 from components.steps.tokens import prepare_tokens
-from components.steps.training import launch_training, replay, train, training_tokens
+from components.steps.training import launch_training, profile, replay, train, training_tokens
 
 __all__ = [
     "attribute",
@@ -59,6 +59,7 @@ __all__ = [
     "measure_baselines",
     "measure_span",
     "prepare_tokens",
+    "profile",
     "register",
     "replay",
     "require_autoencoder",

@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from components import storage
 from components.run.specification import Specification
 from components.steps.extraction import require_dataset
-from components.training import divergence, loop, process
+from components.training import divergence, loop, process, profiling
 from components.training.job import Point, Training, TrainingRecord
 from components.training.parallel.ranks import joined, started_by_torchrun
 
@@ -54,6 +55,14 @@ def replay(run: Specification) -> dict[str, Any]:
     """What the step comes to, run again, by which the training diverged; as plain JSON."""
     with prepared(run) as job:
         return divergence.replay(job, run.device).as_json()
+
+
+def profile(run: Specification) -> dict[str, Any]:
+    """Where the time of a step goes; the trace lies beside the trainings, or in the current folder where those are on S3."""
+    require_dataset(run)
+    root = Path(run.config.storage.root) if storage.is_local(run.config.storage.root) else Path.cwd()
+    with prepared(run) as job:
+        return profiling.profile_steps(job, run.device, root / "profiles" / f"{run.config.name}-{job.digest[:16]}.json")
 
 
 @contextmanager

@@ -91,6 +91,9 @@ def train(
     replay: Annotated[
         bool, typer.Option("--replay", help="Run the step again by which the training diverged, and say what is not finite.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Take some steps, keep none, and say where their time goes; leaves a trace.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the SAE on the activation dataset (`sae extract` makes it).
@@ -109,6 +112,9 @@ def train(
         work = checked(config, overrides, evaluated=None)
         if replay:
             show(steps.replay(work), print_tree)
+            return
+        if profile:
+            show(steps.profile(work), print_tree)
             return
         elsewhere = work.config.execution.training.size > 1 and not started_by_torchrun()
         stop = threading.Event()

@@ -19,7 +19,7 @@ from components import steps, storage
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.sae.architectures import batchtopk, topk
-from components.sae.kernels.cpu import can_be_sparse
+from components.sae.kernels.sparse import can_be_sparse
 from components.sae.mesh import Mesh
 from components.training.checkpoint import checkpoint_folder
 from components.training.job import Training

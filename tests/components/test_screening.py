@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.sae.kernels import screening, selection
+from components.sae.architectures import architectures
+from components.sae.coder import Column, Losses, Progress
+from components.sae.features import DenseFeatures, SparseFeatures
+from components.sae.kernels import rectified, screening, selection
 from components.sae.kernels.selection import strongest_of_batch, strongest_of_rows
 
 K, D_SAE = 6, 512
@@ -90,3 +93,55 @@ def test_tokens_without_an_order_end_it_in_no_other_way(value: float):
     values, _, weakest = strongest_of_batch(x, W_enc, torch.zeros(D_SAE), norms, K)
     assert torch.relu(values).sum() == 0 or not values.isfinite().all()
     assert weakest == 0 or value != 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("relu", {}), ("relu", {"auxk_coefficient": 0.1, "auxk": 3}), ("jumprelu", {"pre_activation_coefficient": 0.3}),
+        ("jumprelu", {"sparsity": "target_l0", "target_l0": 3.0, "frequency_coefficient": 0.5}),
+        ("jumprelu", {"sparsity": "l0", "frequency_coefficient": 0.5}),
+    ],
+)  # fmt: skip
+def test_a_rectifiers_sparse_step_is_its_dense_one(name: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch):
+    """Every term and gradient; and it is taken where few features are over the bound alone."""
+    kind = architectures()[name]
+    settings = kind.Settings.model_validate({"architecture": name, "d_sae": 64, **options})
+    monkeypatch.setattr(rectified, "LARGE", (1, 1))
+    monkeypatch.setattr(kind, "by_feature_from", (1, 1))
+    monkeypatch.setattr(rectified, "_LEAST_TOKENS", 1)
+    monkeypatch.setattr(rectified, "_TILE_ENTRIES", 64 * 64)
+    coder = kind(settings, (Column("x", 12),), (Column("y", 9),), 64)
+    coder.initialise(1)
+    random = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in coder.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=random).abs()
+        coder.b_enc -= 3
+    x, y = torch.randn(150, 12, generator=random), torch.randn(150, 9, generator=random)
+
+    def taken(share: float) -> tuple[Losses, dict[str, torch.Tensor]]:
+        monkeypatch.setattr(rectified, "_PAYS_BELOW", share)
+        found = coder.losses(x, y, Progress(10, 10, torch.arange(64) < 9))
+        coder.zero_grad()
+        found.total.backward()
+        return found, {name: parameter.grad.clone() for name, parameter in coder.named_parameters()}
+
+    dense, expected = taken(0.0)
+    assert isinstance(dense.features, DenseFeatures)
+    sparse, gradients = taken(0.99)
+    assert isinstance(sparse.features, SparseFeatures)
+    assert 0 < sparse.features.active().double().mean() < 32
+    torch.testing.assert_close(sparse.features.dense(), dense.features.dense())
+    assert set(sparse.terms) == set(dense.terms)
+    for term, value in dense.terms.items():
+        torch.testing.assert_close(sparse.terms[term].double(), value.double(), rtol=1e-5, atol=0)
+    assert set(gradients) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(gradients[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_small_coders_keep_their_dense_step():
+    """Theirs is quick, and weights that were trained before stay what they were."""
+    assert not rectified.is_sparse(torch.zeros(1_024, 128), torch.zeros(128, 1_024), -torch.ones(1_024))
+    assert rectified.is_sparse(torch.zeros(256, 256), torch.zeros(4_096, 256).T, -torch.ones(4_096))

@@ -16,8 +16,8 @@ from torch import Tensor
 from components.sae.architectures.topk import KSettings, chosen_features, with_auxk
 from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
-from components.sae.kernels.cpu import can_be_sparse
 from components.sae.kernels.selection import strongest_of_batch
+from components.sae.kernels.sparse import can_be_sparse
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -44,7 +44,7 @@ class BatchTopKSAE(Coder):
     parallel = True
     Settings: ClassVar[type[CoderSettings]] = BatchTopKSettings
     scaled_like_outputs = ("weakest",)
-    by_feature = True
+    by_feature_from = (0, 0)
     settings: BatchTopKSettings
     weakest: Tensor
     """Running mean of the smallest length that was chosen, `[]`; below zero before the first step."""

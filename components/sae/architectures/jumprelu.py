@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
-from components.sae.features import DenseFeatures
+from components.sae.features import DenseFeatures, Features, SparseFeatures
+from components.sae.kernels import rectified
 from components.sae.settings import CoderSettings
 
 
@@ -64,6 +65,7 @@ class JumpReLUSAE(Coder):
     parallel = True
     Settings = JumpReLUSettings
     settings: JumpReLUSettings
+    by_feature_from = rectified.LARGE
     scaled_like_features = ("b_enc", "threshold")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -84,6 +86,21 @@ class JumpReLUSAE(Coder):
         return DenseFeatures(torch.relu(z) * (z > self.threshold))
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
+        settings = self.settings
+        # Further below its threshold a feature has no gradient but that of its silence.
+        lowest = self.threshold.detach() - settings.bandwidth / 2
+        sparse = self.mesh is None and rectified.is_sparse(x, self.W_enc, self.read_bias(self.b_enc) - lowest)
+        features, penalties = self._among_few(x, lowest) if sparse else self._among_all(x)
+        reconstruction = reconstruction_loss(y, self.write(features, x))
+        coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
+        terms = {"reconstruction": reconstruction, **penalties}
+        weights = {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient}
+        if settings.frequency_coefficient > 0:
+            weights["frequency"] = settings.frequency_coefficient * progress.rise(settings.sparsity_warmup)
+        return Losses(terms, weights, features.detach())
+
+    def _among_all(self, x: Tensor) -> tuple[Features, dict[str, Tensor]]:
+        """Features and penalties from the pre-activations of all features."""
         settings, z = self.settings, self.pre_activations(x).float()
         with in_float32(x.device):
             jump: Tensor = _Jump.apply(z, self.threshold, settings.bandwidth)
@@ -97,17 +114,33 @@ class JumpReLUSAE(Coder):
                 found = self.over_tokens(self.over_features(jump.sum(dim=1).mean()))
                 sparsity = (found / settings.target_l0 - 1).square()
             silent = self.over_features(torch.relu(self.threshold - z).mean(dim=0) @ norms)
-        features = DenseFeatures(values)
-        reconstruction = reconstruction_loss(y, self.write(features, x))
-        coefficient = settings.sparsity_coefficient * progress.rise(settings.sparsity_warmup)
-        terms = {"reconstruction": reconstruction, "sparsity": sparsity, "pre_activation": silent}
-        weights = {"reconstruction": 1.0, "sparsity": coefficient, "pre_activation": settings.pre_activation_coefficient}
-        if settings.frequency_coefficient > 0:
-            with in_float32(x.device):
+            penalties = {"sparsity": sparsity, "pre_activation": silent}
+            if settings.frequency_coefficient > 0:
                 share = self.over_tokens(jump.mean(dim=0))
-                terms["frequency"] = self.over_features(share.square().sum()) / settings.frequency_scale
-            weights["frequency"] = settings.frequency_coefficient * progress.rise(settings.sparsity_warmup)
-        return Losses(terms, weights, features.detach())
+                penalties["frequency"] = self.over_features(share.square().sum()) / settings.frequency_scale
+        return DenseFeatures(values), penalties
+
+    def _among_few(self, x: Tensor, lowest: Tensor) -> tuple[Features, dict[str, Tensor]]:
+        """The same from those over `lowest` `[d_sae]` alone. The silence of the others is linear in x: its mean does."""
+        settings, n = self.settings, len(x)
+        bias = self.read_bias(self.b_enc)
+        z, indices, places = rectified.over_bound(x, self.W_enc, bias, lowest)
+        threshold, norms = self.threshold[indices], self.row_norms()
+        jump: Tensor = _Jump.apply(z, threshold, settings.bandwidth)
+        values = torch.relu(z) * jump
+        if settings.sparsity == "tanh":
+            sparsity = torch.tanh(settings.tanh_scale * values * norms[indices]).sum() / n
+        elif settings.sparsity == "l0":
+            sparsity = jump.sum() / n
+        else:
+            sparsity = (jump.sum() / n / settings.target_l0 - 1).square()
+        over = torch.zeros_like(norms).index_add(0, indices, torch.relu(z - threshold)) / n
+        below = self.threshold - bias - x.mean(dim=0) @ self.W_enc
+        penalties = {"sparsity": sparsity, "pre_activation": (below + over) @ norms}
+        if settings.frequency_coefficient > 0:
+            shares = torch.zeros_like(norms).index_add(0, indices, jump) / n
+            penalties["frequency"] = shares.square().sum() / settings.frequency_scale
+        return SparseFeatures(values, indices, places.offsets, self.d_sae, places), penalties
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -132,4 +165,4 @@ class _Jump(torch.autograd.Function):
         z, threshold = context.saved_tensors
         inside = ((z - threshold).abs() < context.bandwidth / 2).to(z.dtype) / context.bandwidth
         flow = gradient * inside
-        return flow, -flow.sum(dim=0), None
+        return flow, -flow if threshold.shape == flow.shape else -flow.sum(dim=0), None

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
-from components.sae.features import DenseFeatures
+from components.sae.features import DenseFeatures, SparseFeatures
+from components.sae.kernels import rectified
 from components.sae.settings import CoderSettings
 
 
@@ -41,6 +42,7 @@ class ReLUSAE(Coder):
     parallel = True
     Settings = ReLUSettings
     settings: ReLUSettings
+    by_feature_from = rectified.LARGE
 
     def encode(self, x: Tensor) -> DenseFeatures:
         return DenseFeatures(torch.relu(self.pre_activations(x.reshape(-1, self.d_in))))
@@ -51,8 +53,15 @@ class ReLUSAE(Coder):
         The decoder norm is free: the penalty's gradient flows into it, which is what keeps the coder from shrinking `f` and
         growing `W_dec`.
         """
-        before = self.pre_activations(x)
-        features = DenseFeatures(torch.relu(before))
+        before: Tensor | None = None
+        features: DenseFeatures | SparseFeatures
+        bias = self.read_bias(self.b_enc)
+        if self.mesh is None and rectified.is_sparse(x, self.W_enc, bias):
+            values, indices, places = rectified.over_bound(x, self.W_enc, bias)
+            features = SparseFeatures(values, indices, places.offsets, self.d_sae, places)
+        else:
+            before = self.pre_activations(x)
+            features = DenseFeatures(torch.relu(before))
         y_hat = self.write(features, x)
         with in_float32(x.device):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms

@@ -12,8 +12,9 @@ from torch import Tensor
 from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
-from components.sae.kernels.cpu import Places, can_be_sparse, encoded
+from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.selection import strongest_of_rows
+from components.sae.kernels.sparse import Places, can_be_sparse, encoded
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -67,7 +68,7 @@ class TopKSAE(Coder):
     parallel = True
     Settings = TopKSettings
     settings: TopKSettings
-    by_feature = True
+    by_feature_from = (0, 0)
 
     def encode(self, x: Tensor) -> SparseFeatures:
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
@@ -84,7 +85,7 @@ class TopKSAE(Coder):
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         k = self.settings.k_at(progress)
-        if can_be_sparse(x):
+        if can_be_sparse(x) or (self.mesh is None and uses_triton(x) and not x.requires_grad):
             before, features = None, self._chosen(x, k)
         else:
             before = self.pre_activations(x)
@@ -96,7 +97,7 @@ class TopKSAE(Coder):
         norms = self.row_norms().detach() if self.settings.rank_by == "length" else None
         values, indices = strongest_of_rows(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
         if self.mesh is None:
-            offsets = torch.arange(len(x) + 1) * indices.shape[1]
+            offsets = torch.arange(len(x) + 1, device=x.device) * indices.shape[1]
             return chosen_features(self, x, values.flatten(), indices.flatten(), offsets)
         strengths = torch.relu(values) if norms is None else torch.relu(values) * norms[indices]
         kept = self.mesh.among_strongest(strengths, k)

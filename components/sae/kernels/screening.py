@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.sae.kernels.cpu import products_of_pairs
+from components.sae.kernels.rows import products_of_pairs
 
 _ALIGNED = 32
 """Columns of the product's operands are a multiple of it."""

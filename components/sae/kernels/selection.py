@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.screening import Groups, Rows, exact, lowered, pays
 
 _TILE_ENTRIES = 1 << 24
@@ -27,6 +28,10 @@ def strongest_of_rows(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | N
     and indices, `[n, k]` each, in no order. Tokens with fewer positive ones get others as well, of any pre-activation."""
     d_sae = W_enc.shape[1]
     k = min(k, d_sae)
+    if uses_triton(x):
+        from components.sae.kernels import gpu
+
+        return gpu.strongest_of_rows(x, W_enc, b_enc, norms, k)
     norms = None if norms is None else norms.clamp_min(_LEAST_NORM)
     products = _Products(x, W_enc, b_enc, norms)
     if not pays(x, d_sae, k):

@@ -1,7 +1,7 @@
-"""Sparse steps on a CPU: one dense product, the encoder's, and everything else over the features that were chosen.
+"""Sparse steps: one dense product, the encoder's, and everything else over the features that were chosen.
 
 With k of d_sae features active, four of the five dense products of a step are nearly all zeros. Here the gradients of both
-matrices are weighted sums of rows, by `embedding_bag` over the chosen places sorted by feature, and nothing of the size
+matrices are weighted sums of rows, over the chosen places sorted by feature, and nothing of the size
 `[n, d_sae]` outlives a tile of tokens. Values and gradients are those of the dense formulas, up to the order of summation.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from components.sae.kernels.rows import products_of_pairs, weighted_rows
 
 
 @dataclass(frozen=True)
@@ -26,30 +27,23 @@ class Places:
     by_feature: Tensor
     """The order that sorts `indices`, int64 `[m]`."""
     starts: Tensor
-    """Where each feature begins in that order, int64 `[d_sae]`."""
+    """Where each feature begins in that order, and the last one ends, int64 `[d_sae + 1]`."""
     tokens: Tensor
     """Of each place, in that order, int64 `[m]`."""
 
     @classmethod
     def of(cls, indices: Tensor, offsets: Tensor, d_sae: int) -> Places:
         order = torch.argsort(indices, stable=True)
-        counts = torch.bincount(indices, minlength=d_sae)
-        tokens = torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff(), output_size=len(indices))
-        return cls(indices, offsets, order, counts.cumsum(0) - counts, tokens[order])
+        # Not by bincount, which waits for a GPU.
+        starts = indices.new_zeros(d_sae + 1).index_add_(0, indices + 1, torch.ones_like(indices)).cumsum(0)
+        numbers = torch.arange(len(offsets) - 1, device=indices.device)
+        tokens = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))
+        return cls(indices, offsets, order, starts, tokens[order])
 
 
 def can_be_sparse(x: Tensor) -> bool:
     """Whether these paths apply: on a CPU, in float32 or float64 products, with no gradient wanted of what is read."""
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not x.requires_grad
-
-
-def products_of_pairs(rows: Tensor, places: Tensor, others: Tensor, other_places: Tensor) -> Tensor:
-    """`rows[places[i]] . others[other_places[i]]`, `[m]`: quickest where places rise and others fit into the cache."""
-    if len(places) == 0:
-        return rows.new_zeros(0)
-    # What embedding_bag does for the gradient to its weights, told of bags that are rows.
-    start = places.new_zeros(1)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(rows, others, other_places, start, places, 0, -1)
 
 
 class _Encoded(torch.autograd.Function):
@@ -64,7 +58,7 @@ class _Encoded(torch.autograd.Function):
         x, W_enc = context.saved_tensors
         places: Places = context.places
         sorted_gradient = gradient[places.by_feature]
-        rows = embedding_bag(places.tokens, x, places.starts, per_sample_weights=sorted_gradient, mode="sum")
+        rows = weighted_rows(places.tokens, x, places.starts, sorted_gradient)
         bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, places.indices, gradient)
         return None, rows.T, bias, None, None
 
@@ -80,7 +74,7 @@ class _Decoded(torch.autograd.Function):
     def forward(context: Any, values: Tensor, rows: Tensor, places: Places) -> Tensor:
         context.save_for_backward(values, rows)
         context.places = places
-        return embedding_bag(places.indices, rows, places.offsets[:-1], per_sample_weights=values, mode="sum")
+        return weighted_rows(places.indices, rows, places.offsets, values)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -88,7 +82,7 @@ class _Decoded(torch.autograd.Function):
         places: Places = context.places
         gradient = gradient.contiguous()
         sorted_values = values[places.by_feature]
-        to_rows = embedding_bag(places.tokens, gradient, places.starts, per_sample_weights=sorted_values, mode="sum")
+        to_rows = weighted_rows(places.tokens, gradient, places.starts, sorted_values)
         to_values = torch.empty_like(values)
         to_values[places.by_feature] = products_of_pairs(rows, places.indices[places.by_feature], gradient, places.tokens)
         return to_values, to_rows, None

@@ -1,0 +1,61 @@
+"""Coders that choose no number of features: what is over a bound, where that is little enough for a sparse step to pay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from components.sae.kernels.sparse import Places, can_be_sparse, encoded
+
+LARGE = (256, 4_096)
+"""`d_in` and `d_sae` from which on a step may be sparse. Smaller ones are quick, and keep the bits that they had."""
+_LEAST_TOKENS = 256
+_PAYS_BELOW = 0.04
+"""Share of features over the bound at which a sparse step takes as long as a dense one, less some."""
+_ASKED = 32
+"""One token of so many says how large that share is."""
+_TILE_ENTRIES = 1 << 24
+
+
+@torch.no_grad()
+def is_sparse(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
+    """Whether a step on x `[n, d_in]` is better sparse: asked of its first tokens, so that a resumed training decides alike.
+    bias `[d_sae]`: what is over `-x W_enc - bias` counts."""
+    d_in, d_sae = W_enc.shape
+    if not can_be_sparse(x) or d_in < LARGE[0] or d_sae < LARGE[1] or len(x) < _LEAST_TOKENS:
+        return False
+    some = torch.nn.functional.linear(x[: max(64, len(x) // _ASKED)], W_enc.T, bias) > 0
+    return int(some.sum()) < _PAYS_BELOW * some.numel()
+
+
+def over_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor | None = None) -> tuple[Tensor, Tensor, Places]:
+    """Pre-activations `x W_enc + b_enc` that are over a feature's bound `[d_sae]` (0 where not given), with their gradient, the
+    feature of each and where they are: `[m]`, token by token."""
+    with torch.no_grad():
+        bias = b_enc if bound is None else b_enc - bound
+        tokens, features, values, start = [], [], [], 0
+        held = x.new_empty(max(64, _TILE_ENTRIES // W_enc.shape[1]), W_enc.shape[1])
+        for part in x.split(len(held)):
+            product = torch.addmm(bias, part, W_enc, out=held[: len(part)]).flatten()
+            flat = _nonzero(product > 0)
+            token = flat // len(bias)
+            tokens.append(token + start)
+            features.append(flat - token * len(bias))
+            values.append(product[flat])
+            start += len(part)
+        indices, before = torch.cat(features), torch.cat(values)
+        if bound is not None:
+            before = before + bound[indices]
+        counts = torch.bincount(torch.cat(tokens), minlength=len(x))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = Places.of(indices, offsets, W_enc.shape[1])
+    return encoded(x, W_enc, b_enc, before, places), indices, places
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """`mask.nonzero()` of bool `[m]`, m a multiple of 8, where few are true: eight are looked at as one."""
+    if len(mask) % 8:
+        return mask.nonzero().flatten()
+    eights = mask.view(torch.int64).nonzero().flatten()
+    bits = mask.view(-1, 8)[eights].view(-1).nonzero().flatten()
+    return eights[bits >> 3] * 8 + (bits & 7)
