@@ -13,7 +13,7 @@ class InterpretationSettings(Settings):
     """Held-out tokens in which examples are looked for, at most; 0 for no interpretation."""
 
     examples: int = Field(default=10, ge=1, le=1_000)
-    """Sequences of each feature in which it fires most. Memory: d_sae x (examples + drawn) x activations of a sequence."""
+    """Sequences of each feature in which it fires most. Memory: d_sae x (examples + drawn) x its activations in a sequence."""
 
     drawn: int = Field(default=20, ge=1, le=1_000)
     """Tokens of each feature drawn at random from all on which it fires, each shown in its sequence."""

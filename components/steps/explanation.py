@@ -12,7 +12,7 @@ import torch
 
 from components import storage
 from components.evaluation.held_out import HeldOut
-from components.interpretation.browser import Words
+from components.interpretation.described import Words
 from components.interpretation.examples import lots
 from components.interpretation.explanations.asking import Explainer
 from components.interpretation.explanations.cost import Answers, Budget, Prices

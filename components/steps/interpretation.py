@@ -18,7 +18,8 @@ from components.evaluation.kept import parts
 from components.interop.coders import AnySAE
 from components.interpretation import search, steering
 from components.interpretation.activations import Pass, at_once
-from components.interpretation.browser import FOLDER, Decode, FeatureData, write_browser
+from components.interpretation.browser import FOLDER, write_browser
+from components.interpretation.described import Decode, FeatureData
 from components.interpretation.explanations.table import read_explanations
 from components.interpretation.feature_data import effects_of, write_feature_data
 from components.interpretation.job import InterpretationJob

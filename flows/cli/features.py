@@ -141,7 +141,8 @@ def export(
     config: Config,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
     format_: Annotated[
-        str, typer.Option("--format", help="neuronpedia (upload batches), feature-json (as circuit-tracer reads it) or delphi.")
+        str,
+        typer.Option("--format", help="neuronpedia (batches), neuronpedia-tree (bulk), feature-json (circuit-tracer), delphi."),
     ],
     source_set: Annotated[str | None, typer.Option("--source-set", help="Neuronpedia's name of the set.")] = None,
     overrides: Overrides = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file
 from components import steps
 from components.evaluation.held_out import HeldOut
 from components.interpretation.explanations.table import Explanation, write_explanations
-from components.interpretation.exports import neuronpedia
+from components.interpretation.exports import neuronpedia, neuronpedia_tree
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -66,8 +67,53 @@ def test_neuronpedia_gets_batches_within_the_limits_of_its_route(
     assert (len(said["text"]), said["modelName"]) == (512, "m")
     with pytest.raises(UserError, match="is there already"):
         steps.export_features(plan, "neuronpedia", tmp_path / "out", None)
-    with pytest.raises(UserError, match="there are neuronpedia, feature-json, delphi"):
+    with pytest.raises(UserError, match="there are neuronpedia, neuronpedia-tree, feature-json, delphi"):
         steps.export_features(plan, "csv", tmp_path / "other", None)
+
+
+def test_neuronpedias_tree_has_a_line_for_each_feature_activation_and_explanation(
+    plan: Specification, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(neuronpedia_tree, "FEATURES", 25)
+    found = steps.export_features(plan, "neuronpedia-tree", tmp_path / "out", "My Set")
+    data = feature_data(plan)
+    assert (found["features"], found["source"]) == (data.d_sae, "1-my-set")
+    folder = tmp_path / "out" / found["modelId"] / "1-my-set"
+
+    def lines(kind: str) -> list[dict[str, Any]]:
+        paths = sorted((folder / kind).iterdir(), key=lambda path: int(path.name.split("-")[1].split(".")[0]))
+        assert [path.name for path in paths] == [f"batch-{number}.jsonl.gz" for number in range(3)]
+        return [json.loads(line) for path in paths for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+
+    heads = {name: json.loads((folder / f"{name}.jsonl").read_text()) for name in ("release", "model", "sourceset", "source")}
+    assert heads["model"]["id"] == heads["source"]["modelId"] == heads["sourceset"]["modelId"] == found["modelId"]
+    assert heads["source"]["setName"] == heads["sourceset"]["name"] == "my-set"
+    assert heads["sourceset"]["releaseName"] == heads["release"]["name"]
+    assert heads["source"]["num_tokens_in_prompt"] == 32
+    features, activations, (said,) = lines("features"), lines("activations"), lines("explanations")
+    assert [line["index"] for line in features] == [str(number) for number in range(data.d_sae)]
+    assert {line["layer"] for line in (*features, *activations, said)} == {"1-my-set"}
+    assert {line["hookName"] for line in features} == {"blocks.1.hook_resid_post"}
+    ids = [line["id"] for line in activations]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch("c[0-9a-z]{24}", one) for one in ids)
+    for line in features:
+        known = data.feature(int(line["index"]), neuronpedia.WINDOW)
+        assert (line["maxActApprox"], line["frac_nonzero"]) == (known["row"]["max"], known["row"]["density"])
+        assert len(line["pos_str"]) == len(line["pos_values"]) == len(line["neg_str"]) == 20
+        assert len(line["freq_hist_data_bar_heights"]) == len(line["freq_hist_data_bar_values"])
+        own = [one for one in activations if one["index"] == line["index"]]
+        assert [one["values"] for one in own] == [one["activations"] for one in known["examples"]]
+        for one, example in zip(own, known["examples"], strict=True):
+            assert one["values"][one["maxValueTokenIndex"]] == one["maxValue"] == max(one["values"])
+            assert one["values"][one["qualifyingTokenIndex"]] == example["activation"]
+            assert (one["binContains"] == -1) == (example["kind"] == "strongest")
+            assert one["binContains"] == -1 or one["binMin"] <= example["activation"] <= one["binMax"]
+    assert (said["index"], len(said["description"])) == ("3", 512)
+    steps.export_features(plan, "neuronpedia-tree", tmp_path / "again", "My Set")
+    for path in (tmp_path / "out").rglob("*.*"):
+        if path.is_file():
+            assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "out")).read_bytes()
 
 
 def as_circuit_tracer(folder: Path, number: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import base64
 import json
 import re
 from itertools import pairwise
@@ -19,6 +19,7 @@ from components.corpus.tokens import read_sequences
 from components.evaluation.record import About
 from components.interpretation import browser
 from components.interpretation import examples as module
+from components.interpretation.described import FeatureData
 from components.interpretation.examples import Examples, Firings, bin_edges, lots
 from components.interpretation.logits import logit_effects
 from components.interpretation.steering import clamped
@@ -225,41 +226,36 @@ def test_the_tables_hold_what_the_coder_does_on_the_text(plan: Specification, mo
     assert (Path(plan.sae_url) / "browser" / "index.html").is_file()
 
 
-def test_batches_change_no_byte(plan: Specification):
-    steps.interpret(plan)
-    tables = {path.name: path.read_bytes() for path in (Path(plan.sae_url) / "interpretation").iterdir()}
-    (Path(plan.sae_url) / "interpretation" / "interpretation.json").unlink()
-    one = plan.config.evaluation.model_copy(update={"batch_sequences": 1})
-    steps.interpret(plan.model_copy(update={"config": plan.config.model_copy(update={"evaluation": one})}))
-    again = {path.name: pq.read_table(path) for path in (Path(plan.sae_url) / "interpretation").glob("*.parquet")}
-    for name, table in again.items():
-        before = pq.read_table(io.BytesIO(tables[name]))
-        assert table.drop_columns([c for c in table.column_names if "activation" in c]) == before.drop_columns(
-            [c for c in before.column_names if "activation" in c]
-        )
-
-
 def test_the_browser_is_whole_speaks_to_nobody_and_text_stays_text(plan: Specification):
     steps.interpret(plan)
     hostile = "</script><script>alert(1)</script>\u2028\u202e"
     about = About(name=hostile, language_model="m", hook_point="resid_post.1", architecture="relu", d_in=32, d_sae=plan.d_sae)
-    data = browser.FeatureData(plan.sae_url, lambda token: f"{hostile}{token}")
+    data = FeatureData(plan.sae_url, lambda token: f"{hostile}{token}")
     browser.write_browser(plan.sae_url, about, data)
     folder = Path(plan.sae_url) / "browser"
     for path in folder.rglob("*.*"):
         content = path.read_text()
         assert not re.search(r"https?://|//[a-z0-9-]+\.[a-z]|fetch\(|XMLHttp|innerHTML|eval\(", content), path
-        if path.parent.name == "blocks" or path.name == "table.js":
+        if path.parent.name in ("blocks", "words") or path.name == "index.js":
             assert "<" not in content
             assert "\u2028" not in content
-    table = json.loads((folder / "table.js").read_text().removeprefix("const TABLE = ").removesuffix(";"))
-    assert table["about"].startswith(hostile)
-    assert [row["feature"] for row in table["features"]] == list(range(plan.d_sae))
-    block = json.loads(re.fullmatch(r"block\(0, (.*)\);", (folder / "blocks" / "00000.js").read_text(), re.S)[1])
+    index = json.loads(re.fullmatch(r"index\((.*)\);", (folder / "index.js").read_text(), re.S)[1])
+    assert index["about"].startswith(hostile)
+    assert (index["count"], index["explained"], index["compared"]) == (plan.d_sae, 0, None)
+    said = json.loads(re.fullmatch(r"words\(0, (.*)\);", (folder / "words" / "00000.js").read_text(), re.S)[1])
+    assert len(said) == plan.d_sae
+    block = json.loads(re.fullmatch(r"block\(1, (.*)\);", (folder / "blocks" / "00001.js").read_text(), re.S)[1])
     measured = pq.read_table(Path(plan.sae_url) / "features.parquet").to_pylist()
-    for number, feature in enumerate(block):
-        row = table["features"][number]
-        assert row["density"] == pytest.approx(measured[number]["density"], rel=1e-3)
+    density = np.frombuffer(base64.b64decode(index["columns"]["density"]), "<f4")
+    assert density == pytest.approx([row["density"] for row in measured], rel=1e-3)
+    first = [row[0] for row in index["first"]]
+    assert first == [int(feature) for feature in np.argsort(-density, kind="stable") if density[feature] > 0][:100]
+    assert all(row[1:] == said[row[0]] for row in index["first"])
+    shares = pq.read_table(Path(plan.sae_url) / "interpretation" / "features.parquet").to_pylist()
+    assert len(block) == index["block"]
+    for number, feature in enumerate(block, index["block"]):
+        assert [token for token, *_ in feature["tokens"]] == [f"{hostile}{token}" for token in shares[number]["token_ids"]]
+        assert [other for other, *_ in feature["together"]] == shares[number]["together"]
         strongest = [one["activation"] for one in feature["examples"] if one["kind"] == "strongest"]
         assert strongest == sorted(strongest, reverse=True)
         assert all(one["activations"][one["peak"]] == one["activation"] for one in feature["examples"])

@@ -1,18 +1,20 @@
 "use strict";
 // The map of decoder directions: drag or arrow keys to pan, wheel, pinch, + and - to zoom, a click opens a feature.
 const HUES = {persisted: "--link", split: "--split", new: "--new", "": "--link"};
+const MANY = 20_000;
 const view = {x: 0, y: 0, zoom: 1};
 
 function map() {
-  const points = TABLE.features.filter((row) => row.place);
+  const points = [];
+  for (let id = 0; id < DATA.count; id++) if (!Number.isNaN(DATA.x[id])) points.push(id);
   const canvas = make("canvas", {tabIndex: 0, role: "img", ariaLabel: "map of the features; the table lists the same ones"});
   const said = make("p", {className: "faint said"}, "");
-  const legend = TABLE.compared ? Object.keys(HUES).filter((status) => status).flatMap((status) => {
+  const legend = DATA.compared ? Object.keys(HUES).filter((status) => status).flatMap((status) => {
     const dot = make("i", {className: "dot"});
     dot.style.background = `var(${HUES[status]})`;
     return [dot, `${status} `];
   }) : [];
-  document.getElementById("main").replaceChildren(
+  main.replaceChildren(
     make("p", {className: "faint"}, "Each point is a feature; those that write in similar directions mostly lie together. "
       + "Larger points fire more often. Drag to pan, scroll to zoom, click to open. ", ...legend), canvas, said);
   if (!points.length) {
@@ -25,11 +27,11 @@ function map() {
     said.style.color = "";
     return found;
   }
-  const hues = Object.fromEntries(Object.entries(HUES).map(([status, name]) => [status, hue(name)]));
+  const hues = STATUSES.map((status) => hue(HUES[status]));
   const text = hue("--text");
-  const spot = (row) => {
+  const spot = (id) => {
     const side = Math.min(canvas.clientWidth, canvas.clientHeight) * 0.47 * view.zoom;
-    return [canvas.clientWidth / 2 + (row.place[0] - view.x) * side, canvas.clientHeight / 2 + (row.place[1] - view.y) * side];
+    return [canvas.clientWidth / 2 + (DATA.x[id] - view.x) * side, canvas.clientHeight / 2 + (DATA.y[id] - view.y) * side];
   };
   let chosen = null;
   function draw() {
@@ -39,22 +41,27 @@ function map() {
     const pen = canvas.getContext("2d");
     pen.scale(sharp, sharp);
     pen.globalAlpha = 0.7;
-    for (const row of points) {
-      const [x, y] = spot(row);
+    for (const id of points) {
+      const [x, y] = spot(id);
       if (x < -9 || y < -9 || x > canvas.clientWidth + 9 || y > canvas.clientHeight + 9) continue;
-      pen.fillStyle = row === chosen ? text : hues[row.status];
+      pen.fillStyle = id === chosen ? text : hues[DATA.statuses[id]];
+      const radius = (id === chosen ? 3 : 0) + Math.max(1.5, Math.min(7, 6 + Math.log10(DATA.density[id]))) * Math.sqrt(view.zoom);
+      if (points.length > MANY && id !== chosen) {  // squares are much faster
+        pen.fillRect(x - radius / 2, y - radius / 2, radius, radius);
+        continue;
+      }
       pen.beginPath();
-      pen.arc(x, y, (row === chosen ? 3 : 0) + Math.max(1.5, Math.min(7, 6 + Math.log10(row.density))) * Math.sqrt(view.zoom), 0, 7);
+      pen.arc(x, y, radius, 0, 7);
       pen.fill();
     }
   }
   function nearest(event) {
     const edge = canvas.getBoundingClientRect();
     let best = null, least = 15 ** 2;
-    for (const row of points) {
-      const [x, y] = spot(row);
+    for (const id of points) {
+      const [x, y] = spot(id);
       const far = (x - event.clientX + edge.left) ** 2 + (y - event.clientY + edge.top) ** 2;
-      if (far < least) [best, least] = [row, far];
+      if (far < least) [best, least] = [id, far];
     }
     return best;
   }
@@ -73,6 +80,11 @@ function map() {
     view.x -= dx / side;
     view.y -= dy / side;
     draw();
+  }
+  function name(id) {
+    const [tokens, , explanation] = (id === null ? null : texts[id]) || ["", "", ""];
+    said.textContent = id === null ? "" : `Feature ${id}: fires on ${shown(tokens || "…")}` + (explanation ? `: ${shown(explanation)}` : "");
+    if (id !== null && !texts[id]) told([id]).then(() => { if (chosen === id) name(id); }).catch(() => {});
   }
   const held = new Map();
   let moved = 0;
@@ -95,14 +107,14 @@ function map() {
     const found = nearest(event);
     if (found === chosen) return;
     chosen = found;
-    said.textContent = found ? `Feature ${found.feature}: fires on ${shown(found.tokens)}` + (found.explanation ? `: ${shown(found.explanation)}` : "") : "";
-    canvas.style.cursor = found ? "pointer" : "grab";
+    name(found);
+    canvas.style.cursor = found !== null ? "pointer" : "grab";
     draw();
   });
   for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, (event) => {
     held.delete(event.pointerId);
     const found = kind === "pointerup" && moved < 5 ? nearest(event) : null;
-    if (found) location.hash = String(found.feature);
+    if (found !== null) location.hash = String(found);
   });
   canvas.addEventListener("wheel", (event) => {
     event.preventDefault();

@@ -52,8 +52,8 @@ def write(folder: Path, held_out: Pass, point: HookPoint, model_name: str, datas
     length = held_out.text.manifest.context_length
     config: dict[str, Any] = {
         "dataset_repo": dataset, "dataset_split": "held_out", "dataset_name": "", "dataset_column": "text",
-        "batch_size": at_once(held_out.text, held_out.d_sae), "cache_ctx_len": length, "ctx_len": length,
-        "n_tokens": int(text.size),
+        "batch_size": at_once(held_out.text, held_out.d_sae),
+        "cache_ctx_len": length, "ctx_len": length, "n_tokens": int(text.size),
         "n_splits": len(edges) - 1, "model_name": model_name,
     }  # fmt: skip
     (target / "config.json").write_text(json.dumps(config, indent=4))

@@ -1,0 +1,140 @@
+"use strict";
+// The page of a feature, and what all pages are made of.
+function make(tag, properties, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);  // text is never read as markup
+  return element;
+}
+
+const named = (character) => `⟨U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}⟩`;
+const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥")
+  .replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, named);
+const number = (value) => value === null || value === undefined || Number.isNaN(value) ? "-" : value === 0 ? "0" : Number(value.toPrecision(4)).toString();
+const there = (id) => DATA.compared.browser ? make("a", {href: `${DATA.compared.browser}#${id}`}, String(id)) : String(id);
+
+function explained(said) {
+  if (!said) return [];
+  const scores = ["detection", "fuzzing"].filter((name) => said[name] !== null).map((name) => `${name} ${number(said[name])}`);
+  const origin = said.carried_from === null ? said.explainer
+    : `carried over: said of feature ${said.carried_feature} of ${said.carried_from} (cosine ${number(said.carried_cosine)}) by ${said.explainer}`;
+  return [make("p", {className: "explanation", dir: "auto"}, shown(said.explanation)),
+    make("p", {className: "faint"}, [...scores, shown(origin)].join(" · "), scores.length ? " (balanced accuracy, 0.5 is chance)" : "")];
+}
+
+function matched(match) {
+  if (!match || !DATA.compared) return [];
+  const near = match.nearest === null ? [] : [": nearest is its feature ", there(match.nearest), ` (${number(match.cosine)})`];
+  return [make("p", {}, `${match.status}, compared with ${DATA.compared.with}`, ...near)];
+}
+
+// The exact value of the token under the pointer, or of one that was tapped.
+const tip = make("div", {className: "tip", role: "tooltip", hidden: true});
+function tell(event) {
+  const token = event.target.closest ? event.target.closest("b[data-value]") : null;
+  tip.hidden = token === null;
+  if (!token) return;
+  if (!tip.isConnected) document.body.append(tip);
+  tip.textContent = `${token.textContent.trim() || "space"}: ${token.dataset.value}`;
+  const edge = token.getBoundingClientRect();
+  tip.style.left = `${Math.max(4, Math.min(edge.left, innerWidth - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${edge.top > 40 ? edge.top - tip.offsetHeight - 4 : edge.bottom + 4}px`;
+}
+for (const kind of ["pointerover", "click"]) document.addEventListener(kind, tell);
+addEventListener("scroll", () => { tip.hidden = true; }, {passive: true});
+
+function example(found, largest) {
+  const line = make("div", {className: "example", dir: "auto"},
+    make("small", {}, `${number(found.activation)} · document ${found.document}, token ${found.position}`));
+  found.tokens.forEach((token, place) => {
+    const strength = found.activations[place] / largest;
+    const part = make("b", {className: place === found.peak ? "peak" : ""}, shown(token));
+    part.dataset.value = number(found.activations[place]);
+    if (strength > 0) part.style.backgroundColor = `color-mix(in srgb, var(--glow) ${Math.round(85 * Math.min(1, strength))}%, transparent)`;
+    line.append(part);
+  });
+  return line;
+}
+
+function histogram(edges, counts) {
+  const most = Math.max(...counts);
+  const bars = counts.map((count, place) => {
+    const bar = make("i", {title: `${number(edges[place])} to ${number(edges[place + 1])}: ${count.toLocaleString()} tokens`});
+    bar.style.height = count === 0 ? "0" : `max(1px, ${100 * count / most}%)`;
+    return bar;
+  });
+  return make("section", {}, make("h2", {}, "How strongly it fires"),
+    make("div", {className: "histogram", role: "img", ariaLabel: "histogram of activations"}, ...bars),
+    make("p", {className: "faint ends"}, make("span", {}, number(edges[0])), make("span", {}, "activation, four bins to each doubling"),
+      make("span", {}, number(edges[edges.length - 1]))));
+}
+
+function quantiles(examples, largest) {
+  const groups = new Map();
+  for (const one of examples) groups.set(one.quantile, [...(groups.get(one.quantile) || []), one]);
+  return [...groups.entries()].sort(([a], [b]) => b - a).map(([, some], place, all) => {
+    const values = some.map((one) => one.activation);
+    const title = place === 0 ? "strongest" : place === all.length - 1 ? "weakest" : "next";
+    return make("details", {open: true}, make("summary", {}, `${title} group: ${number(Math.min(...values))} to ${number(Math.max(...values))}`),
+      ...some.map((one) => example(one, largest)));
+  });
+}
+
+const listed = (title, pairs) => make("section", {className: "words"}, make("h2", {}, title),
+  ...pairs.map(([token, value]) => make("span", {}, make("code", {}, shown(token)), number(value))));
+const percent = (share) => `${number(100 * share)}%`;
+
+function tokens(rows) {
+  return make("section", {className: "words"}, make("h2", {}, "Tokens it fires on"),
+    ...rows.map(([token, share, mean, largest]) => make("span", {title: `mean ${number(mean)}, largest ${number(largest)}`},
+      make("code", {}, shown(token)), `${percent(share)} · mean ${number(mean)}`)));
+}
+
+function together(rows) {
+  return make("section", {className: "words"}, make("h2", {}, "Fires together with"),
+    ...rows.map(([other, share]) => make("span", {}, make("a", {href: `#${other}`}, texts[other] ? `${other} ` : String(other),
+      ...(texts[other] ? [make("code", {}, shown(texts[other][0].slice(0, 18)))] : [])), `on ${percent(share)}`)));
+}
+
+async function feature(id) {
+  if (!(id < DATA.count)) {
+    main.replaceChildren(make("p", {}, `There is no feature ${id}.`));
+    return;
+  }
+  main.replaceChildren(make("p", {}, "Loading …"));
+  let found;
+  try {
+    found = (await loaded("blocks", Math.floor(id / DATA.block)))[id % DATA.block];
+    await told(found.together.map(([other]) => other));
+  } catch (error) {
+    main.replaceChildren(make("p", {}, error.message));
+    return;
+  }
+  if (location.hash !== `#${id}`) return;
+  const largest = DATA.max[id];
+  const kind = (title, name) => {
+    const some = found.examples.filter((one) => one.kind === name);
+    return make("section", {}, make("h2", {}, title), ...(some.length ? some.map((one) => example(one, largest)) : [make("p", {}, "none")]));
+  };
+  const near = found.neighbours.flatMap(([other, cosine]) => [make("a", {href: `#${other}`}, String(other)), ` (${number(cosine)})  `]);
+  const beside = [["‹ previous", id - 1], ["next ›", id + 1]].filter(([, other]) => other >= 0 && other < DATA.count);
+  main.replaceChildren(
+    make("h2", {}, `Feature ${id}`),
+    make("p", {className: "faint"}, `fires on ${number(100 * DATA.density[id])}% of tokens, in ${found.sequences.toLocaleString()} sequences; `
+      + `largest ${number(largest)}, mean ${number(DATA.mean[id])}`),
+    make("p", {}, ...beside.flatMap(([title, other]) => [make("a", {href: `#${other}`}, title), " · "]), ...(near.length ? ["nearest: ", ...near] : [])),
+    ...explained(found.explained), ...matched(found.match),
+    make("div", {className: "columns"}, ...(found.tokens.length ? [tokens(found.tokens)] : []),
+      ...(found.likely.length ? [listed("Makes likely", found.likely), listed("Makes unlikely", found.unlikely)] : []),
+      ...(found.together.length ? [together(found.together)] : [])),
+    ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
+    kind("Where it fires most", "strongest"),
+    make("h2", {}, "Drawn at random from all tokens on which it fires, by strength"),
+    ...quantiles(found.examples.filter((one) => one.kind === "sample"), largest));
+  main.focus({preventScroll: true});
+  scrollTo(0, 0);
+}
