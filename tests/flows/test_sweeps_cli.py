@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from components.run.config import load_config, parse_config
 from components.run.specification import resolve
-from components.sweeps import sweep as sweeps
+from components.sweeps import work
+from components.sweeps.grid import children
 from components.sweeps.record import SweepRecord, load_sweep
 from components.training.loop import train_together
 from flows.cli import app
@@ -29,10 +30,11 @@ def config(tiny_tree: dict, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(group):
-        return train_together([child.run.training() for child in group], group[0].run.device)
+    def here(group, give_up):
+        jobs = [child.run.training() for child in group]
+        return train_together(jobs, group[0].run.device, lambda place, points: give_up(group[place], points))
 
-    monkeypatch.setattr(sweeps, "in_a_process", here)
+    monkeypatch.setattr(work, "in_a_process", here)
 
 
 def test_a_sweep_prints_its_record_as_one_object_and_a_table_for_people(config: str):
@@ -57,8 +59,8 @@ def test_a_recommendation_is_printed_and_written_as_a_configuration_to_run(confi
     base = resolve(load_config(config))
     grid = {"sae.d_sae": [64, 128, 256, 512], "training.tokens": [25_600, 51_200, 102_400, 204_800]}
     points = []
-    for child in sweeps.children(base, grid):
-        point = sweeps._point(child, "finished")
+    for child in children(base, grid):
+        point = work._point(child, "finished")
         points.append(point.model_copy(update={"loss": 0.03 + point.features**-0.5 + 40 * point.tokens**-0.6}))
     record = SweepRecord(
         digest="0", name="known", grid=grid, dataset_digest="0", evaluation_tokens=1, mlflow_run="0", seconds=0, points=points
