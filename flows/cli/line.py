@@ -1,4 +1,4 @@
-"""`sae run`, `plan` and a command for each step. Heavy imports wait until a command needs them."""
+"""`sae run` and a command for each step. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.tables import print_plan, print_summary
+from flows.cli.tables import print_summary
 from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
 
 if TYPE_CHECKING:
@@ -46,14 +46,6 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
         summary = pipeline_of(specification.config.title, specification.to_json())
         summary.seconds["total"] = round(time.monotonic() - started, 2)
         show(summary.as_json(), for_people)
-
-
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
-    with command(as_json) as show:
-        from components.run.estimate import estimate
-
-        show(estimate(checked(config, overrides, evaluated=None)), print_plan)
 
 
 def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:

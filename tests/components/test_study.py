@@ -1,4 +1,4 @@
-"""An Optuna study over a configuration: what it draws, that a kill repeats nothing, and that pruning gives up the right ones."""
+"""An Optuna study over a configuration: what it draws, that a kill repeats nothing, and whom pruning gives up."""
 
 from __future__ import annotations
 
