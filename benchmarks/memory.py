@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 
-from components import steps
+from components import steps, storage
 from components.planning.memory import rank_memory
 from components.planning.shape import shape_of
 from components.run.config import load_config
@@ -59,6 +59,7 @@ def main() -> None:
     for name in sys.argv[1:] or CASES:
         run = case([f"rerun=memory-{name}", *CASES[name]])
         steps.extract(run)
+        storage.delete(run.sae_url)
         found, planned = measured(run), rank_memory(shape_of(run), on_gpu=False).peak
         print(
             f"| {name} | {planned / 1e6:,.0f} | {found['peak'] / 1e6:,.0f} | {planned / found['peak']:.3f} | "

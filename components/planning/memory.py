@@ -22,7 +22,7 @@ AUXK_COPIES = 2.4
 """Tensors `[batch, dead features]` of AuxK (measured)."""
 SPARSE = ("topk", "batchtopk", "matryoshka")
 """That compute few features of a token where they run on a CPU."""
-DENSE_COPIES = {"relu": 6.6, "jumprelu": 16.7, "gated": 13.6, "topk": 6.0, "batchtopk": 7.0, "matryoshka": 7.0}
+DENSE_COPIES = {"relu": 7.5, "jumprelu": 19.0, "gated": 15.0, "topk": 6.0, "batchtopk": 7.0, "matryoshka": 7.0}
 """Tensors `[batch, features]` of 4 bytes that are alive at once in a step, where nothing is sparse (measured on a CPU; of the
 last three estimated, as nothing of this has run on a GPU)."""
 ENTRY = 60
@@ -90,7 +90,7 @@ def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
         tiles=tiles,
         auxk=int(4 * AUXK_COPIES * shape.batch_size * n) if sparse else 0,
         checkpoint=12 * own,
-        artifact=22 * own,
+        artifact=24 * own,
         reader=shape.reader,
         process=PROCESS,
     )
