@@ -1,25 +1,34 @@
-"""Peak memory of trainings against what `sae plan` says: `python benchmarks/memory.py [CONFIG ...]`.
+"""Peak memory of trainings against what `sae plan` says: `python benchmarks/memory.py [--two] [CASE ...]`.
 
-Each configuration trains for some steps in a process of its own, as `sae run` starts it; the peak is the kernel's (VmHWM). Its
+Each case trains for some steps in a process of its own, as `sae run` starts it, or with `--two` in two that share its features;
+the peak is the kernel's (VmHWM). Its
 activation dataset is made first where it is not there.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
 
 from components import steps, storage
 from components.planning.memory import rank_memory
 from components.planning.shape import shape_of
 from components.run.config import load_config
 from components.run.specification import Specification, resolve
-from components.training.process import _TRAINING
+from components.training.process import _TRAINING, launch
+from components.training.settings import RankSettings
 
 _CHILD = """
 import json, re, sys, torch
-from components.training.process import _TRAINING
+from components.training.process import _TRAINING, launch
+from components.training.settings import RankSettings
 from components.training.loop import train_together
 
 def said(name):
@@ -54,13 +63,37 @@ def measured(run: Specification) -> dict[str, int]:
     return found
 
 
+def measured_of_ranks(run: Specification) -> dict[str, int]:
+    """The same of two processes that share the features, the larger of the two: the kernel's peak, looked at until they end."""
+    peaks: dict[int, int] = {}
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error, OSError, TypeError):
+                    if "RANK" in process.environ():
+                        said = Path(f"/proc/{process.pid}/status").read_text()
+                        peaks[process.pid] = 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])  # type: ignore[index]
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        launch(run.training(), run.device, ranks=RankSettings(feature_parallel=2))
+    finally:
+        ended.set()
+    return {"before": 0, "peak": max(peaks.values())}
+
+
 def main() -> None:
+    ranks = 2 if "--two" in sys.argv else 1
+    names = [name for name in sys.argv[1:] if name != "--two"]
     print("| case | planned MB | measured MB | planned / measured | process alone MB |\n|---|---|---|---|---|")
-    for name in sys.argv[1:] or CASES:
+    for name in names or CASES:
         run = case([f"rerun=memory-{name}", *CASES[name]])
         steps.extract(run)
         storage.delete(run.sae_url)
-        found, planned = measured(run), rank_memory(shape_of(run), on_gpu=False).peak
+        found = measured(run) if ranks == 1 else measured_of_ranks(run)
+        planned = rank_memory(shape_of(run), on_gpu=False, ranks=ranks).peak
         print(
             f"| {name} | {planned / 1e6:,.0f} | {found['peak'] / 1e6:,.0f} | {planned / found['peak']:.3f} | "
             f"{found['before'] / 1e6:,.0f} |",

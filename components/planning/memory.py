@@ -69,17 +69,18 @@ class Memory(Record):
 
 
 def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
-    """Of a rank that has its share of the features, all of what is read and written, and the whole batch."""
+    """Of a rank that has its share of the features, and its share of each batch where several share those."""
+    batch = -(-shape.batch_size // shape.data_parallel)
     n = -(-shape.d_sae // ranks)
     own = (shape.d_in + shape.d_out + 1) * n + shape.shared
     sparse = shape.architecture in SPARSE and not on_gpu
-    tokens = 4 * shape.batch_size * (2 * shape.d_in + 4 * shape.d_out)
+    tokens = 4 * batch * (2 * shape.d_in + 4 * shape.d_out)
     if sparse:
-        features = ENTRY * shape.batch_size * min(shape.k or 0, n)
+        features = ENTRY * batch * min(shape.k or 0, n)
         # the encoder beside its bias, as one operand; a tile of products
-        tiles = 4 * n * (shape.d_in + 16) + int(4 * TILES * min(TILE_ENTRIES, shape.batch_size * n))
+        tiles = 4 * n * (shape.d_in + 16) + int(4 * TILES * min(TILE_ENTRIES, batch * n))
     else:
-        features = int(4 * shape.batch_size * n * DENSE_COPIES.get(shape.architecture, 10.0))
+        features = int(4 * batch * n * DENSE_COPIES.get(shape.architecture, 10.0))
         tiles = 0
     return Memory(
         on_gpu=on_gpu,
@@ -88,7 +89,7 @@ def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
         optimizer=8 * own,
         activations=tokens + features,
         tiles=tiles,
-        auxk=int(4 * AUXK_COPIES * shape.batch_size * n) if sparse else 0,
+        auxk=int(4 * AUXK_COPIES * batch * n) if sparse else 0,
         checkpoint=12 * own,
         artifact=24 * own,
         reader=shape.reader,

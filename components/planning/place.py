@@ -40,7 +40,8 @@ class Place(Settings):
     """Of one GPU, 10^9 bytes; the data sheet's where it is not given."""
 
     ranks: int | None = Field(default=None, ge=1)
-    """GPUs that share the coder's features; as few as hold it where it is not given."""
+    """GPUs that share the coder's features; `execution.training.feature_parallel`, or else as few as hold it, where it is not
+    given."""
 
     extraction_workers: int = Field(default=1, ge=1)
     """Each with a copy of the language model, on as many GPUs as hold it."""

@@ -67,11 +67,11 @@ def plan(shape: Shape, place: Place) -> Outlook:
     """A UserError that names what to change where it cannot be."""
     _require_pages(shape)
     needed = ranks_needed(shape, place)
-    ranks = place.ranks or needed
+    ranks = place.ranks or (shape.feature_parallel if shape.feature_parallel > 1 else needed)
     memory = rank_memory(shape, True, ranks)
     if ranks < needed:
         raise UserError(_too_large(shape, place, ranks, memory.peak, needed))
-    shuffle, asked = shuffle_of(shape), requests(shape, ranks)
+    shuffle, asked = shuffle_of(shape), requests(shape, ranks * shape.data_parallel)
     if place.disk_tb is not None and asked.peak_bytes > place.disk_tb * 1e12:
         raise UserError(
             f"disk_tb: the activations take {_tb(shape.bytes)} and {_tb(asked.peak_bytes)} while they are shuffled, of "
@@ -84,8 +84,9 @@ def plan(shape: Shape, place: Place) -> Outlook:
         per_worker * place.extraction_workers, place.flops("bfloat16"),
     )  # fmt: skip
     training = _hours(
-        shape.trained, shape.training_flops, place.training_tokens_per_second, 1, ranks, place.flops(shape.autocast)
-    )
+        shape.trained, shape.training_flops, place.training_tokens_per_second, 1, ranks * shape.data_parallel,
+        place.flops(shape.autocast),
+    )  # fmt: skip
     per_second = asked.trained_bytes / (training.hours * _SECONDS)
     one_worker = extraction.tokens_per_second / place.extraction_workers
     online_workers = math.ceil(training.tokens_per_second / one_worker)

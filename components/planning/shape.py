@@ -46,6 +46,10 @@ class Shape(Record):
     reader: int
     """Bytes of the trainer's windows."""
     checkpoint_tokens: int
+    feature_parallel: int
+    """Processes that share the features, by the configuration,"""
+    data_parallel: int
+    """and those that share each batch."""
 
     @property
     def layout(self) -> Layout:
@@ -143,4 +147,6 @@ def _shape(
         autocast=config.training.autocast,
         reader=reader_bytes(config.activations, stored, sum(widths[name] for name in {*reads, *writes})),
         checkpoint_tokens=config.training.checkpoint_tokens,
+        feature_parallel=config.execution.training.feature_parallel,
+        data_parallel=config.execution.training.data_parallel,
     )

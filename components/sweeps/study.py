@@ -16,7 +16,7 @@ from components.settings import UserError, digest
 from components.sweeps.grid import Child, child_of
 from components.sweeps.record import SweepPoint, SweepRecord
 from components.sweeps.space import OBJECTIVES, Range, StudySettings
-from components.sweeps.sweep import close, parent_run
+from components.sweeps.sweep import close, parent_run, require_one_process
 from components.sweeps.work import GiveUp, Trainer, Work, never, one_after_another
 from components.training.job import Point
 
@@ -41,6 +41,7 @@ def study_url(base: Specification, settings: StudySettings) -> str:
 
 def check_study(base: Specification, settings: StudySettings) -> None:
     """A UserError for a field or a value that is no good, or a database that there is none of, before any work."""
+    require_one_process(base)
     ends = {name: found if isinstance(found, tuple) else (found.low, found.high) for name, found in settings.space.items()}
     for place in range(min(_CHECKED, max(map(len, ends.values())))):
         child_of(base, {name: _plain(values[min(place, len(values) - 1)]) for name, values in ends.items()})

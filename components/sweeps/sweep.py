@@ -7,7 +7,7 @@ from typing import Any
 from components import steps, storage
 from components.run.config import flattened
 from components.run.specification import Specification
-from components.settings import digest
+from components.settings import UserError, digest
 from components.sweeps.grid import Grid, children
 from components.sweeps.record import SweepRecord
 from components.sweeps.report import log_report
@@ -32,6 +32,7 @@ def sweep(
     """Where its record is, and the record. memory_bytes: that coders in lockstep may take together, of each worker; most of
     what is free where it is not given. workers: that `train` trains groups on at the same time. A UserError for a grid that
     is no good, before any work."""
+    require_one_process(base)
     everyone = children(base, grid)
     url, key = sweep_url(base, grid), sweep_digest(base, grid)
     steps.extract(base)
@@ -41,6 +42,14 @@ def sweep(
         record = work.put()
         close(record, base, parent)
     return url, record
+
+
+def require_one_process(base: Specification) -> None:
+    if base.config.execution.training.size > 1:
+        raise UserError(
+            "execution.training: a sweep trains its coders in lockstep in one process, and not each in several; accepted is 1 "
+            "for data_parallel and feature_parallel"
+        )
 
 
 def parent_run(base: Specification, key: str, varied: dict[str, Any]) -> Any:
