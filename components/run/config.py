@@ -183,7 +183,7 @@ def parse_config(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors()[0])) from error
+        raise UserError(error_sentence(error.errors()[0])) from error
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -216,7 +216,7 @@ def _entry(entries: list[Any], place: str, field: str) -> Any:
     return entries[int(place)]
 
 
-def _sentence(error: Any) -> str:
+def error_sentence(error: Any) -> str:
     """One pydantic error as one sentence with the field, the value and what is accepted."""
     location = [str(part) for part in error["loc"]]
     field = ".".join(location) or "configuration"

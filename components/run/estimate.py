@@ -6,6 +6,7 @@ from typing import Any
 
 from components.activations.dataset.reader import WINDOW_GROUPS
 from components.activations.dataset.schema import DTYPES, TOKEN_BYTES
+from components.activations.settings import ActivationSettings
 from components.interpretation.examples import BINS
 from components.interpretation.token_shares import SAMPLED
 from components.run.checks import without_evaluation
@@ -92,13 +93,16 @@ def parameters(run: Specification) -> int:
 def training_memory(run: Specification, stored: int) -> tuple[int, int]:
     """Bytes of a coder in training, in each of its processes, and of the reader that coders in lockstep share. stored: tokens
     of the dataset."""
-    settings = run.config.activations
     read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
-    # weights, gradients and Adam's two moments; features and their gradients; the reader's four windows
+    # weights, gradients and Adam's two moments; features and their gradients
     ranks = run.config.execution.training
     coder = 16 * parameters(run) // ranks.feature_parallel + 12 * run.config.training.batch_size * run.d_sae // ranks.size
-    window = min(stored, WINDOW_GROUPS * settings.rows_per_group) * read_width * DTYPES[settings.dtype].itemsize
-    return coder, 4 * window
+    return coder, reader_bytes(run.config.activations, stored, read_width)
+
+
+def reader_bytes(settings: ActivationSettings, stored: int, width: int) -> int:
+    """Of the reader's four windows. width: of what is read, all columns together."""
+    return 4 * min(stored, WINDOW_GROUPS * settings.rows_per_group) * width * DTYPES[settings.dtype].itemsize
 
 
 def dense_flops(run: Specification) -> int:

@@ -5,33 +5,40 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.run.config import parse_config
 from components.run.specification import Specification
 from components.sae.architectures import architectures
 from components.settings import Settings, UserError
+from components.sweeps.space import SECTIONS, StudySettings, Value, number, require_fields
 
 Grid = Mapping[str, Sequence[Any]]
 """The values that each field takes, by its dotted name: `{"sae.k": [8, 12], "training.tokens": [1_000_000]}`."""
 
-Value = bool | int | float | str | tuple[float, ...] | None
 MOST_CHILDREN = 1_000
-_SECTIONS = ("sae", "training")
 _SIZES = ("d_sae", "expansion_factor")
 
 
 class SweepSettings(Settings):
-    grid: dict[str, tuple[Value, ...]] = Field(min_length=1)
+    grid: dict[str, tuple[Value, ...]] = Field(default_factory=dict)
     """The values that each field takes, by its dotted name under `sae` or `training`: every combination is a child."""
+
+    study: StudySettings | None = None
+    """In place of a grid: a space that Optuna draws the children from."""
 
     memory_gb: float | None = Field(default=None, gt=0)
     """What coders in lockstep may take together, 10^9 bytes; most of what is free where it is not given."""
+
+    @model_validator(mode="after")
+    def _a_grid_or_a_study(self) -> SweepSettings:
+        if bool(self.grid) == (self.study is not None):
+            raise ValueError("sweep: a grid or a study; give one of them")
+        return self
 
     @property
     def memory_bytes(self) -> int | None:
@@ -40,7 +47,7 @@ class SweepSettings(Settings):
 
 @dataclass(frozen=True)
 class Child:
-    """One combination of the grid's values."""
+    """One combination of values."""
 
     values: dict[str, Any]
     run: Specification
@@ -64,17 +71,8 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, tuple[Any, ...]]:
             values = yaml.safe_load(f"[{text}]")
         except yaml.YAMLError as error:
             raise UserError(f"--grid: the values of '{field}', '{text}', are not YAML") from error
-        grid[field] = tuple(_number(value) for value in values)
+        grid[field] = tuple(number(value) for value in values)
     return grid
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; people mean the number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            number = float(value)
-            return int(number) if number.is_integer() else number
-    return value
 
 
 def children(base: Specification, grid: Grid) -> list[Child]:
@@ -84,27 +82,25 @@ def children(base: Specification, grid: Grid) -> list[Child]:
     """
     if not grid:
         raise UserError("grid: it is empty; give at least one field with its values, such as sae.k=8,12,20")
+    require_fields("grid", grid)
     for field, values in grid.items():
-        section, dot, _ = field.partition(".")
-        if section not in _SECTIONS or not dot:
-            raise UserError(
-                f"grid: '{field}' is not accepted: all children are trained and measured on one activation dataset, so that "
-                "only fields under sae and training may vary"
-            )
         if not values:
             raise UserError(f"grid: '{field}' has no values")
-    if all(f"sae.{name}" in grid for name in _SIZES):
-        raise UserError("grid: sae.d_sae and sae.expansion_factor are both given; give one")
     count = math.prod(len(values) for values in grid.values())
     if count > MOST_CHILDREN:
         raise UserError(f"grid: it has {count:,} children; accepted are at most {MOST_CHILDREN:,}")
     found: dict[str, Child] = {}
     for combination in _combinations(grid):
-        child = Child(combination, _resolved(base, combination))
+        child = child_of(base, combination)
         twin = found.setdefault(child.run.sae_digest, child)
         if twin is not child:
             raise UserError(f"grid: '{child.title}' and '{twin.title}' are the same training; leave one out")
     return list(found.values())
+
+
+def child_of(base: Specification, values: Mapping[str, Any]) -> Child:
+    """A UserError for a field that does not exist, or a value that is no good."""
+    return Child(dict(values), _resolved(base, values))
 
 
 def _combinations(grid: Grid) -> Iterator[dict[str, Any]]:
@@ -114,7 +110,7 @@ def _combinations(grid: Grid) -> Iterator[dict[str, Any]]:
 
 def _resolved(base: Specification, values: Mapping[str, Any]) -> Specification:
     config = base.config
-    tree = {section: getattr(config, section).model_dump(mode="json", exclude_unset=True) for section in _SECTIONS}
+    tree = {section: getattr(config, section).model_dump(mode="json", exclude_unset=True) for section in SECTIONS}
     if any(f"sae.{name}" in values for name in _SIZES):  # a child has a size of its own, however the base says its
         tree["sae"] = {name: value for name, value in tree["sae"].items() if name not in _SIZES}
     if "sae.architecture" in values and values["sae.architecture"] in architectures():
@@ -124,5 +120,5 @@ def _resolved(base: Specification, values: Mapping[str, Any]) -> Specification:
     for field, value in values.items():
         section, _, name = field.partition(".")
         tree[section][name] = value
-    parsed = parse_config({**config.model_dump(mode="json", exclude=set(_SECTIONS)), **tree})
-    return base.varied(config.model_copy(update={section: getattr(parsed, section) for section in _SECTIONS}))
+    parsed = parse_config({**config.model_dump(mode="json", exclude=set(SECTIONS)), **tree})
+    return base.varied(config.model_copy(update={section: getattr(parsed, section) for section in SECTIONS}))

@@ -23,8 +23,10 @@ class Groups:
     """Children that do not fit alone, each with the reason."""
 
 
-def lockstep_groups(children: Sequence[Child], stored: int, memory_bytes: int) -> Groups:
-    """stored: tokens of the dataset. memory_bytes: that a group may take, by the estimate of `sae plan`."""
+def lockstep_groups(children: Sequence[Child], stored: int, memory_bytes: int, workers: int = 1) -> Groups:
+    """stored: tokens of the dataset. memory_bytes: that a group may take, by the estimate of `sae plan`. workers: that train
+    groups at the same time, and each should have one."""
+    most = -(-len(children) // workers)
     groups: list[list[Child]] = []
     too_large: list[tuple[Child, str]] = []
     # those of a length end together, so that few steps are taken by few
@@ -36,7 +38,7 @@ def lockstep_groups(children: Sequence[Child], stored: int, memory_bytes: int) -
             if coder + window > memory_bytes:
                 too_large.append((child, _sentence(child, coder + window, memory_bytes)))
                 continue
-            if not group or coder > free:
+            if not group or coder > free or len(group) == most:
                 group, free = [], memory_bytes - window
                 groups.append(group)
             group.append(child)

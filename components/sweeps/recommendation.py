@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from components.planning.place import GPUS
 from components.run.config import parse_config
 from components.run.estimate import dense_flops, sparse_flops
 from components.run.specification import Specification
@@ -17,14 +18,6 @@ from components.sweeps.scaling import Estimate, Fit, frontier_points
 
 FURTHEST = 10.0
 """How many times the sweep's largest budget a recommendation may be for."""
-PEAKS = {
-    "a100": {"none": 19.5e12, "bfloat16": 312e12},
-    "h100": {"none": 67e12, "bfloat16": 989e12},
-    "h200": {"none": 67e12, "bfloat16": 989e12},
-    "l4": {"none": 30e12, "bfloat16": 121e12},
-}
-"""Dense FLOPs per second by the vendor's data sheets (SXM where there are several), by `training.autocast`: float32 without
-tensor cores, and bfloat16 with them."""
 _DIGITS = 3
 """Digits that are kept of a recommended number."""
 
@@ -51,9 +44,9 @@ class Recommendation(Record):
 
 def flops_of(gpu: str, hours: float, utilisation: float, autocast: str) -> tuple[float, str]:
     """A budget in FLOPs, and what is assumed in it. A UserError for a GPU that is not listed."""
-    if gpu.lower() not in PEAKS:
-        raise UserError(f"--gpu: '{gpu}' is not known; accepted are {', '.join(PEAKS)}, or give --flops")
-    peak = PEAKS[gpu.lower()][autocast]
+    if gpu.lower() not in GPUS:
+        raise UserError(f"--gpu: '{gpu}' is not known; accepted are {', '.join(GPUS)}, or give --flops")
+    peak = GPUS[gpu.lower()].peaks[autocast]
     said = (
         f"{hours:g} hours of one {gpu.lower()} at {utilisation:.0%} of {peak / 1e12:g} TFLOP/s "
         f"(training.autocast {autocast}); the share is assumed and not measured (--utilisation)"

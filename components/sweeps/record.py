@@ -13,8 +13,8 @@ class SweepPoint(Record):
     """One child: its setting, what it came to, what it cost."""
 
     values: dict[str, Any]
-    """Of the grid's fields."""
-    status: Literal["finished", "diverged", "failed", "waiting"]
+    """Of the fields that vary."""
+    status: Literal["finished", "diverged", "failed", "pruned", "waiting"]
     reason: str | None = None
     """Why there is no loss."""
     sae_digest: str
@@ -49,6 +49,9 @@ class SweepRecord(Record):
     digest: str
     name: str
     grid: dict[str, list[Any]]
+    """The values that each field has taken; of a study, those that were drawn."""
+    study: dict[str, Any] | None = None
+    """Settings of the study, where Optuna has drawn the children."""
     dataset_digest: str
     evaluation_tokens: int
     mlflow_run: str

@@ -16,6 +16,10 @@ Point = dict[str, float]
 """One point of the training curves: `tokens` and the values at it."""
 
 
+class Pruned(Exception):
+    """A training that was given up because others promise more; it says after how many tokens."""
+
+
 class Start(Record):
     """The coder that a training continues from."""
 
@@ -75,6 +79,10 @@ class TrainingRecord(Record):
     tokens_per_second: float | None
     """Of the process that ended it; None where it had nothing left to do."""
     curves: list[Point]
+
+
+Outcome = TrainingRecord | FloatingPointError | Pruned
+"""What a training among several came to: its record, or why it has none."""
 
 
 def record_url(url: str) -> str:

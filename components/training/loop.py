@@ -32,7 +32,7 @@ from components.training.checkpoint import (
     restore_checkpoint,
 )
 from components.training.divergence import divergence_folder, keep_divergence
-from components.training.job import Point, Training, TrainingRecord, read_training_record
+from components.training.job import Outcome, Point, Pruned, Training, TrainingRecord, read_training_record
 from components.training.parallel.ranks import claimed
 from components.training.parallel.shares import take_share
 from components.training.start import load_start
@@ -63,7 +63,7 @@ def train(
     mesh: of the processes that train it together, each of which calls this.
     """
     (outcome,) = train_together([job], device, lambda _, points: on_points(points), should_stop, mesh)
-    if isinstance(outcome, FloatingPointError):
+    if not isinstance(outcome, TrainingRecord):
         raise outcome
     return outcome
 
@@ -71,20 +71,20 @@ def train(
 def train_together(
     jobs: Sequence[Training],
     device: torch.device,
-    on_points: Callable[[int, list[Point]], None] = lambda job, points: None,
+    on_points: Callable[[int, list[Point]], bool | None] = lambda job, points: None,
     should_stop: Callable[[], bool] = lambda: False,
     mesh: Mesh | None = None,
-) -> list[TrainingRecord | FloatingPointError]:
+) -> list[Outcome]:
     """Several coders on one pass over the same batches, each as it would be alone; what each came to, in the order of `jobs`.
 
     One that diverges drops out, and the others go on. The jobs share dataset, batch size and seed. on_points: gets the place
-    in `jobs` first.
+    in `jobs` first; True gives that training up.
     """
     first = jobs[0]
     for job in jobs[1:]:
         shared = [(one.dataset_url, one.settings.batch_size, one.seed) for one in (first, job)]
         assert shared[0] == shared[1], f"coders that are trained together read the same batches: {shared}"
-    outcomes: dict[int, TrainingRecord | FloatingPointError] = {}
+    outcomes: dict[int, Outcome] = {}
     with ExitStack() as claims:
         members = []
         for place, job in enumerate(jobs):
@@ -100,7 +100,7 @@ def train_together(
         if members:
             outcomes |= _train(members, device, on_points, should_stop)
     for place, job in enumerate(jobs):
-        if isinstance(outcomes[place], TrainingRecord) and (mesh is None or mesh.leads):
+        if isinstance(outcomes[place], TrainingRecord | Pruned) and (mesh is None or mesh.leads):
             storage.delete(divergence_folder(job.url))
             storage.delete(checkpoint_folder(job.url))
             storage.sweep(job.url)
@@ -162,9 +162,9 @@ def _member(place: int, job: Training, still_owned: Callable[[], None], device: 
 def _train(
     members: Sequence[_Member],
     device: torch.device,
-    on_points: Callable[[int, list[Point]], None],
+    on_points: Callable[[int, list[Point]], bool | None],
     should_stop: Callable[[], bool],
-) -> dict[int, TrainingRecord | FloatingPointError]:
+) -> dict[int, Outcome]:
     keep_freed_memory()
     job = members[0].job
     size = job.settings.batch_size
@@ -179,7 +179,7 @@ def _train(
         cache=None if job.cache is None else job.cache.open(),
     )
     mesh = members[0].training.coder.mesh
-    outcomes: dict[int, TrainingRecord | FloatingPointError] = {}
+    outcomes: dict[int, Outcome] = {}
     for member in members:
         if member.training.curves:
             on_points(member.place, member.training.curves)
@@ -202,6 +202,10 @@ def _train(
                     except FloatingPointError as error:
                         going.remove(member)
                         outcomes[member.place] = keep_divergence(member.job, member.training, reader, error)
+                        continue
+                    except Pruned as pruned:
+                        going.remove(member)
+                        outcomes[member.place] = pruned
                         continue
                     if point is not None:
                         note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
@@ -226,15 +230,17 @@ def _train(
     return outcomes
 
 
-def _take(member: _Member, batch: dict[str, torch.Tensor], on_points: Callable[[int, list[Point]], None]) -> Point | None:
-    """One step of one coder, and what of it is due: a point, a checkpoint."""
+def _take(
+    member: _Member, batch: dict[str, torch.Tensor], on_points: Callable[[int, list[Point]], bool | None]
+) -> Point | None:
+    """One step of one coder, and what of it is due: a point, a checkpoint. Raises `Pruned` where it is given up."""
     job, training = member.job, member.training
     following = training.step + 1
     measured = following % member.log_steps == 0 or following == job.steps
     x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
     point = take_step(training, job.settings, x, y, member.mean, measured)
-    if point is not None:
-        on_points(member.place, [point])
+    if point is not None and on_points(member.place, [point]) and training.step < job.steps:
+        raise Pruned(f"given up after {point['tokens']:,.0f} of {job.steps * job.settings.batch_size:,} tokens")
     if training.step < job.steps and training.step % member.checkpoint_steps == 0:
         _save(member)
     return point

@@ -3,8 +3,8 @@
 A process can be stopped for certain: by a time limit, by a cancelled run, by the death of whoever waits for it. Asked to
 stop, it finishes its step, puts a checkpoint and ends.
 
-Between the two: the work as one line of JSON on standard input, which stays open for as long as the parent lives; messages as
-lines of JSON on standard output; the log on standard error.
+Between the two: the work as one line of JSON on standard input, which stays open for as long as the parent lives and says which
+coders are given up; messages as lines of JSON on standard output; the log on standard error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 
 from components.settings import UserError
 from components.threads import with_patient_threads
-from components.training.job import Point, Training, TrainingRecord
+from components.training.job import Outcome, Point, Pruned, Training, TrainingRecord
 from components.training.loop import Stopped, train_together
 from components.training.parallel.ranks import joined
 from components.training.settings import RankSettings
@@ -65,7 +65,7 @@ def launch(
     to stop, and that left a checkpoint, is started again. However this call ends, the process has ended before it.
     """
     (outcome,) = launch_together([work], device, lambda _, points: on_points(points), timeout_seconds, ranks)
-    if isinstance(outcome, FloatingPointError):
+    if not isinstance(outcome, TrainingRecord):
         raise outcome
     return outcome
 
@@ -73,10 +73,10 @@ def launch(
 def launch_together(
     works: Sequence[Training],
     device: torch.device,
-    on_points: Callable[[int, list[Point]], None] = lambda place, points: None,
+    on_points: Callable[[int, list[Point]], bool | None] = lambda place, points: None,
     timeout_seconds: float | None = None,
     ranks: RankSettings | None = None,
-) -> list[TrainingRecord | FloatingPointError]:
+) -> list[Outcome]:
     """`loop.train_together` in a process of its own, see `launch`; what each training came to, in the order of `works`."""
     order: dict[str, Any] = {"works": [json.loads(_TRAINING.dump_json(work)) for work in works], "device": str(device)}
     if ranks is not None and ranks.size > 1:
@@ -107,10 +107,10 @@ class _Interrupted(Exception):
 
 def _launched(
     order: dict[str, Any],
-    on_points: Callable[[int, list[Point]], None],
+    on_points: Callable[[int, list[Point]], bool | None],
     deadline: float | None,
     timeout_seconds: float | None,
-) -> list[TrainingRecord | FloatingPointError]:
+) -> list[Outcome]:
     own_terminal = sys.stderr.isatty()  # then the progress bar goes there
     process = subprocess.Popen(
         [sys.executable, "-m", _MODULE],
@@ -135,8 +135,10 @@ def _launched(
         with _stopped_at(process, deadline, seconds) as overdue:
             for line in process.stdout:
                 last = json.loads(line)
-                if "points" in last:
-                    on_points(last["place"], last["points"])
+                if "points" in last and on_points(last["place"], last["points"]):
+                    with suppress(BrokenPipeError):
+                        process.stdin.write(json.dumps({"give_up": last["place"]}) + "\n")
+                        process.stdin.flush()
             process.wait()
     finally:
         _end(process, seconds)
@@ -153,13 +155,15 @@ def _launched(
 _TRAINING: TypeAdapter[Training] = TypeAdapter(Training)
 
 
-def _outcome(found: dict[str, Any] | str) -> TrainingRecord | FloatingPointError:
-    """found: a record, or why there is none."""
-    return FloatingPointError(found) if isinstance(found, str) else TrainingRecord.model_validate(found)
+def _outcome(found: dict[str, Any]) -> Outcome:
+    for kind in (FloatingPointError, Pruned):
+        if kind.__name__ in found:
+            return kind(found[kind.__name__])
+    return TrainingRecord.model_validate(found)
 
 
-def _message(outcome: TrainingRecord | FloatingPointError) -> dict[str, Any] | str:
-    return str(outcome) if isinstance(outcome, FloatingPointError) else outcome.model_dump(mode="json")
+def _message(outcome: Outcome) -> dict[str, Any]:
+    return outcome.model_dump(mode="json") if isinstance(outcome, TrainingRecord) else {type(outcome).__name__: str(outcome)}
 
 
 @contextmanager
@@ -234,7 +238,8 @@ def main() -> None:
         order = json.loads(sys.stdin.readline())
         if "ranks" in order:
             sys.exit(_run_ranks(order))
-    threading.Thread(target=_stop_when_closed, args=(stop,), name="parent", daemon=True).start()
+    given_up: set[int] = set()
+    threading.Thread(target=_listen, args=(stop, given_up), name="parent", daemon=True).start()
 
     # What libraries print (NCCL_DEBUG) is no message: it goes to the log.
     sys.stdout.flush()
@@ -248,6 +253,12 @@ def main() -> None:
 
     works, device = [_TRAINING.validate_python(work) for work in order["works"]], torch.device(order["device"])
     speaks = True
+
+    def told(place: int, points: list[Point]) -> bool:
+        if speaks:
+            say(place=place, points=points)
+        return place in given_up
+
     try:
         with ExitStack() as stack:
             mesh = None
@@ -259,13 +270,7 @@ def main() -> None:
                 threading.Thread(
                     target=_end_when_stopped, args=(stop, _stop_seconds(order)), name="watchdog", daemon=True
                 ).start()
-            outcomes = train_together(
-                works,
-                device,
-                lambda place, points: say(place=place, points=points) if speaks else None,
-                stop.is_set,
-                mesh,
-            )
+            outcomes = train_together(works, device, told, stop.is_set, mesh)
     except Stopped as stopped:
         if speaks:
             say(error=type(stopped).__name__, text=str(stopped), step=stopped.step)
@@ -305,10 +310,12 @@ def _end_when_stopped(stop: threading.Event, seconds: float) -> None:
     os._exit(1)
 
 
-def _stop_when_closed(stop: threading.Event) -> None:
-    """Standard input ends when the parent does, however that came about."""
-    while os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin`, whose lock would be held when the interpreter ends
-        pass
+def _listen(stop: threading.Event, given_up: set[int]) -> None:
+    """What the parent says meanwhile. Standard input ends when the parent does, however that came about."""
+    heard = b""
+    while more := os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin`, whose lock would be held when the interpreter ends
+        *lines, heard = (heard + more).split(b"\n")
+        given_up.update(json.loads(line)["give_up"] for line in lines)
     stop.set()
 
 

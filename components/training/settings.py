@@ -73,7 +73,11 @@ class TrainingSettings(Settings):
     """Number format of the matrix products; weights, optimizer and loss stay in float32."""
 
     dead_after_tokens: int = Field(default=10_000_000, ge=1)
-    """A feature that has not fired for so many tokens counts as dead in the training curves."""
+    """A feature that has not fired for so many tokens counts as dead: in the training curves, and where dead features learn
+    (AuxK)."""
+
+    dead_after_share: float | None = Field(default=None, gt=0, le=1)
+    """The same as a share of the training, in place of `dead_after_tokens`: by it trainings of any length are comparable."""
 
     checkpoint_tokens: int = Field(default=500_000, ge=1)
     """Tokens between two checkpoints; it does not change the result."""
@@ -90,6 +94,12 @@ class TrainingSettings(Settings):
 
     log_tokens: int = Field(default=20_000, ge=1)
     """Tokens between two points of the training curves; it does not change the result."""
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens."""
+        share = self.dead_after_share
+        return self.dead_after_tokens if share is None else max(1, round(share * self.steps * self.batch_size))
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from components.threads import make_threads_patient
-from flows.cli import begin, data, exchange, features, line, models, sweeps, ui
+from flows.cli import begin, data, exchange, features, line, models, planning, sweeps, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ def main() -> None:
 
 for command in (
     line.run,
-    line.plan,
+    planning.plan,
     line.extract,
     line.train,
     line.evaluate,

@@ -1,4 +1,4 @@
-"""`sae run`, `plan` and a command for each step. Heavy imports wait until a command needs them."""
+"""`sae run` and a command for each step. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.cli.tables import print_plan, print_summary
+from flows.cli.tables import print_summary
 from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
 
 if TYPE_CHECKING:
@@ -40,20 +40,12 @@ def run(config: Config, overrides: Overrides = None, as_json: AsJson = False) ->
             show(done.as_json(), for_people)
             return
         _say_what_it_takes(specification)
-        _prepare_prefect()
+        prepare_prefect()
         from flows.pipeline import pipeline_of
 
         summary = pipeline_of(specification.config.title, specification.to_json())
         summary.seconds["total"] = round(time.monotonic() - started, 2)
         show(summary.as_json(), for_people)
-
-
-def plan(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a run would do, without doing it: digests, what exists, tokens, bytes, memory, FLOPs, steps."""
-    with command(as_json) as show:
-        from components.run.estimate import estimate
-
-        show(estimate(checked(config, overrides, evaluated=None)), print_plan)
 
 
 def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -64,7 +56,7 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
         from components.activations.dataset.manifest import require_manifest
 
         work = checked(config, overrides, only_data=True)
-        if _alone(work):
+        if alone(work):
             manifest = steps.extract(work)
         else:
             _extract_on_workers(work)
@@ -171,7 +163,7 @@ def evaluate(
             steps.require_autoencoder(work)
         if sae is not None:
             url, record = steps.evaluate_given(work, sae, another_model)
-        elif _alone(work):
+        elif alone(work):
             url, record = work.sae_url, steps.evaluate(work)
         else:
             url, record = _evaluate_on_workers(work)
@@ -206,14 +198,14 @@ def checked(config: str, overrides: list[str] | None, only_data: bool = False, e
 
 
 def _extract_on_workers(run: Specification) -> None:
-    _prepare_prefect()
+    prepare_prefect()
     from flows.extraction import extracted
 
     extracted(run)
 
 
 def _evaluate_on_workers(run: Specification) -> tuple[str, EvaluationRecord]:
-    _prepare_prefect()
+    prepare_prefect()
     from flows.evaluation import evaluated
 
     return evaluated(run)
@@ -234,11 +226,11 @@ def _say_what_it_takes(run: Specification) -> None:
     terminal(stderr=True, soft_wrap=True).print(line, highlight=False)
 
 
-def _alone(run: Specification) -> bool:
+def alone(run: Specification) -> bool:
     return run.config.execution.runner == "threads" and run.config.execution.workers == 1
 
 
-def _prepare_prefect() -> None:
+def prepare_prefect() -> None:
     # Read by Prefect when it is imported: the ephemeral server takes 20 s to start on two cores, and minutes where they are
     # busy; and the logs of `components` belong to the flow run.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")

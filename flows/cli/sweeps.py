@@ -2,52 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.line import checked
+from flows.cli.line import alone, checked, prepare_prefect
 from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from components.sweeps.grid import SweepSettings
+
 
 def sweep(
     config: Config,
     grid: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--grid", metavar="FIELD=VALUE,VALUE", help="Values of a field: `--grid sae.k=8,12,20`. Repeatable."),
-    ],
+    ] = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--space",
+            metavar="FIELD=LOW..HIGH[:log]",
+            help="In place of a grid: what Optuna draws a field from, a range or `value,value`. Repeatable.",
+        ),
+    ] = None,
     overrides: Overrides = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Children that a study draws in all; 30 without.")] = None,
+    together: Annotated[int | None, typer.Option(min=1, help="Drawn at once, and trained in lockstep; 4 without.")] = None,
+    objective: Annotated[str | None, typer.Option(help="loss, explained_variance or loss_recovered.")] = None,
+    pruner: Annotated[str | None, typer.Option(help="median or halving: trainings that promise less are given up.")] = None,
+    study_storage: Annotated[
+        str | None, typer.Option(metavar="URL", help="PostgreSQL for the study; SQLite in the sweep's folder without.")
+    ] = None,
     memory_gb: Annotated[
         float | None,
         typer.Option("--memory-gb", min=0.001, help="What coders in lockstep may take together; most of what is free without."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train and measure every combination of the grid's values, on one activation dataset.
+    """Train and measure every combination of a grid's values, or what an Optuna study draws, on one activation dataset.
 
-    Children that share a batch size are trained in lockstep, as many as fit into memory. Killed and called again, it goes on;
-    a child that diverges or fails is marked with the reason. Leaves `sweep.json` under `sweeps/` of the storage root, and
-    one MLflow run with a child run each.
+    Children that share a batch size are trained in lockstep, as many as fit into memory; with `execution.workers` or a
+    `runner` in groups at the same time. Killed and called again, it goes on; a child that diverges or fails is marked with the
+    reason. Leaves `sweep.json` under `sweeps/` of the storage root, and one MLflow run with a child run each.
     """
     with command(as_json) as show:
-        from components.sweeps.grid import SweepSettings, parse_grid
+        from components.settings import UserError
 
         log_to_stderr()
-        wanted = parse_grid(grid)
+        asked = {"trials": trials, "together": together, "objective": objective, "pruner": pruner, "storage": study_storage}
+        study = {name: value for name, value in asked.items() if value is not None}
+        if bool(grid) == bool(space):
+            raise UserError("--grid or --space: give one of them, such as --grid sae.k=8,12 or --space sae.k=8..64:log")
+        if study and not space:
+            raise UserError(f"--{next(iter(study))}: it is of a study, which needs --space")
+        settings = _settings(grid or (), space or (), study, memory_gb)
         base = checked(config, overrides)
-        from components.sweeps.sweep import sweep as run_sweep
+        from components.sweeps.conduct import check_sweep, conduct
 
-        settings = SweepSettings(grid=wanted, memory_gb=memory_gb)
-        url, record = run_sweep(base, settings.grid, settings.memory_bytes)
+        check_sweep(base, settings)
+        if alone(base):
+            url, record = conduct(base, settings)
+        else:
+            prepare_prefect()
+            from flows.sweep import swept
+
+            url, record = swept(base, settings)
         from components.sweeps.report import findings
 
         show(
             {"url": url, **record.model_dump(mode="json"), **findings(record, base.config).model_dump(mode="json")}, print_sweep
         )
+
+
+def _settings(grid: Sequence[str], space: Sequence[str], study: dict[str, Any], memory_gb: float | None) -> SweepSettings:
+    from pydantic import ValidationError
+
+    from components.run.config import error_sentence
+    from components.settings import UserError
+    from components.sweeps.grid import SweepSettings, parse_grid
+    from components.sweeps.space import parse_space
+
+    tree: dict[str, Any] = {"memory_gb": memory_gb}
+    tree |= {"grid": parse_grid(grid)} if grid else {"study": {"space": parse_space(space), **study}}
+    try:
+        return SweepSettings.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(error_sentence(error.errors()[0])) from error
 
 
 def recommend(

@@ -15,13 +15,15 @@ from components.run.estimate import dense_flops, sparse_flops, training_memory
 from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.sweeps import sweep as sweeps
-from components.sweeps.grid import Child, children, parse_grid
+from components.sweeps.grid import children, parse_grid
 from components.sweeps.groups import lockstep_groups
 from components.sweeps.record import load_sweep, read_sweep
 from components.sweeps.sparsity import advise, decoder_cosine
+from components.sweeps.work import _point, in_a_process
 from components.tracking.runs import PARENT_TAG
 from components.tracking.store import connect
 from components.training.loop import train_together
+from components.training.process import TrainingTimeout
 
 
 @pytest.fixture
@@ -32,13 +34,15 @@ def base(tiny_tree: dict) -> Specification:
     return resolve(parse_config(tiny_tree))
 
 
-def here(group: list[Child]):
+def here(groups, give_up):
     """Lockstep in this process: what is tested is not how it is started."""
-    return train_together([child.run.training() for child in group], group[0].run.device)
+    for group in groups:
+        jobs = [child.run.training() for child in group]
+        yield group, train_together(jobs, group[0].run.device, lambda place, points, of=group: give_up(of[place], points))
 
 
-def never(group: list[Child]):
-    raise AssertionError(f"nothing was to be trained, and {[child.title for child in group]} was")
+def nothing(groups, give_up):
+    raise AssertionError(f"nothing was to be trained, and {[child.title for group in groups for child in group]} was")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +123,9 @@ def test_a_sweep_measures_each_child_as_it_would_be_alone_and_is_found_again(bas
     assert parents == {record.mlflow_run: None, **{point.mlflow_run: record.mlflow_run for point in record.points}}
     assert client.get_run(record.points[0].mlflow_run).data.metrics["eval/l0"] == record.points[0].l0
     assert {"sweep.json", "pareto.png"} <= {file.path for file in client.list_artifacts(record.mlflow_run)}
-    assert sweeps.sweep(base, grid, train=never) == (url, record)
+    assert sweeps.sweep(base, grid, train=nothing) == (url, record)
     # another sweep that holds the same trainings: they are reused, in child runs of its own
-    _, other = sweeps.sweep(base, parse_grid(["sae.k=4"]), train=never)
+    _, other = sweeps.sweep(base, parse_grid(["sae.k=4"]), train=nothing)
     assert {point.sae_digest for point in other.points} < {point.sae_digest for point in record.points}
     assert not {point.mlflow_run for point in other.points} & {point.mlflow_run for point in record.points}
 
@@ -146,29 +150,46 @@ def test_a_child_that_diverges_or_does_not_fit_is_marked_and_the_others_complete
     # again: what diverged diverges again and is left alone; what memory forbade is done where there is memory now
     trained: list[str] = []
 
-    def watched(group: list[Child]):
-        trained.extend(child.title for child in group)
-        return here(group)
+    def watched(groups, give_up):
+        trained.extend(child.title for group in groups for child in group)
+        return here(groups, give_up)
 
     _, again = sweeps.sweep(base, {**grid}, memory_bytes=10**9, train=watched)
     assert trained == ["learning_rate 0.004, d_sae 2048", "learning_rate 100000000000000, d_sae 2048"]
     assert [point.status for point in again.points] == ["finished", "finished", "diverged", "diverged"]
 
 
-def test_one_whose_process_is_killed_is_marked_and_the_others_are_trained_alone(base: Specification):
+def test_one_whose_process_is_killed_is_marked_and_the_others_are_trained_in_halves(base: Specification):
     grid = parse_grid(["sae.k=2,3,4"])
     attempts: list[int] = []
 
-    def killed_by_the_second(group: list[Child]):
-        attempts.append(len(group))
-        if any(child.values["sae.k"] == 3 for child in group):
-            raise RuntimeError("the training process was killed (SIGKILL), by hand or because memory ran out")
-        return here(group)
+    def killed_by_the_second(groups, give_up):
+        for group in groups:
+            attempts.append(len(group))
+            if any(child.values["sae.k"] == 3 for child in group):
+                yield group, RuntimeError("the training process was killed (SIGKILL), by hand or because memory ran out")
+            else:
+                yield from here([group], give_up)
 
     _, record = sweeps.sweep(base, grid, train=killed_by_the_second)
-    assert attempts == [3, 1, 1, 1]
+    assert attempts == [3, 1, 2, 1, 1]
     assert [point.status for point in record.points] == ["finished", "failed", "finished"]
     assert "SIGKILL" in str(record.points[1].reason)
+
+
+def test_a_group_that_takes_too_long_is_not_tried_again_in_parts(base: Specification):
+    tried: list[int] = []
+
+    def too_slow(groups, give_up):
+        for group in groups:
+            tried.append(len(group))
+            yield group, TrainingTimeout("training took more than 1 minutes; it continues from its checkpoint")
+
+    _, record = sweeps.sweep(base, parse_grid(["sae.k=2,4"]), train=too_slow)
+    assert tried == [2]
+    assert {(point.status, str(point.reason)[:28]) for point in record.points} == {("failed", "training took more than 1 mi")}
+    _, record = sweeps.sweep(base, parse_grid(["sae.k=2,4"]), train=here)
+    assert [point.status for point in record.points] == ["finished"] * 2
 
 
 def test_killed_between_two_children_it_goes_on_with_the_second(base: Specification, monkeypatch: pytest.MonkeyPatch):
@@ -187,7 +208,7 @@ def test_killed_between_two_children_it_goes_on_with_the_second(base: Specificat
     before = read_sweep(sweeps.sweep_url(base, grid))
     assert before is not None
     assert [point.status for point in before.points] == ["finished", "waiting"]
-    _, record = sweeps.sweep(base, grid, train=never)  # both are trained
+    _, record = sweeps.sweep(base, grid, train=nothing)  # both are trained
     assert len(calls) == 3
     assert [point.status for point in record.points] == ["finished", "finished"]
     assert record.points[0] == before.points[0]
@@ -197,7 +218,7 @@ def test_killed_between_two_children_it_goes_on_with_the_second(base: Specificat
 def test_lockstep_in_a_process_of_its_own_gives_the_same_weights(base: Specification, tmp_path: Path):
     steps.extract(base)
     pair = children(base, parse_grid(["training.tokens=2000,4000"]))
-    outcomes = sweeps.in_a_process(pair)
+    outcomes = in_a_process(pair)
     kept = [outcome.weights_sha256 for outcome in outcomes]  # type: ignore[union-attr]
     for child in pair:
         storage.delete(child.run.sae_url)
@@ -219,7 +240,7 @@ def test_the_l0_to_choose_is_that_of_the_least_alike_rows(base: Specification, c
     for child in children(base, parse_grid(["sae.d_sae=32,64", "sae.k=2,4,8"])):
         cosine = 0.0 if child.run.d_sae == 32 else cosines[len(points) % 3]
         found = {"loss": 0.1, "l0": child.values["sae.k"] + 0.5, "decoder_cosine": cosine}
-        points.append(sweeps._point(child, "finished").model_copy(update=found))
+        points.append(_point(child, "finished").model_copy(update=found))
     advice = advise(points)
     assert advice is not None
     assert (advice.features, advice.k, advice.l0, advice.at_the_end) == (64, k, k + 0.5, at_the_end)

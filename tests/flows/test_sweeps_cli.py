@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from components.run.config import load_config, parse_config
 from components.run.specification import resolve
-from components.sweeps import sweep as sweeps
+from components.sweeps import work
+from components.sweeps.grid import children
 from components.sweeps.record import SweepRecord, load_sweep
 from components.training.loop import train_together
 from flows.cli import app
@@ -29,10 +30,11 @@ def config(tiny_tree: dict, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(group):
-        return train_together([child.run.training() for child in group], group[0].run.device)
+    def here(group, give_up):
+        jobs = [child.run.training() for child in group]
+        return train_together(jobs, group[0].run.device, lambda place, points: give_up(group[place], points))
 
-    monkeypatch.setattr(sweeps, "in_a_process", here)
+    monkeypatch.setattr(work, "in_a_process", here)
 
 
 def test_a_sweep_prints_its_record_as_one_object_and_a_table_for_people(config: str):
@@ -57,8 +59,8 @@ def test_a_recommendation_is_printed_and_written_as_a_configuration_to_run(confi
     base = resolve(load_config(config))
     grid = {"sae.d_sae": [64, 128, 256, 512], "training.tokens": [25_600, 51_200, 102_400, 204_800]}
     points = []
-    for child in sweeps.children(base, grid):
-        point = sweeps._point(child, "finished")
+    for child in children(base, grid):
+        point = work._point(child, "finished")
         points.append(point.model_copy(update={"loss": 0.03 + point.features**-0.5 + 40 * point.tokens**-0.6}))
     record = SweepRecord(
         digest="0", name="known", grid=grid, dataset_digest="0", evaluation_tokens=1, mlflow_run="0", seconds=0, points=points
@@ -83,3 +85,47 @@ def test_a_recommendation_is_printed_and_written_as_a_configuration_to_run(confi
         refused = CliRunner().invoke(app, [*arguments, *wrong])
         assert refused.exit_code == 2
         assert all(part in refused.stderr for part in parts), refused.stderr
+
+
+def test_a_study_is_drawn_from_what_the_command_line_says(config: str):
+    arguments = ["sweep", config, "--space", "sae.k=2..6", "--space", "training.learning_rate=1e-3..8e-3:log", "--trials", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [point["status"] for point in found["points"]] == ["finished"] * 2
+    assert found["study"]["trials"] == 2
+    assert (Path(found["url"]) / "study.db").exists()
+    shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments)
+    assert "2 children" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--grid or --space"]),
+        (["--grid", "sae.k=2,4", "--space", "sae.k=2..4"], ["--grid or --space"]),
+        (["--grid", "sae.k=2,4", "--trials", "3"], ["--trials", "--space"]),
+        (["--space", "sae.k=2..4", "--objective", "beauty"], ["study.objective", "'beauty'", "loss_recovered"]),
+        (["--space", "corpus.seed=2..4"], ["corpus.seed", "sae and training"]),
+        (["--space", "sae.k=2..4", "--study-storage", "mysql://x:y@z/w"], ["study.storage", "PGPASSWORD"]),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_one_sentence(config: str, arguments: list[str], parts: list[str]):
+    refused = CliRunner().invoke(app, ["sweep", config, *arguments])
+    assert refused.exit_code == 2
+    assert all(part in refused.stderr for part in parts), refused.stderr
+
+
+def test_a_plan_for_elsewhere_is_printed_with_what_is_assumed(config: str):
+    arguments = ["plan", config, "--on", "gpu=l4", "--on", "gpu_hour=0.7"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["ranks"] == 1
+    assert found["memory"]["peak"] < found["gpu_bytes"] == 24 * 10**9
+    shown = " ".join(CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments).stdout.split())
+    for part in ("a rank", "assumed, 30% of 30 TFLOP/s of a l4", "cost, stored", "requests"):
+        assert part in shown
+    refused = CliRunner().invoke(app, ["plan", config, "--on", "gpu=l4", "--on", "memory_gb=0.5"])
+    assert refused.exit_code == 2
+    assert "training.batch_size" in refused.stderr

@@ -30,6 +30,8 @@ _BLOCK_ROWS = 4096
 MOST_READS = 1_000_000
 """Ranged reads of one shuffle; beyond, chunks are merged first."""
 MERGE_BYTES = 1 << 29
+LARGEST_UPLOAD = 10_000 * 50 * 2**20
+"""Bytes of a file that s3fs can upload: so many parts of so much. No merged file is larger."""
 _WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256)
 _MOST_LEVELS = 3
 
@@ -85,11 +87,13 @@ class ShufflePlan:
 def plan_shuffle(
     chunks: int, buckets: int, chunk_bytes: int, most_reads: int | None = None, merge_bytes: int | None = None
 ) -> ShufflePlan:
-    """The fewest levels, and then reads, with which no more than `most_reads` ranged reads are needed.
+    """The fewest levels, and then reads, with which no more than `most_reads` ranged reads are needed; where merged files would
+    have to be larger than an upload, the fewest reads without.
 
     Without merging every bucket has a part in every chunk: 10^9 tokens of GPT-2 would be 2.3 * 10^8 reads of some rows.
     """
     most_reads, merge_bytes = most_reads or MOST_READS, merge_bytes or MERGE_BYTES
+    best: ShufflePlan | None = None
     for levels in range(_MOST_LEVELS + 1):
         plans = []
         for width in _WIDTHS if levels else (1,):
@@ -101,10 +105,14 @@ def plan_shuffle(
                 reads += plan.files(level) * (blocks + 1)
             largest = min(chunks, width**levels) * chunk_bytes if levels else 0
             plans.append(replace(plan, reads=reads, largest=largest))
-        best = min(plans, key=lambda plan: plan.reads)
-        if best.reads <= most_reads or levels == _MOST_LEVELS:
-            return best
-    raise AssertionError
+        possible = [plan for plan in plans if plan.largest <= LARGEST_UPLOAD]
+        if best is not None and len(possible) < len(plans):
+            possible.append(best)  # narrow merges may be no better than none
+        best = min(possible, key=lambda plan: plan.reads)
+        if best.reads <= most_reads:
+            break
+    assert best is not None
+    return best
 
 
 class Scattered:
