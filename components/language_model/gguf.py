@@ -136,7 +136,7 @@ def _header(file: Path) -> tuple[dict[str, Any], Counter[str], int]:
     return metadata, Counter(tensor.tensor_type.name for tensor in reader.tensors), parameters
 
 
-def _dequantised(file: Path) -> torch.nn.Module:
+def _dequantised(file: Path) -> Any:
     """A plain model with the file's weights: what transformers loads from GGUF refuses to be saved."""
     from transformers import AutoModelForCausalLM, GgufConfig
 

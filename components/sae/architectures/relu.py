@@ -94,7 +94,7 @@ class ReLUSAE(Coder):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.growth is None or self._active is None:
+        if self.growth is None or self._active is None or self.settings.target_l0 is None:
             return
         # Bounded: at the start half of all features fire, which no lambda is to blame for.
         excess = (self._active / self.settings.target_l0).log().clamp(-1.0, 1.0)
