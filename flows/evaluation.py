@@ -91,4 +91,4 @@ def _by_workers(run: Specification, job: EvaluationJob) -> EvaluationRecord:
     compared = finished(
         measure_baselines.map(sent, unmapped(reference), unmapped(l0), devices(name, len(spans)), spans) if spans else []
     )
-    return steps.finish_evaluation(run, measured, merged(compared) if compared else None)
+    return steps.finish_evaluation(run, measured, merged(compared) if compared else None, reference)

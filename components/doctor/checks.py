@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from components import storage
-from components.activations.dataset.inventory import norms, sinks_warning
+from components.activations.dataset.inventory import sinks_warnings
 from components.activations.dataset.manifest import read_manifest
 from components.doctor.check import Check, Job, explained, run
 from components.doctor.disk import folder_checks, space_check
@@ -73,8 +73,7 @@ def _sinks(dataset: str) -> Iterator[Check]:
     manifest = read_manifest(dataset)
     if manifest is None:
         return
-    found = [sinks_warning(column.hook_point, norms(dataset, manifest, column.hook_point)) for column in manifest.columns]
-    for warning in filter(None, found):
+    for warning in sinks_warnings(manifest):
         yield Check("storage", "activations", "warning", *warning.split("; ", 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from components.records import put_record
 __all__ = [
     "Autoencoder", "Evaluation", "HeldOut", "Reference", "TokenClasses", "evaluate", "read_evaluation", "reference_statistics",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 FILES = ("features.parquet", "report.html", "evaluation.json")
 
@@ -68,9 +71,17 @@ def evaluate(
 
 
 def write_evaluation(
-    url: str, digest: str, identity: dict[str, Any], evaluation: Evaluation, device: torch.device, about: About
+    url: str,
+    digest: str,
+    identity: dict[str, Any],
+    evaluation: Evaluation,
+    device: torch.device,
+    about: About,
+    warnings: Sequence[str] = (),
 ) -> EvaluationRecord:
     """Put `features.parquet`, `report.html` and then `evaluation.json` beside the artifact at `url`; returns the record."""
+    for warning in warnings:
+        logger.warning("evaluate: %s", warning)
     with storage.whole_file(storage.join(url, "features.parquet")) as path:
         pq.write_table(evaluation.features, path, compression="zstd")
     record = EvaluationRecord(
@@ -82,6 +93,7 @@ def write_evaluation(
         optional=evaluation.optional,
         about=about,
         device=str(device),
+        warnings=tuple(warnings),
     )
     write_report(url, record, evaluation.features, ())
     put_record(record, record_url(url))

@@ -40,6 +40,8 @@ class EvaluationRecord(Record):
     device: str
     optional: dict[str, Metrics] = Field(default_factory=dict)
     """What was asked for besides, by kind (`probing`): names to numbers, with `_low` and `_high`."""
+    warnings: tuple[str, ...] = ()
+    """What should be known before a number is believed, a sentence each."""
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from components.activations.dataset.forward import counted_tokens
-from components.activations.exclusion import NOTHING, Exclusion
+from components.activations.exclusion import NOTHING, Exclusion, sinks_warning
 from components.corpus.tokens import read_sequences
 from components.evaluation.held_out import HeldOut, right_padded
 from components.language_model.hook_points import HookPoint, capture, parse_hook_point
@@ -29,6 +29,8 @@ class Reference:
     """`[d_in]`"""
     mean_norm: float
     """Mean of `||x||`."""
+    median_norm: float
+    """Median of `||x||`."""
     exclusion: Exclusion
     """Tokens that do not count, here and in what is measured against it."""
     covariance: Tensor
@@ -39,6 +41,11 @@ class Reference:
     @property
     def d_in(self) -> int:
         return len(self.mean)
+
+    def sinks_warning(self, hook_point: str) -> str | None:
+        """One sentence where a few of the tokens that count hold most of the squared norm."""
+        squared = self.covariance.trace().item() + self.mean.double().square().sum().item()
+        return sinks_warning(hook_point, squared, self.median_norm)
 
     def on(self, device: torch.device) -> Reference:
         """The same with every tensor on `device`."""
@@ -85,6 +92,7 @@ def reference_statistics(
     return Reference(
         mean=mean.to(torch.promote_types(sample.dtype, torch.float32)),
         mean_norm=lengths.mean().item(),
+        median_norm=lengths.median().item(),
         exclusion=exclusion,
         covariance=products / count - mean[:, None] * mean,
         sample=sample.to(torch.promote_types(sample.dtype, torch.float32)),

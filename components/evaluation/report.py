@@ -42,6 +42,7 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
         about=record.about,
         metrics=metrics,
         device=record.device,
+        warnings=record.warnings,
         digest=record.digest,
         tiles=[_tile(metrics, *tile) for tile in _TILES],
         losses=charts.svg(charts.losses(metrics)),

@@ -14,7 +14,7 @@ class SecondModelSettings(Settings):
     """A model that is run beside the first."""
 
     name: LocalPath
-    """A Hugging Face Hub name, a local folder in transformers' format, or `builtin/stdlib-llama`, which ships here."""
+    """As that of the first: a Hugging Face Hub name, a local folder or `.gguf` file, `fetched/...` or `builtin/...`."""
 
     revision: str = "main"
     """Branch, tag or commit on the Hub; it is resolved to a commit before anything runs. Unused for folders."""
@@ -39,7 +39,8 @@ class LanguageModelSettings(SecondModelSettings):
     """The language model whose activations are read."""
 
     name: LocalPath = "builtin/stdlib-llama"
-    """A Hugging Face Hub name, a local folder in transformers' format, or `builtin/stdlib-llama`, which ships here."""
+    """A Hugging Face Hub name, a local folder in transformers' format, a local `.gguf` file (dequantised to float32, once),
+    what `sae fetch` fetched (`fetched/smollm2-135m-instruct`), or `builtin/stdlib-llama`, which ships here."""
 
     batch_sequences: int = Field(default=32, ge=1)
     """Sequences in one forward pass; it decides speed and memory, not results (beyond the last bit of rounding)."""

@@ -26,6 +26,8 @@ from components.language_model.architectures import (
     vision_tower,
     width,
 )
+from components.language_model.fetched import PREFIX, fetched_folder
+from components.language_model.gguf import SUFFIX, converted, gguf_of
 from components.language_model.hook_points import HookPoint, capture, locate, reads_images, within
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.vision import load_processor, prompt_layout, trial_pixels, vision_layout
@@ -194,7 +196,7 @@ class ModelSource:
         """A folder whose name says nothing has what it holds before it, `llama-30x576-st`; a snapshot in the Hub's cache has
         the name that it has there."""
         if not os.path.isdir(self.settings.name):
-            return self.settings.name.split("/")[-1]
+            return self.settings.name.split("/")[-1].removesuffix(SUFFIX)
         folder = Path(os.path.abspath(self.settings.name))
         if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
             return folder.parents[1].name.split("--")[-1]
@@ -304,6 +306,11 @@ def find_model(settings: LanguageModelSettings) -> ModelSource:
             shipped = ", ".join(sorted(f"builtin/{path.parent.name}" for path in BUILTIN_ROOT.glob("*/config.json")))
             raise UserError(f"language_model.name: there is no '{settings.name}'; what ships is {shipped}")
         return ModelSource(settings, str(folder), None)
+    if settings.name.startswith(PREFIX):
+        return ModelSource(settings, str(fetched_folder(settings.name)), None)
+    file = gguf_of(settings.name)
+    if file is not None:
+        return ModelSource(settings, str(converted(file)), None)
     if os.path.isdir(settings.name):  # which takes a name that is too long for a no
         return ModelSource(settings, settings.name, None)
     return ModelSource(settings, settings.name, _hub_commit(settings))
@@ -316,7 +323,7 @@ def _hub_commit(settings: LanguageModelSettings) -> str:
 
     if is_commit(settings.revision):
         return settings.revision
-    accepted = "give a Hub name, an existing local folder, or 'builtin/stdlib-llama'"
+    accepted = "give a Hub name, an existing local folder or .gguf file, or 'builtin/stdlib-llama'"
     try:
         return str(HfApi().model_info(settings.name, revision=settings.revision).sha)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -89,15 +89,18 @@ def measure_baselines(
     return KeptSpans(job.kept_url).sums("baselines", span, measure)
 
 
-def finish_evaluation(run: Specification, measured: Measured, compared: Measured | None) -> EvaluationRecord:
-    """The merged sums of both passes -> the evaluation record beside the SAE."""
+def finish_evaluation(
+    run: Specification, measured: Measured, compared: Measured | None, reference: evaluation.Reference | None = None
+) -> EvaluationRecord:
+    """The merged sums of both passes -> the evaluation record beside the SAE. reference: see `evaluation_reference`."""
     record, token_manifest = require_trained(run)
     sae = own_sae(run.sae_url, run.device)
     found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
     found = with_optional(run, found, sae, token_manifest)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
+    warnings = _warnings({} if reference is None else {run.writes[-1]: reference})
     digest, device = identity.digest(named), torch.device(measured.device)
-    written = evaluation.write_evaluation(run.sae_url, digest, named, found, device, about)
+    written = evaluation.write_evaluation(run.sae_url, digest, named, found, device, about, warnings)
     KeptSpans(run.kept_spans_url(digest)).forget()
     return written
 
@@ -140,9 +143,10 @@ def measured_alone(
     digest = identity.digest(named)
     kept_url = run.kept_spans_url(digest)
     found: dict[str, evaluation.Evaluation] = {}
+    references: dict[str, evaluation.Reference] = {}
     for number, column in enumerate(run.writes):  # of all coders but a crosscoder, one
         point = parse_hook_point(column)
-        reference = reference_of(run, model, token_manifest, point)
+        reference = references[column] = reference_of(run, model, token_manifest, point)
         sae = load(reference)
         one = OneColumn(sae, number) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
         kept = KeptSpans(kept_url if one is sae else storage.join(kept_url, str(number)))
@@ -152,9 +156,14 @@ def measured_alone(
     about = _about(run, sae, url, architecture, name)
     whole = together(found) if len(found) > 1 else found[run.writes[0]]
     whole = with_optional(run, whole, sae, token_manifest)
-    written = evaluation.write_evaluation(url, digest, named, whole, device, about)
+    written = evaluation.write_evaluation(url, digest, named, whole, device, about, _warnings(references))
     KeptSpans(kept_url).forget()
     return written
+
+
+def _warnings(references: Mapping[str, evaluation.Reference]) -> list[str]:
+    found = (reference.sinks_warning(column) for column, reference in references.items())
+    return [warning for warning in found if warning is not None]
 
 
 def _about(run: Specification, sae: AnySAE, url: str, architecture: str, name: str | None = None) -> About:

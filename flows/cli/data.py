@@ -61,18 +61,16 @@ def show(
         url = catalog.find_dataset(root, dataset)
         manifest = require_manifest(url)
         histograms: dict[str, Any] = {}
-        warnings: list[str] = []
         for column in manifest.columns:
             values = catalog.norms(url, manifest, column.hook_point)
             counts, edges = np.histogram(values, bins=12)
-            warnings += filter(None, [catalog.sinks_warning(column.hook_point, values)])
             histograms[column.hook_point] = {"counts": counts.tolist(), "edges": [float(f"{edge:.4g}") for edge in edges]}
         tokens = catalog.sample_tokens(url, manifest, _decoder(manifest), samples)
         result = {
             "url": url,
             "manifest": _brief(manifest),
             "norms": histograms,
-            "warnings": warnings,
+            "warnings": catalog.sinks_warnings(manifest),
             "sample": [token.model_dump() for token in tokens],
         }
         show_(result, _print_dataset)

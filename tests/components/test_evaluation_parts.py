@@ -196,6 +196,7 @@ def reference(rows: torch.Tensor) -> Reference:
     return Reference(
         mean=mean,
         mean_norm=norms.mean().item(),
+        median_norm=norms.median().item(),
         exclusion=NOTHING,
         covariance=centred.T @ centred / len(rows),
         sample=rows,

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from components import steps
 from components.activations.dataset import inventory
 from components.activations.dataset.check import problems
+from components.activations.exclusion import sinks_warning
 from components.corpus.manifest import Split
 from components.corpus.tokens import read_sequences
 from components.interop.saelens import load_saelens
@@ -112,10 +113,35 @@ def test_a_mask_that_leaves_nothing_is_one_sentence(tree: dict):
         steps.extract(planned(tree, positions=list(range(64))))
 
 
-def test_a_few_tokens_that_hold_most_of_the_norm_are_pointed_out(tree: dict):
+def test_a_few_tokens_that_hold_most_of_the_norm_are_pointed_out(tree: dict, caplog: pytest.LogCaptureFixture):
     plan = planned(tree)
-    norms = inventory.norms(plan.dataset_url, steps.extract(plan), "resid_post.0")
-    assert inventory.concentration(norms) > 0.9
+    manifest = steps.extract(plan)
+    x, text = states(plan, "train")
+    squares = np.square(x[text]).sum(axis=1)
+    share = 1 - np.median(squares) / squares.mean()
+    (warning,) = inventory.sinks_warnings(manifest)
+    assert f"about {share:.1%} of the squared norm" in warning
+    assert warning in caplog.text
+    steps.train(plan)
+    measured = steps.evaluate(plan)
+    assert [found[:40] for found in measured.warnings] == [warning[:40]]
+    assert "a few tokens hold" in Path(plan.sae_url, "report.html").read_text()
+
+    caplog.clear()
     masked = planned(tree, positions=[0])
-    norms = inventory.norms(masked.dataset_url, steps.extract(masked), "resid_post.0")
-    assert inventory.concentration(norms) < 0.2
+    assert inventory.sinks_warnings(steps.extract(masked)) == []
+    steps.train(masked)
+    assert steps.evaluate(masked).warnings == ()
+    assert "hold" not in caplog.text
+
+
+@pytest.mark.parametrize("every", [100, 5_000])
+def test_sinks_are_pointed_out_however_rare(every: int):
+    """Of norm 150 against 1, as SmolLM2's at its middle layer: 0.02% of the tokens already hold most."""
+    squares = np.ones(10_000)
+    squares[::every] = 150.0**2
+    said = sinks_warning("here", float(squares.mean()), 1.0)
+    assert said is not None
+    assert f"about {1 - 1 / squares.mean():.1%}" in said
+    unequal = np.exp(2 * np.random.default_rng(0).normal(size=100_000, scale=0.5))
+    assert sinks_warning("here", float(unequal.mean()), float(np.sqrt(np.median(unequal)))) is None

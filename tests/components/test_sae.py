@@ -329,6 +329,50 @@ def test_the_papers_artifact_holds_four_tensors(tmp_path: Path):
     assert set(load_file(tmp_path / "sae_weights.safetensors")) == {"W_enc", "b_enc", "W_dec", "b_dec"}
 
 
+def test_relu_arrives_at_the_l0_that_was_asked_for_whatever_the_data():
+    """On two data sets on which one lambda gives very different L0s: dense and sparse mixtures of random directions."""
+    found = {}
+    for active in (4, 16):
+        generator = torch.Generator().manual_seed(active)
+        directions = torch.randn(64, 32, generator=generator)
+        mixed = (torch.rand(20_000, 64, generator=generator) < active / 64) * torch.rand(20_000, 64, generator=generator)
+        x = mixed @ directions
+        x *= (32 / x.square().sum(dim=1).mean()) ** 0.5
+        for target in (None, 6.0):
+            settings = ReLUSettings(d_sae=128, sparsity_coefficient=1.0, target_l0=target)
+            coder = ReLUSAE.autoencoder(settings, 32)
+            coder.initialise(0)
+            optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
+            for step in range(1_200):
+                batch = x[step * 256 % 19_000 :][:256]
+                coder.losses(batch, batch, Progress(step, 1_200)).total.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                coder.after_step()
+            found[active, target] = coder.encode(x[:4_000]).active().float().mean().item()
+    assert found[16, None] > 1.3 * found[4, None]
+    assert found[4, 6.0] == pytest.approx(6.0, rel=0.15)
+    assert found[16, 6.0] == pytest.approx(6.0, rel=0.15)
+
+
+def test_lambda_on_its_way_to_an_l0_is_kept_and_does_not_leave_the_project(tmp_path: Path):
+    coder = ReLUSAE.autoencoder(ReLUSettings(d_sae=20, target_l0=2.0), 6)
+    coder.initialise(3)
+    before = coder.losses(inputs(), inputs(), WHOLE).weights["sparsity"]
+    coder.after_step()
+    after = coder.losses(inputs(), inputs(), WHOLE).weights["sparsity"]
+    assert after > before == 5.0
+    again = ReLUSAE.autoencoder(coder.settings, 6)
+    again.load_state_dict(coder.state_dict())
+    assert again.losses(inputs(), inputs(), WHOLE).weights["sparsity"] == after
+    write(coder, tmp_path)
+    torch.testing.assert_close(load_saelens(tmp_path, CPU)(inputs()), coder(inputs()))
+    again.load_exported(coder.exported().tensors)
+    assert "growth" not in coder.exported().tensors
+    with pytest.raises(ValueError, match="sparsity_coefficient is 0, which does not grow"):
+        ReLUSettings(sparsity_coefficient=0, target_l0=5)
+
+
 @pytest.mark.parametrize("name", ["relu", "gated"])
 def test_an_artifact_that_subtracts_the_decoder_bias_first_is_understood(name: str, tmp_path: Path):
     coder, x = made(name), inputs()

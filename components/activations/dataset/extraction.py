@@ -25,7 +25,7 @@ from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import Manifest, Shard, manifest_url, read_manifest
 from components.activations.dataset.shard import LARGEST_PAGE, Written, describe_columns, describe_shard_file, write_shard_file
 from components.activations.dataset.shuffle import Scattered, write_scattered
-from components.activations.exclusion import NOTHING, Exclusion
+from components.activations.exclusion import NOTHING, Exclusion, sinks_warning
 from components.activations.settings import ExcludeSettings
 from components.language_model.loading import kept_model
 from components.progress import progress
@@ -292,6 +292,9 @@ def commit(work: Extraction) -> Manifest:
                 f"activations.hook_points: every activation at {column.hook_point} is zero, and there is nothing to train on; "
                 "name another place, or see whether the model's weights are whole"
             )
+        warning = sinks_warning(column.hook_point, column.mean_squared_norm, column.median_norm)
+        if warning is not None:
+            logger.warning("extract: %s", warning)
     manifest = Manifest.sealed(
         identity=work.identity,
         configuration=work.configuration,

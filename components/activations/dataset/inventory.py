@@ -12,9 +12,9 @@ from components.activations.dataset.lookup import ActivationLookup
 from components.activations.dataset.manifest import DamagedDatasetError, Manifest, manifest_url, read_manifest, require_manifest
 from components.activations.dataset.schema import as_float32
 from components.activations.dataset.values import Values
+from components.activations.exclusion import sinks_warning
 from components.settings import Settings, UserError
 
-MOST = 0.7
 _CONTEXT = 6
 
 
@@ -107,23 +107,10 @@ def norms(url: str, manifest: Manifest, hook_point: str) -> np.ndarray:
     return np.linalg.norm(as_float32(raw, manifest.layout.dtype), axis=1)
 
 
-def concentration(norms: np.ndarray) -> float:
-    """The share of the summed squared norm that the longest tenth of these tokens hold; about 0.1 where all are alike, and
-    close to 1 with an attention sink at the start of each sequence."""
-    squares = np.sort(np.square(norms.astype(np.float64)))
-    total = squares.sum()
-    return float(squares[-max(1, len(squares) // 10) :].sum() / total) if total > 0 else 0.0
-
-
-def sinks_warning(hook_point: str, norms: np.ndarray) -> str | None:
-    """One sentence where a few tokens hold most of the squared norm."""
-    share = concentration(norms)
-    if share < MOST:
-        return None
-    return (
-        f"{hook_point}: a tenth of the tokens hold {share:.0%} of the squared norm, and decide scale and loss alone; "
-        "`activations.exclude` leaves such tokens out (norms_above: 10, or positions: [0])"
-    )
+def sinks_warnings(manifest: Manifest) -> list[str]:
+    """A sentence for each hook point at which a few tokens hold most of the squared norm."""
+    found = (sinks_warning(column.hook_point, column.mean_squared_norm, column.median_norm) for column in manifest.columns)
+    return [warning for warning in found if warning is not None]
 
 
 def sample_tokens(url: str, manifest: Manifest, decode: Callable[[list[int]], str], count: int) -> list[SampledToken]:

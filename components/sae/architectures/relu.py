@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from components.sae.auxiliary import auxk_loss_of
@@ -14,10 +15,14 @@ from components.sae.features import DenseFeatures, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.settings import CoderSettings
 
+_GROWTH_STEPS = 400
+"""Steps over which lambda grows e-fold while the L0 is e times the wanted one. The L0 follows lambda with a lag of about a
+hundred steps, and four times as slow a controller does not overshoot."""
+
 
 class ReLUSettings(CoderSettings):
     decides = (*CoderSettings.decides, "sparsity_coefficient", "sparsity_warmup")
-    decides_later = (*CoderSettings.decides_later, "auxk_coefficient", "auxk")
+    decides_later = (*CoderSettings.decides_later, "auxk_coefficient", "auxk", "target_l0")
 
     architecture: Literal["relu"] = "relu"
     """The ReLU encoder and the decoder-norm L1 penalty of Templeton et al. 2024."""
@@ -28,12 +33,23 @@ class ReLUSettings(CoderSettings):
     sparsity_warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of training over which lambda rises linearly from zero."""
 
+    target_l0: float | None = Field(default=None, gt=0)
+    """Active features per token to arrive at, whatever the model: lambda then begins at `sparsity_coefficient` and grows while
+    more are active, and shrinks while fewer are. Where it is not given, lambda stands, and which one is right depends on the
+    model and the layer."""
+
     auxk_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the loss by which dead features come back (AuxK), in units of the residual's variance. The paper has none: a
     rectifier that is never over zero has no gradient."""
 
     auxk: int | None = Field(default=None, ge=1)
     """Dead features per token that take part in it; half of the width of what is written where it is not given."""
+
+    @model_validator(mode="after")
+    def _lambda_can_grow(self) -> Self:
+        if self.target_l0 is not None and self.sparsity_coefficient == 0:
+            raise ValueError("sae.sparsity_coefficient is 0, which does not grow; give another, or leave sae.target_l0 out")
+        return self
 
 
 class ReLUSAE(Coder):
@@ -43,6 +59,13 @@ class ReLUSAE(Coder):
     Settings = ReLUSettings
     settings: ReLUSettings
     by_feature_from = rectified.LARGE
+    growth: Tensor | None
+    """Natural logarithm of what lambda has been multiplied by, `[]`, where it aims at an L0."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.register_buffer("growth", None if self.settings.target_l0 is None else torch.zeros(()))
+        self._active: Tensor | None = None
 
     def encode(self, x: Tensor) -> DenseFeatures:
         return DenseFeatures(torch.relu(self.pre_activations(x.reshape(-1, self.d_in))))
@@ -67,6 +90,9 @@ class ReLUSAE(Coder):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms
             sparsity = self.over_features(features.means() @ self.row_norms())
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
+        if self.growth is not None:
+            coefficient *= float(self.growth.exp())
+            self._active = self.over_tokens(self.over_features(features.detach().active().float().mean())).detach()
         terms = {"reconstruction": reconstruction_loss(y, y_hat), "sparsity": sparsity}
         weights = {"reconstruction": 1.0, "sparsity": coefficient}
         if self.settings.auxk_coefficient > 0 and progress.dead is not None:
@@ -75,5 +101,17 @@ class ReLUSAE(Coder):
             weights["auxk"] = self.settings.auxk_coefficient
         return Losses(terms, weights, features.detach())
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        if self.growth is None or self._active is None or self.settings.target_l0 is None:
+            return
+        # Bounded: at the start half of all features fire, which no lambda is to blame for.
+        excess = (self._active / self.settings.target_l0).log().clamp(-1.0, 1.0)
+        self.growth += excess / _GROWTH_STEPS
+        self._active = None
+
     def exported(self) -> Exported:
-        return Exported("standard", dict(self.state_dict()), {})
+        return Exported("standard", {name: value for name, value in self.state_dict().items() if name != "growth"}, {})
+
+    def load_exported(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_exported(dict(tensors) if self.growth is None else {**tensors, "growth": torch.zeros_like(self.growth)})
