@@ -70,11 +70,13 @@ def _put_heads(target: Path, release: Release) -> None:
     heads: dict[str, dict[str, Any]] = {
         "release": {
             "name": release.set_name, "description": f"SAE features of {release.model_name}",
-            "descriptionShort": release.set_name, "urls": [], "creatorName": release.creator, "creatorNameShort": release.creator, **made,
+            "descriptionShort": release.set_name, "urls": [],
+            "creatorName": release.creator, "creatorNameShort": release.creator, **made,
         },
         "model": {
             "id": release.model_id, "instruct": False, "displayName": release.model_name,
-            "displayNameShort": release.model_name, "layers": release.layers, "neuronsPerLayer": 0, "updatedAt": release.created, **made,
+            "displayNameShort": release.model_name, "layers": release.layers, "neuronsPerLayer": 0,
+            "updatedAt": release.created, **made,
         },
         "sourceset": {
             **named, **made, "releaseName": release.set_name, "description": release.set_name, "visibility": "UNLISTED",
