@@ -39,8 +39,8 @@ def first_config(choices: FirstChoices) -> str:
     features = expansion * width
     # A twentieth of the width, and neither less nor more than is usual.
     k = min(128, max(8, round(width / 20)))
-    batch = 4_096 if tokens > 10_000_000 else 512
-    rate = min(4e-3, _REFERENCE_RATE * (_REFERENCE_FEATURES / features) ** 0.5 * (4 if batch == 512 else 1))
+    batch = 4_096 if tokens > 10_000_000 else 1_024
+    rate = min(4e-3, _REFERENCE_RATE * (_REFERENCE_FEATURES / features) ** 0.5 * (4 if batch == 1_024 else 1))
     longest = source.longest_text or 256
     files = f"""  source: files
   # Files, folders and globs, local or s3://: text, .jsonl (.gz, .zst, ...), .parquet.
@@ -70,8 +70,6 @@ sae:
   expansion_factor: {expansion} # {features:,} features
   k: {k} # active features per token; compare some: sae sweep FILE --grid sae.k={max(4, k // 2)},{k},{2 * k}
   decoder_init_norm: 0.3
-  decoder_bias_init: mean
-  decoder_token_share: 0.5 # decoder rows begin half way to tokens of the data
 
 training:
   tokens: {tokens}
