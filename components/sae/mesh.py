@@ -101,8 +101,8 @@ class Mesh:
         """Of this share, what is among the `k` strongest per token of the whole batch: values and places as `find` gives them,
         and the smallest strength among them all that is over zero, 0 where none is.
 
-        find: for c, values, places and strengths of the `c n` strongest of this share, or of those over zero, one each.
-        n: tokens, and d_sae: features of this share.
+        find: for c, values, places and strengths of the `c n` strongest of this share, or of those over zero where they are
+        fewer. n: tokens, and d_sae: features of this share.
         """
         count = k if self.data == 1 else 2 * k
         while True:
