@@ -26,13 +26,17 @@ from components.sae.architectures import architectures
 from components.sae.coder import Column
 from components.training.job import Training
 from components.training.settings import TrainingSettings
-from components.training.step import new_coder, take_step
+from components.training.step import CoderInTraining, new_coder, take_step
 
 Step = Callable[[], Any]
 STEPS = 1_000_000
 
 
 def ours(name: str, batch: torch.Tensor, d_sae: int, k: int) -> Step:
+    return in_training(name, batch, d_sae, k)[1]
+
+
+def in_training(name: str, batch: torch.Tensor, d_sae: int, k: int) -> tuple[CoderInTraining, Step]:
     size, d_in = batch.shape
     kind, settings = architectures()[name], TrainingSettings(batch_size=size, tokens=STEPS * size, learning_rate=1e-4)
     options = {} if name == "relu" else {"k": k}
@@ -44,7 +48,7 @@ def ours(name: str, batch: torch.Tensor, d_sae: int, k: int) -> Step:
     training, mean = new_coder(job, column, column, batch.device), torch.zeros(d_in)
     if name == "relu":
         make_sparse(training.coder, batch, k)
-    return lambda: take_step(training, settings, batch, batch, mean, measured=False)
+    return training, lambda: take_step(training, settings, batch, batch, mean, measured=False)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from components.sae.architectures import architectures
 from components.sae.coder import Column, Losses, Progress
@@ -145,3 +146,57 @@ def test_small_coders_keep_their_dense_step():
     """Theirs is quick, and weights that were trained before stay what they were."""
     assert not rectified.is_sparse(torch.zeros(1_024, 128), torch.zeros(128, 1_024), -torch.ones(1_024))
     assert rectified.is_sparse(torch.zeros(256, 256), torch.zeros(4_096, 256).T, -torch.ones(4_096))
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_a_large_evaluation_holds_no_more_than_a_tile_and_finds_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    kind = architectures()[name]
+    coder = kind.autoencoder(kind.Settings.model_validate({"architecture": name, "d_sae": 4_096}), 24)
+    coder.initialise(3)
+    x = torch.randn(512, 24, generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        coder.b_enc += 0.01
+        coder.fire_on(x, 0.01)
+        if name == "batchtopk":
+            coder.weakest.fill_(0.05)
+        expected = coder.encode(x)
+        monkeypatch.setattr(rectified, "MANY_ENTRIES", 1 << 20)
+        for module in (rectified, selection):
+            monkeypatch.setattr(module, "_TILE_ENTRIES", 1 << 18)
+        written, fired = expected.decode(coder.W_dec, coder.b_dec), expected.fired()
+        with LargestTensor() as largest:
+            found = coder.encode(x)
+            assert (found.decode(coder.W_dec, coder.b_dec) - written).abs().max() < 1e-4
+            assert (found.fired() - fired).abs().sum() <= 2  # what is on the bound, but for rounding
+            assert (found.sums() > 0).sum() == (found.largest() > 0).sum() > 0
+            assert found.active().sum() == found.fired().sum()
+    assert isinstance(found, SparseFeatures)
+    assert largest.entries <= 1 << 19 < x.shape[0] * 4_096
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka", "relu"])
+def test_a_step_holds_no_more_than_a_tile(name: str, monkeypatch: pytest.MonkeyPatch):
+    for module in (rectified, selection):
+        monkeypatch.setattr(module, "_TILE_ENTRIES", 1 << 18)
+    monkeypatch.setattr(rectified, "LARGE", (1, 1))
+    kind = architectures()[name]
+    coder = kind.autoencoder(kind.Settings.model_validate({"architecture": name, "d_sae": 4_096}), 24)
+    coder.initialise(3)
+    x = torch.randn(1_024, 24, generator=torch.Generator().manual_seed(8))
+    coder.fire_on(x, 0.01)
+    with LargestTensor() as largest:
+        coder.losses(x, x, Progress(1, 10, torch.arange(4_096) < 5)).total.backward()
+    assert largest.entries <= 1 << 19 < x.shape[0] * 4_096 // 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Entries of the largest tensor that an operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.entries = max(self.entries, one.numel())
+        return result

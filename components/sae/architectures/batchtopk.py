@@ -16,6 +16,7 @@ from torch import Tensor
 from components.sae.architectures.topk import KSettings, chosen_features, with_auxk
 from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
+from components.sae.kernels import rectified
 from components.sae.kernels.selection import strongest_of_batch
 from components.sae.kernels.sparse import can_be_sparse
 from components.sae.settings import CoderSettings
@@ -55,8 +56,13 @@ class BatchTopKSAE(Coder):
         self._weakest_of_batch: Tensor | None = None
 
     def encode(self, x: Tensor) -> Features:
-        before = self.pre_activations(x.reshape(-1, self.d_in))
-        lengths = torch.relu(before) * self.row_norms()
+        x, norms = x.reshape(-1, self.d_in), self.row_norms()
+        bound, bias = self.weakest.clamp_min(0.0) / norms.clamp_min(1e-20), self.read_bias(self.b_enc)
+        if rectified.without_gradient(x, self.W_enc, bias - bound):
+            values, indices, places = rectified.over_bound(x, self.W_enc, bias, bound)
+            return SparseFeatures(values, indices, places.offsets, self.d_sae)
+        before = self.pre_activations(x)
+        lengths = torch.relu(before) * norms
         return DenseFeatures(torch.relu(before) * (lengths > self.weakest.clamp_min(0.0)))
 
     def _strongest(self, before: Tensor, k: int) -> SparseFeatures:

@@ -81,7 +81,11 @@ class JumpReLUSAE(Coder):
     def onset(self) -> Tensor:
         return self.threshold.detach()
 
-    def encode(self, x: Tensor) -> DenseFeatures:
+    def encode(self, x: Tensor) -> Features:
+        bound, bias = self.threshold.clamp_min(0.0), self.read_bias(self.b_enc)
+        if rectified.without_gradient(x := x.reshape(-1, self.d_in), self.W_enc, bias - bound):
+            values, indices, places = rectified.over_bound(x, self.W_enc, bias, bound)
+            return SparseFeatures(values, indices, places.offsets, self.d_sae)
         z = self.pre_activations(x.reshape(-1, self.d_in))
         return DenseFeatures(torch.relu(z) * (z > self.threshold))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
-from components.sae.features import DenseFeatures, SparseFeatures
+from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.settings import CoderSettings
 
@@ -67,8 +67,12 @@ class ReLUSAE(Coder):
         self.register_buffer("growth", None if self.settings.target_l0 is None else torch.zeros(()))
         self._active: Tensor | None = None
 
-    def encode(self, x: Tensor) -> DenseFeatures:
-        return DenseFeatures(torch.relu(self.pre_activations(x.reshape(-1, self.d_in))))
+    def encode(self, x: Tensor) -> Features:
+        x, bias = x.reshape(-1, self.d_in), self.read_bias(self.b_enc)
+        if rectified.without_gradient(x, self.W_enc, bias):
+            values, indices, places = rectified.over_bound(x, self.W_enc, bias)
+            return SparseFeatures(values, indices, places.offsets, self.d_sae)
+        return DenseFeatures(torch.relu(self.pre_activations(x)))
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         """`E[ ||y - y_hat||^2 + lambda * sum_i f_i(x) * ||W_dec_i|| ]` (Templeton et al. 2024).

@@ -12,6 +12,7 @@ from torch import Tensor
 from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
+from components.sae.kernels import rectified
 from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.selection import strongest_of_rows
 from components.sae.kernels.sparse import Places, can_be_sparse, encoded
@@ -71,6 +72,8 @@ class TopKSAE(Coder):
     by_feature_from = (0, 0)
 
     def encode(self, x: Tensor) -> SparseFeatures:
+        if self.mesh is None and rectified.without_gradient(x := x.reshape(-1, self.d_in), self.W_enc):
+            return self._chosen(x, self.settings.k)
         return self._strongest(self.pre_activations(x.reshape(-1, self.d_in)), self.settings.k)
 
     def _strongest(self, pre_activations: Tensor, k: int) -> SparseFeatures:

@@ -9,6 +9,8 @@ from components.sae.kernels.sparse import Places, can_be_sparse, encoded
 
 LARGE = (256, 4_096)
 """`d_in` and `d_sae` from which on a step may be sparse. Smaller ones are quick, and keep the bits that they had."""
+MANY_ENTRIES = 1 << 26
+"""Of pre-activations, 256 MB, over which they are no longer held at once in an evaluation."""
 _LEAST_TOKENS = 256
 _PAYS_BELOW = 0.04
 """Share of features over the bound at which a sparse step takes as long as a dense one, less some."""
@@ -24,6 +26,18 @@ def is_sparse(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
     d_in, d_sae = W_enc.shape
     if not can_be_sparse(x) or d_in < LARGE[0] or d_sae < LARGE[1] or len(x) < _LEAST_TOKENS:
         return False
+    return _few(x, W_enc, bias)
+
+
+def without_gradient(x: Tensor, W_enc: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether features of x are to be found by tiles because `[n, d_sae]` would be large: where no gradient is wanted. bias: as
+    in `is_sparse`, where it depends on it how many there are."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) * W_enc.shape[1] <= MANY_ENTRIES:
+        return False
+    return bias is None or _few(x, W_enc, bias)
+
+
+def _few(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
     some = torch.nn.functional.linear(x[: max(64, len(x) // _ASKED)], W_enc.T, bias) > 0
     return int(some.sum()) < _PAYS_BELOW * some.numel()
 
