@@ -32,7 +32,7 @@ def run_tutorial(page: str, folder: Path, programs: Path, environment: dict[str,
     path = f"{programs}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", script_of(page)], cwd=folder, env={**environment, "PATH": path, "COLUMNS": "200"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout

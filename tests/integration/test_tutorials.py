@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from stack_client import Live
 from tutorials import run_tutorial
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]  # beside other work a minute becomes ten
 
 PROGRAMS = Path(sys.executable).parent
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tutorials import run_tutorial
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]  # beside other work a minute becomes ten
 
 ROOT = Path(__file__).parents[2]
 
