@@ -23,7 +23,9 @@ BINS = len(_OCTAVES) * BINS_PER_OCTAVE
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """The odd constants of splitmix64 (Steele, Lea & Flood 2014), as signed numbers."""
 _PLACES = 1 << 42
-"""Sequences times their length, at most, less a remainder: a feature and a place in the text are one int64."""
+"""Sequences times length, at most, less a remainder: a feature and a place in the text are one int64."""
+_LOT_BITS = 42
+"""Of a lot, the leading ones that decide: a feature and a lot are one number to sort then; of equal ones, the first token."""
 _LOGGED = 1 << 21
 """Firings that are collected, at least, before those that are not kept are dropped."""
 
@@ -209,7 +211,8 @@ class Examples:
         if len(starts) == 0:
             return starts, weakest
         scores, features = np.maximum.reduceat(log.values, starts), log.keys[starts] // self._span
-        order = np.lexsort((-scores, features))
+        # Floats over 0 are in the order of their bits; of equal ones the first stays first.
+        order = (features * (1 << 32) - scores.view(np.int32)).argsort(kind="stable")
         ranks = _ranks(features[order])
         last = order[ranks == self.count - 1]
         weakest[features[last]] = scores[last]
@@ -218,7 +221,7 @@ class Examples:
     def _ranked(self, log: _Log) -> tuple[np.ndarray, np.ndarray]:
         """Entries by feature and then falling lot, and the rank of each in its feature."""
         features = log.keys // self._span
-        order = np.lexsort((-log.lots, features))
+        order = (features * (1 << _LOT_BITS) - (log.lots >> (62 - _LOT_BITS))).argsort(kind="stable")
         return order, _ranks(features[order])
 
 

@@ -75,11 +75,12 @@ def program(folder: Path) -> tuple[list[str], dict[str, str]]:
             else:
                 with tarfile.open(fileobj=io.BytesIO(done.stdout)) as content:
                     content.extractall(folder, filter="data")
-    libraries = {"LD_LIBRARY_PATH": str(folder / "lib"), "FONTCONFIG_PATH": str(folder)}
-    return [str(folder / "chromium"), *_FETCHED], {**os.environ, **libraries}
-
-
-_FETCHED = ("--no-zygote", "--in-process-gpu", "--disable-gpu", "--disable-software-rasterizer")
+    # The package's own list of fonts names another folder, and a page without a font ends the browser.
+    fonts, cache = folder / "fonts", folder / "font-cache"
+    settings = f"<fontconfig><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>"
+    (folder / "own-fonts.conf").write_text(settings)
+    libraries = {"LD_LIBRARY_PATH": str(folder / "lib"), "FONTCONFIG_FILE": str(folder / "own-fonts.conf")}
+    return [str(folder / "chromium"), "--disable-gpu"], {**os.environ, **libraries}
 
 
 class Page:
