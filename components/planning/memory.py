@@ -45,7 +45,7 @@ class Memory(Record):
     checkpoint: int
     """A copy of weights and moments, on their way to the disk."""
     artifact: int
-    """The coder in float64 and what is written of it, at the end."""
+    """The coder in float64 and what is written of it, at the end; of several ranks, of the first, that folds the whole."""
     reader: int
     process: int
 
@@ -91,7 +91,8 @@ def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
         tiles=tiles,
         auxk=int(4 * AUXK_COPIES * batch * n) if sparse else 0,
         checkpoint=12 * own,
-        artifact=24 * own,
+        # the first rank reads the last checkpoint of all, and folds the whole
+        artifact=24 * own if ranks == 1 else 48 * shape.coder_parameters,
         reader=shape.reader,
         process=PROCESS,
     )
