@@ -12,6 +12,8 @@ from components.settings import Record
 
 PROCESS = 336_000_000
 """Bytes of a process that trains, without a coder (measured: Python 3.11, torch 2.13 for CPUs)."""
+GROUP = 30_000_000
+"""More in each of several that exchange tensors (measured: gloo)."""
 CONTEXT = 800_000_000
 """Bytes that CUDA's context and libraries take on a GPU before any tensor (assumed)."""
 TILE_ENTRIES = 1 << 24
@@ -94,5 +96,5 @@ def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
         # the first rank reads the last checkpoint of all, and folds the whole
         artifact=24 * own if ranks == 1 else 48 * shape.coder_parameters,
         reader=shape.reader,
-        process=PROCESS,
+        process=PROCESS + GROUP * (ranks > 1),
     )
