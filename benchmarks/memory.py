@@ -51,7 +51,7 @@ CASES = {
 
 
 def case(overrides: list[str], tokens: int = 4_096) -> Specification:
-    shared = ["sae={}", f"training.tokens={tokens}"]
+    shared = ["sae={}", "training.batch_size=1024", f"training.tokens={tokens}"]
     return resolve(load_config("quickstart", [*shared, *overrides]))
 
 

@@ -12,6 +12,8 @@ from components.settings import Record
 
 PROCESS = 336_000_000
 """Bytes of a process that trains, without a coder (measured: Python 3.11, torch 2.13 for CPUs)."""
+GROUP = 30_000_000
+"""More in each of several that exchange tensors (measured: gloo)."""
 CONTEXT = 800_000_000
 """Bytes that CUDA's context and libraries take on a GPU before any tensor (assumed)."""
 TILE_ENTRIES = 1 << 24
@@ -45,7 +47,7 @@ class Memory(Record):
     checkpoint: int
     """A copy of weights and moments, on their way to the disk."""
     artifact: int
-    """The coder in float64 and what is written of it, at the end."""
+    """The coder in float64 and what is written of it, at the end; of several ranks, of the first, that folds the whole."""
     reader: int
     process: int
 
@@ -91,7 +93,8 @@ def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
         tiles=tiles,
         auxk=int(4 * AUXK_COPIES * batch * n) if sparse else 0,
         checkpoint=12 * own,
-        artifact=24 * own,
+        # the first rank reads the last checkpoint of all, and folds the whole
+        artifact=24 * own if ranks == 1 else 48 * shape.coder_parameters,
         reader=shape.reader,
-        process=PROCESS,
+        process=PROCESS + GROUP * (ranks > 1),
     )

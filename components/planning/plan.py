@@ -209,6 +209,12 @@ def _said(
                 "nothing of this project has been measured there"
             )
     said.append("memory: of a rank by formulas that are within 10% of what was measured on a CPU; on a GPU not measured")
+    host = rank_memory(shape, True, ranks).host
+    if host > 2 * 10**12:
+        said.append(
+            f"at its end the first process puts the whole coder together in {_tb(host)} of its machine's memory, which few "
+            "machines have: make sae.d_sae smaller"
+        )
     if not shape.exact:
         said.append(f"tokens: {shape.stored:,} are asked for, and the corpus has not been counted")
     if shape.autocast == "none":
