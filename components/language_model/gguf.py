@@ -39,10 +39,10 @@ def gguf_of(name: str) -> Path | None:
     """The GGUF file that a local name means: itself, or the only one of a folder without a `config.json`; else None."""
     path = Path(name)
     if path.suffix.lower() == SUFFIX:
-        if not path.is_file():
+        if not os.path.isfile(name):  # which takes a name that is too long for a no
             raise UserError(f"language_model.name: there is no file '{name}'")
         return path
-    if not os.path.isdir(name) or (path / "config.json").exists():  # which takes a name that is too long for a no
+    if not os.path.isdir(name) or (path / "config.json").exists():
         return None
     found = sorted(file for file in path.iterdir() if file.suffix.lower() == SUFFIX)
     if len(found) > 1:

@@ -169,6 +169,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, cache: Path):
         "splits.gguf": "splits text as 'a-way-that-nobody-knows'",
         "strange.gguf": "no GGUF file that transformers reads",
         "": "holds 5 GGUF files",
+        f"{'long' * 1_000}.gguf": "there is no file",
     }.items():
         with pytest.raises(UserError, match=said):
             find_model(settings(tmp_path / name))
