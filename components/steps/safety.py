@@ -24,7 +24,7 @@ from components.steps.interpretation import decode_of, held_out_pass, token_ids,
 
 CANDIDATES = 5
 """Features of each set that are measured."""
-_CORPUS_TOKENS = 20_000
+_CORPUS_TOKENS = 8_000
 _SHOWN = 3
 _LIKELY = 6
 
