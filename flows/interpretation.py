@@ -16,8 +16,11 @@ from flows.mapping import RETRIED, devices, finished, task_runner
 
 @task(name="interpret", cache_policy=NO_CACHE, **RETRIED)
 def interpret(specification: str) -> None:
-    """Evaluated SAE -> examples of every feature, and their browser; what other workers have seen is taken as it is."""
-    steps.interpret(Specification.from_json(specification))
+    """Evaluated SAE -> examples of every feature, and their browser, with what other workers have seen; the safety report where
+    it is asked for."""
+    run = Specification.from_json(specification)
+    steps.interpret(run)
+    steps.require_safety(run)
 
 
 @task(name="tokens-that-count", cache_policy=NO_CACHE, **RETRIED)

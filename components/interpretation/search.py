@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,24 @@ def firing(
         features, _ = sae.reconstruct(x[len(begun) - len(ids) :].to(torch.promote_types(x.dtype, torch.float32)))
         found.append(features.dense().float().cpu())
     return found
+
+
+@torch.no_grad()
+def largest(
+    model: nn.Module,
+    points: Sequence[HookPoint],
+    sae: Autoencoder,
+    texts: Sequence[Sequence[int]],
+    bos: int | None,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each text the largest activation of each feature, float32 `[n, d_sae]`, and the token that has it, int32."""
+    values, places = [], []
+    for ids in texts:
+        (found,) = firing(model, points, sae, [ids], bos, device)
+        values.append(found.amax(dim=0).numpy())
+        places.append(found.argmax(dim=0).to(torch.int32).numpy())
+    return np.stack(values), np.stack(places)
 
 
 def contrast(texts: Sequence[Tensor], against: Sequence[Tensor]) -> Tensor:

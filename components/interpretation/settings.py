@@ -6,6 +6,7 @@ from pydantic import Field
 
 from components.interpretation.explanations.settings import ExplainerSettings
 from components.settings import Settings
+from components.storage.addresses import LocalPath
 
 
 class InterpretationSettings(Settings):
@@ -23,6 +24,13 @@ class InterpretationSettings(Settings):
 
     logits: int = Field(default=10, ge=0, le=1_000)
     """Tokens that each feature makes most and least likely, so many of each."""
+
+    safety: bool = False
+    """Whether a run makes the safety report (`sae features safety`) as well: which features separate prompts of several kinds
+    of harm from their contrast."""
+
+    prompt_sets: tuple[LocalPath, ...] = ()
+    """YAML files with sets of your own for that report, beside those that ship."""
 
     explainer: ExplainerSettings = ExplainerSettings()
     """Who says in words what features stand for (`sae features explain`)."""

@@ -263,14 +263,20 @@ def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor
 
 
 def logits_gradient(
-    model: nn.Module, point: HookPoint, tokens: Tensor, metric: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    point: HookPoint,
+    tokens: Tensor,
+    metric: Callable[[Tensor], Tensor],
+    less: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The activation at `point` and the gradient there of a scalar `metric` of the logits, both `[batch, length, d_in]`."""
+    """The activation at `point` and the gradient there of a scalar `metric` of the logits, both `[batch, length, d_in]`; with
+    `less` of that shape taken away before."""
     kept: list[Tensor] = []
     model, point = within(model, point)
 
     def leaf(activation: Tensor) -> Tensor:
-        kept.append(activation.detach().requires_grad_())
+        changed = activation if less is None else (activation.to(less.dtype) - less).to(activation.dtype)
+        kept.append(changed.detach().requires_grad_())
         return kept[-1]
 
     with torch.enable_grad(), hooked(model, point, leaf, len(tokens)):
@@ -284,19 +290,22 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 
 
 @contextmanager
-def hooked(model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None], batch: int) -> Iterator[None]:
+def hooked(
+    model: nn.Module, point: HookPoint, function: Callable[[Tensor], Tensor | None], batch: int | Callable[[], int]
+) -> Iterator[None]:
     """While open, the activation at `point`, `[batch, length, d_in]`, goes through `function`, which gives another, or None to
-    leave it. batch: how many sequences a forward pass has."""
+    leave it. batch: how many sequences a forward pass has; or what says so of the one that runs."""
     module, reads_input = locate(model, point)
 
     def shaped(activation: Any) -> Any:
         if not isinstance(activation, Tensor):
             raise UserError(f"activations.hook_points: '{point}' is no tensor but a {type(activation).__name__}")
         # OPT's MLP works on `[batch * length, d]`.
-        rows = activation.unflatten(0, (batch, -1)) if activation.ndim == 2 and len(activation) != batch else activation
-        if rows.ndim != 3 or len(rows) != batch:
+        size = batch if isinstance(batch, int) else batch()
+        rows = activation.unflatten(0, (size, -1)) if activation.ndim == 2 and len(activation) != size else activation
+        if rows.ndim != 3 or len(rows) != size:
             raise UserError(
-                f"activations.hook_points: '{point}' has the shape {list(activation.shape)} for a batch of {batch}; "
+                f"activations.hook_points: '{point}' has the shape {list(activation.shape)} for a batch of {size}; "
                 "accepted are places with [batch, length, d_in]"
             )
         replaced = function(rows)

@@ -74,7 +74,9 @@ EVALUATION = Fields(
     resolved=("probing",),
     without_effect=("batch_sequences",),
 )
-INTERPRETATION = Fields(always=("tokens", "examples", "drawn", "quantiles", "logits"), without_effect=("explainer",))
+INTERPRETATION = Fields(
+    always=("tokens", "examples", "drawn", "quantiles", "logits"), without_effect=("explainer", "safety", "prompt_sets")
+)
 COMPARED = Fields(always=("tokens", "reference_tokens"))
 """What must be the same for two evaluations to be compared: what is listed beside the metrics changes none of them."""
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from components import storage
 from components.corpus.labelled import list_labelled, read_labelled
 from components.evaluation.passages import chosen_texts
+from components.interpretation.prompt_sets import load_sets, shipped_sets
 from components.registry.gates import load_gates
 from components.run.config import ExecutionSettings, RunConfig
 from components.settings import UserError
@@ -34,6 +35,7 @@ def check_later_steps(config: RunConfig, d_sae: int, registered_model: str, eval
         if storage.is_local(config.storage.root):  # else MLflow may be named later, with `sae register`
             tracking_uri(config.tracking, config.storage.root)
         require_labelled_text(config)
+        load_sets([*shipped_sets(), *config.interpretation.prompt_sets], "interpretation.prompt_sets")
 
 
 def require_labelled_text(config: RunConfig) -> None:

@@ -27,7 +27,7 @@ from components.interpretation.settings import InterpretationSettings
 from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.record import ModelRecord, resolve_model
 from components.language_model.source import ModelSource, find_model
-from components.language_model.tokenizer import chat_date
+from components.language_model.tokenizer import chat_date, load_encoder
 from components.run import identity
 from components.run.coder import coder_columns, coder_training, hook_points_said, registered_name
 from components.run.config import RunConfig
@@ -102,6 +102,10 @@ class Specification(Record):
     def read_points(self) -> tuple[HookPoint, ...]:
         """What is read where that is not `point` alone."""
         return () if self.reads == self.writes[-1:] else tuple(map(parse_hook_point, self.reads))
+
+    @property
+    def bos(self) -> int | None:
+        return None if self.config.corpus.bos == "none" else load_encoder(self.source).bos
 
     @property
     def read_columns(self) -> tuple[Column, ...]:

@@ -25,11 +25,12 @@ from components.steps.interpretation import (
     look_at_span,
     search_features,
     show_feature,
-    steer,
 )
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
+from components.steps.safety import examine, multilingual, require_safety, safety_page, safety_report, safety_sets
+from components.steps.steering import steer, steering_effect
 from components.steps.tokens import prepare_tokens
 from components.steps.training import launch_training, profile, replay, train, training_tokens
 
@@ -41,6 +42,7 @@ __all__ = [
     "evaluate_given",
     "evaluation_job",
     "evaluation_reference",
+    "examine",
     "explain",
     "export_features",
     "export_given",
@@ -58,18 +60,24 @@ __all__ = [
     "look_at_span",
     "measure_baselines",
     "measure_span",
+    "multilingual",
     "prepare_tokens",
     "profile",
     "register",
     "replay",
     "require_autoencoder",
     "require_evaluated",
+    "require_safety",
     "run_address",
+    "safety_page",
+    "safety_report",
+    "safety_sets",
     "search_direction",
     "search_explanations",
     "search_features",
     "show_feature",
     "steer",
+    "steering_effect",
     "summary",
     "tracked",
     "train",

@@ -37,9 +37,11 @@ def search_direction(run: Specification, path: Path, limit: int) -> list[dict[st
     return [{"feature": feature, "cosine": float(f"{cosines[feature]:.4g}")} for feature in best]
 
 
-def attribute(run: Specification, prompt: str, token: str, other: str | None, limit: int, ablate: bool) -> dict[str, Any]:
-    """Features that after `prompt` bring the model to `token` rather than `other` (or the mean token), strongest first; with
-    `ablate` also what each that fires really does, in that order, and how both orders agree."""
+def attribute(
+    run: Specification, prompt: str, token: str, other: str | None, limit: int, ablate: bool, passes: int
+) -> dict[str, Any]:
+    """Features that after `prompt` bring the model to `token` rather than `other` (or the mean token), strongest first, see
+    `attribution` for `passes`; with `ablate` also what each that fires really does, in that order, and how both agree."""
     _require_trained(run)
     encoder, decode = load_encoder(run.source), decode_of(run)
     target, against = _one(encoder, token, "--token"), None if other is None else _one(encoder, other, "--other")
@@ -50,7 +52,7 @@ def attribute(run: Specification, prompt: str, token: str, other: str | None, li
         raise UserError(f"--prompt: {len(ids) - len(bos)} tokens are not accepted: 1 to {room - len(bos)} are")
     model, leave, reads = kept_model(run.source, run.device), len(bos), run.read_points
     sae = written_at(run, own_sae(run.sae_url, run.device))
-    values, found = attribution.attribution(model, run.point, sae, ids, leave, target, against, run.device, reads)
+    values, found = attribution.attribution(model, run.point, sae, ids, leave, target, against, run.device, reads, passes)
     firing = (found.amax(dim=0) > 0).nonzero()[:, 0]
     effects = torch.zeros(0)
     if ablate:

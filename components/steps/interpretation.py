@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
 from components import storage
@@ -16,7 +16,7 @@ from components.evaluation.held_out import HeldOut
 from components.evaluation.job import Span, spans
 from components.evaluation.kept import parts
 from components.interop.coders import AnySAE
-from components.interpretation import search, steering
+from components.interpretation import search
 from components.interpretation.activations import Pass, at_once
 from components.interpretation.browser import FOLDER, write_browser
 from components.interpretation.described import Decode, FeatureData
@@ -161,18 +161,35 @@ def held_out_pass(run: Specification, text: HeldOut) -> Pass:
 
 
 def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, Any]]:
-    """A row per feature that fires, as the browser's table has it, largest `sort` first."""
-    keys = {"density": "density", "max_activation": "max", "mean_activation": "mean", "feature": "feature"}
+    """A row per feature that fires, as the browser's table has it, largest `sort` first. `one_token`: the share of its random
+    sample over all strengths that is on one token, in a column of its own."""
+    keys = {
+        "density": "density",
+        "max_activation": "max",
+        "mean_activation": "mean",
+        "feature": "feature",
+        "one_token": "one_token",
+    }
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
     data = feature_data(run)
-    rows = [data.feature(feature)["row"] for feature in range(data.d_sae)]
+    features = [data.feature(feature) for feature in range(data.d_sae)]
+    if sort == "one_token":
+        for one in features:
+            one["row"]["one_token"] = _on_one_token(one["examples"])
     found = [
         row
-        for row in rows
+        for row in (one["row"] for one in features)
         if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']} {row['explanation']}".lower()
     ]
-    return sorted(found, key=lambda row: row[keys[sort]], reverse=sort != "feature")
+    if sort == "feature":
+        return sorted(found, key=lambda row: row["feature"])
+    return sorted(found, key=lambda row: (row[keys[sort]], row["density"]), reverse=True)
+
+
+def _on_one_token(examples: list[dict[str, Any]]) -> float:
+    sample = [one["tokens"][one["peak"]].strip() or one["tokens"][one["peak"]] for one in examples if one["kind"] == "sample"]
+    return max(map(sample.count, sample)) / len(sample) if len(sample) > 1 else 0.0
 
 
 def show_feature(run: Specification, feature: int) -> dict[str, Any]:
@@ -189,14 +206,9 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     most. They need no feature data."""
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
-    encoder, decode = load_encoder(run.source), decode_of(run)
-    ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.of(rendered=True)([*texts, *against])]
-    for text, tokens in zip([*texts, *against], ids, strict=True):
-        if not tokens:
-            raise UserError(f"--text: {text!r} holds no token")
-    bos = None if run.config.corpus.bos == "none" else encoder.bos
+    ids, decode = token_ids(run, [*texts, *against], "--text"), decode_of(run)
     model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
-    found = search.firing(model, run.read_points or (run.point,), sae, ids, bos, run.device)
+    found = search.firing(model, run.read_points or (run.point,), sae, ids, run.bos, run.device)
     ours, theirs = found[: len(texts)], found[len(texts) :]
     difference = search.contrast(ours, theirs)
     rows = []
@@ -216,31 +228,14 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     return rows
 
 
-def steer(run: Specification, feature: int, scale: float, prompt: str, count: int) -> dict[str, Any]:
-    """What the model writes after the prompt as it is, and with a feature held at `scale` times its largest activation."""
-    if run.evaluation_record() is None:
-        raise UserError(f"sae: the artifact {run.sae_url} is not evaluated yet; run `sae evaluate` first")
-    model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
-    if not 0 <= feature < sae.d_sae:
-        raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
-    with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
-        largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
-    encoder, decode = load_encoder(run.source), decode_of(run)
-    room = run.model.longest_text or run.config.corpus.context_length
-    bos = [] if run.config.corpus.bos == "none" else [encoder.bos]
-    ids = [*bos, *encoder.of(rendered=True)([prompt])[0]]
-    if not ids or len(ids) + count > room:
-        raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
-    held = steering.clamped(written_at(run, sae), feature, scale * largest)
-    plain = steering.continued(model, run.point, lambda *_: None, ids, count, run.device)
-    steered = steering.continued(model, run.point, held, ids, count, run.device, run.read_points)
-    return {
-        "feature": feature,
-        "held_at": scale * largest,
-        "prompt": prompt,
-        "plain": "".join(map(decode, plain)),
-        "steered": "".join(map(decode, steered)),
-    }
+def token_ids(run: Specification, texts: Sequence[str], field: str) -> list[list[int]]:
+    """Of each text, without BOS and no more than the model was looked at with; a UserError that names `field` for none."""
+    encoder = load_encoder(run.source)
+    ids = [list(found)[: run.config.corpus.context_length - 1] for found in encoder.of(rendered=True)(list(texts))]
+    for text, tokens in zip(texts, ids, strict=True):
+        if not tokens:
+            raise UserError(f"{field}: {text!r} holds no token")
+    return ids
 
 
 def feature_data(run: Specification) -> FeatureData:

@@ -9,6 +9,7 @@ from components.registry.records import Outcome
 from components.run.specification import Specification
 from components.settings import Record
 from components.steps.interpretation import browser_address
+from components.steps.safety import safety_is_there, safety_page
 
 
 class Summary(Record):
@@ -67,6 +68,8 @@ def finished_run(run: Specification) -> Outcome | None:
         return None
     if run.config.interpretation.tokens > 0 and run.interpretation_record() is None:
         return None
+    if not safety_is_there(run):
+        return None
     from components.registry import versions as registry
     from components.tracking import runs, store
 
@@ -89,6 +92,8 @@ def summary(run: Specification, outcome: Outcome, seconds: dict[str, float], reu
     measured = run.evaluation_record()
     assert measured is not None
     browser = {"browser": browser_address(run)} if run.config.interpretation.tokens > 0 else {}
+    if run.config.interpretation.safety:
+        browser["safety"] = safety_page(run)
     return Summary(
         name=run.config.name,
         reused=reused,

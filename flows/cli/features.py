@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from flows.cli.line import checked
-from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, terminal
+from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, printable, terminal
 
 app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
-Sort = Annotated[str, typer.Option("--sort", help="density, max_activation, mean_activation or feature; largest first.")]
+_SCORES = ("detection", "fuzzing", "intruder", "specificity")
+Sort = Annotated[
+    str, typer.Option("--sort", help="density, max_activation, mean_activation, one_token (recognised by eye) or feature.")
+]
 
 
 @app.command()
@@ -99,6 +102,10 @@ def attribute(
     token: Annotated[str, typer.Option("--token", help="A next token.")],
     other: Annotated[str | None, typer.Option("--other", help="Another; else the mean of all.")] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Take each away and run on, too: slower, and exact.")] = False,
+    passes: Annotated[
+        int,
+        typer.Option("--passes", help="Forward and backward, to look half way to the ablations; 0 for the gradient.", min=0),
+    ] = 32,
     overrides: Overrides = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
     as_json: AsJson = False,
@@ -107,7 +114,7 @@ def attribute(
     with command(as_json) as show:
         from components import steps
 
-        show(steps.attribute(checked(config, overrides), prompt, token, other, limit, ablate), _print_attributed)
+        show(steps.attribute(checked(config, overrides), prompt, token, other, limit, ablate, passes), _print_attributed)
 
 
 @app.command()
@@ -156,32 +163,6 @@ def export(
         show(steps.export_features(checked(config, overrides), format_, folder, source_set), print_tree)
 
 
-@app.command()
-def steer(
-    config: Config,
-    feature: Annotated[int, typer.Argument(metavar="FEATURE", help="Its number.", min=0)],
-    prompt: Annotated[str, typer.Option("--prompt", help="What the model continues.")],
-    scale: Annotated[float, typer.Option("--scale", help="Times its largest activation; 0 takes it away.")] = 5.0,
-    tokens: Annotated[int, typer.Option("--tokens", help="To be written, the most likely one each time.", min=1)] = 40,
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Hold a feature at a value while the language model writes, beside what it writes without."""
-    with command(as_json) as show:
-        from components import steps
-
-        show(steps.steer(checked(config, overrides), feature, scale, prompt, tokens), _print_steered)
-
-
-def _print_steered(result: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("as it is", f"feature {result['feature']} held at {result['held_at']:.4g}", title=Text(result["prompt"]))
-    table.add_row(Text(result["plain"]), Text(result["steered"]))
-    terminal().print(table)
-
-
 def _print_found(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -189,7 +170,7 @@ def _print_found(result: dict[str, Any]) -> None:
     table = Table("feature", "difference", "fires on", "of the others", "most on")
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["texts"]), str(row["against"]))
-        table.add_row(*numbers, Text("  ".join(map(_shown, row["tokens"]))))
+        table.add_row(*numbers, Text("  ".join(map(printable, row["tokens"]))))
     terminal().print(table)
 
 
@@ -197,10 +178,10 @@ def _print_attributed(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("feature", "attribution", "ablation", "most on", title=Text(_shown(result["prompt"])))
+    table = Table("feature", "attribution", "ablation", "most on", title=Text(printable(result["prompt"])))
     for row in result["features"]:
         ablation = "-" if row["ablation"] is None else f"{row['ablation']:.3g}"
-        table.add_row(str(row["feature"]), f"{row['attribution']:.3g}", ablation, Text(_shown(row["token"])))
+        table.add_row(str(row["feature"]), f"{row['attribution']:.3g}", ablation, Text(printable(row["token"])))
     console = terminal()
     console.print(table)
     if result["spearman"] is not None:
@@ -211,10 +192,10 @@ def _print_explained(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("feature", "detection", "fuzzing", "explanation")
+    table = Table("feature", *_SCORES, "explanation")
     for row in result["features"]:
-        scores = ("-" if row[name] is None else f"{row[name]:.2f}" for name in ("detection", "fuzzing"))
-        table.add_row(str(row["feature"]), *scores, Text(_shown(row["explanation"])))
+        scores = ("-" if row[name] is None else f"{row[name]:.2f}" for name in _SCORES)
+        table.add_row(str(row["feature"]), *scores, Text(printable(row["explanation"])))
     terminal().print(table)
 
 
@@ -226,10 +207,12 @@ def _print_list(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("feature", "density", "largest", "fires most on", "makes likely")
+    alone = any("one_token" in row for row in result["features"])
+    table = Table("feature", "density", "largest", *(["on one token"] if alone else []), "fires most on", "makes likely")
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['density']:.4%}", f"{row['max']:.3g}")
-        table.add_row(*numbers, Text(_shown(row["tokens"])), Text(_shown(row["logits"])))
+        share = [f"{row['one_token']:.0%}"] if alone else []
+        table.add_row(*numbers, *share, Text(printable(row["tokens"])), Text(printable(row["logits"])))
     terminal().print(table)
 
 
@@ -239,17 +222,17 @@ def _print_feature(result: dict[str, Any]) -> None:
     console, row = terminal(), result["row"]
     console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
     if said := result["explained"]:
-        scores = ", ".join(f"{name} {said[name]:.2f}" for name in ("detection", "fuzzing") if said[name] is not None)
+        scores = ", ".join(f"{name} {said[name]:.2f}" for name in _SCORES if said[name] is not None)
         origin = (
             said["explainer"]
             if said["carried_from"] is None
             else f"of its feature {said['carried_feature']} in {said['carried_from']}"
         )
         console.print(
-            Text(f"explained as: {_shown(said['explanation'])} ({'; '.join(part for part in (scores, origin) if part)})")
+            Text(f"explained as: {printable(said['explanation'])} ({'; '.join(part for part in (scores, origin) if part)})")
         )
     for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
-        console.print(Text(f"{title}: " + "  ".join(_shown(word) for word, _ in result[key])))
+        console.print(Text(f"{title}: " + "  ".join(printable(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
     if match := result["match"]:
         near = "" if match["nearest"] is None else f", nearest is its feature {match['nearest']} ({match['cosine']:.2f})"
@@ -258,9 +241,5 @@ def _print_feature(result: dict[str, Any]) -> None:
         kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
         line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")
         for token, activation in zip(example["tokens"], example["activations"], strict=True):
-            line.append(_shown(token), style="bold black on yellow" if activation > 0 else "not dim")
+            line.append(printable(token), style="bold black on yellow" if activation > 0 else "not dim")
         console.print(line)
-
-
-def _shown(text: str) -> str:
-    return "".join(character if character.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(character, "�") for character in text)

@@ -33,6 +33,8 @@ def print_summary(summary: dict[str, Any], config: str, root: str) -> None:
                 table.add_row(f"meta-structure, {name}", f"{structure[name]:.4f}")
     table.add_section()
     table.add_row("SAE", summary["paths"]["sae"])
+    if "safety" in summary["paths"]:
+        table.add_row("safety report", summary["paths"]["safety"])
     table.add_row("model version", f"models:/{summary['registered_model']}/{summary['model_version']}")
     table.add_row("alias", f"{summary['alias'] or '-'} ({summary['alias_reason']})")
     table.add_row("MLflow run", summary["mlflow_run"])

@@ -86,3 +86,8 @@ def print_tree(result: dict[str, Any]) -> None:
     import yaml
 
     print(yaml.safe_dump(result, sort_keys=False, allow_unicode=True), end="")
+
+
+def printable(text: str) -> str:
+    """In one line, with what turns or hides text made visible."""
+    return "".join(character if character.isprintable() else {"\n": "⏎", "\t": "⇥"}.get(character, "�") for character in text)

@@ -91,9 +91,18 @@ def _answer(question: str, given: str) -> str:
             for token in re.findall(r'("(?:[^"\\]|\\.)*") \d+', line)
         ]
         return f"Let me see.\nEXPLANATION: fires on {Counter(listed).most_common(1)[0][0]}"
+    if "does not belong" in question:
+        marked = [
+            [one.strip() for one in re.findall(r"<<(.*?)>>", text, re.S)]
+            for text in re.split(r"(?:^|\n\n)Text \d+: ", given)[1:]
+        ]
+        common = Counter(one for some in marked for one in set(some)).most_common(1)[0][0]
+        return str([next((number for number, some in enumerate(marked, 1) if common not in some), 1)])
     description, _, texts = given.partition("\n\n")
     token = json.loads(description.partition(" fires on ")[2])
     some = re.split(r"(?:^|\n\n)Text \d+: ", texts)[1:]
+    if "from 0 to 3" in question:
+        return str([3 if any(token.strip() in part for part in re.findall(r"<<(.*?)>>", text, re.S)) else 1 for text in some])
     if "marked" in question:
         return str([int(any(token.strip() in part for part in re.findall(r"<<(.*?)>>", text, re.S))) for text in some])
     return f"Sure: {[int(token.strip() in text) for text in some]}"

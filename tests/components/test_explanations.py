@@ -25,10 +25,10 @@ from components.interpretation.explanations import prompts
 from components.interpretation.explanations.asking import Answer, Charged, Unavailable
 from components.interpretation.explanations.cost import Answers, Budget, CapReached, Prices
 from components.interpretation.explanations.endpoint import Endpoint, retry_after
-from components.interpretation.explanations.evidence import gather
+from components.interpretation.explanations.evidence import Evidence, gather
 from components.interpretation.explanations.local import LocalExplainer
 from components.interpretation.explanations.prompts import Excerpt, read_explanation, read_judgements
-from components.interpretation.explanations.scoring import balanced_accuracy, questions_of
+from components.interpretation.explanations.scoring import balanced_accuracy, batches, questions_of, score
 from components.interpretation.explanations.table import Explanation, carried, read_explanations
 from components.language_model.loading import load_encoder
 from components.run.config import parse_config
@@ -98,6 +98,9 @@ def test_features_are_explained_scored_shown_and_found_and_nothing_is_paid_twice
     assert read_explanations(plan.sae_url, "other weights") == {}
     feature, best = max(table.items(), key=lambda item: item[1].detection or 0)
     assert best.detection >= 0.6  # features of random weights; one token says something of them
+    assert {type(one.intruder) for one in table.values()} <= {float, type(None)}
+    assert max(one.intruder or 0 for one in table.values()) > 0.5
+    assert max(one.specificity or 0 for one in table.values()) > 2
     assert sum(one.detection is not None and one.fuzzing is not None for one in table.values()) >= 3  # some fire everywhere
     shown = steps.show_feature(plan, feature)
     assert shown["explained"]["explanation"] == best.explanation == shown["row"]["explanation"]
@@ -391,6 +394,46 @@ def test_fuzzing_marks_as_many_wrong_tokens_and_none_of_the_right_ones(plan: Spe
     assert {question.text for question in asked["detection"]} == {excerpt.plain for excerpt in (*one.firing, *one.silent)}
     assert "<<" not in "".join(question.text for question in asked["detection"])
     assert Excerpt(("a", "b", "c", "d"), (0, 1, 1, 0)).marked([False, True, True, False]) == "a<<bc>>d"
+
+
+def test_intruders_are_found_without_the_explanation_and_grades_are_averaged(tmp_path: Path):
+    firing = tuple(Excerpt(("a", f"word{number}", " X", "b"), (0.0, 0.0, 2.0, 0.0)) for number in range(22))
+    silent = tuple(Excerpt((f"c{number}", " d", " e", " f"), (0.0, 0.0, 0.0, 0.0)) for number in range(9))
+    evidence = Evidence(feature=4, largest=2.0, shown=firing[:2], firing=firing, silent=silent)
+    trials = batches("says nothing", evidence, 5, ("intruder",))["intruder"]
+    assert len(trials) == 5  # four texts in which it fires for each
+    assert [sorted(one.truth for one in trial) for _, trial in trials] == [[False, True, True, True, True]] * 5
+    assert len({[one.truth for one in trial].index(False) for _, trial in trials}) > 1
+    texts = [one.text for _, trial in trials for one in trial]
+    assert len(set(texts)) == 25
+    assert all(text.count("<<") == 1 for text in texts)
+    assert "says nothing" not in json.dumps([messages for messages, _ in trials])
+
+    class Judge:
+        name = "judge"
+
+        def __init__(self, intruder: Callable[[list[str]], str], grades: str) -> None:
+            self.intruder, self.grades = intruder, grades
+
+        def ask(self, messages: Any, answer_tokens: int) -> Answer:
+            some = re.split(r"(?:^|\n\n)Text \d+: ", messages[1]["content"])[1:]
+            if "does not belong" in messages[0]["content"]:
+                return Answer(self.intruder(some), 1, 1)
+            return Answer(str(json.loads(self.grades)[: len(some)]), 1, 1)
+
+        def close(self) -> None: ...
+
+    def scored(name: str, judge: Judge) -> dict[str, float | None]:
+        answers = Answers(judge, str(tmp_path / name), Prices(0, 0), Budget(0.0), 20)
+        return score(answers, "x", evidence, 5, ("intruder", "specificity"))
+
+    knows = scored(
+        "knows", Judge(lambda some: str([next(n for n, text in enumerate(some, 1) if "<< X>>" not in text)]), "[3, 3, 2, 1, 0]")
+    )
+    assert knows == {"detection": None, "fuzzing": None, "intruder": 1.0, "specificity": pytest.approx((4 * 9 + 6) / 22)}
+    first = sum(not trial[0].truth for _, trial in trials) / 5
+    assert scored("first", Judge(lambda _: "[1]", "[4, 0, 0, 0, 0]")) == {**knows, "intruder": first, "specificity": None}
+    assert scored("none", Judge(lambda _: "[6]", "[true, 1, 1, 1, 1]")) == dict.fromkeys(knows)
 
 
 def test_explanations_carry_over_to_persisted_features_and_own_ones_stay():

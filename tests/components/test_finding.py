@@ -68,14 +68,35 @@ def test_both_orders_agree_where_little_comes_after(plan: Specification):
     torch.testing.assert_close(several, one_by_one, rtol=1e-4, atol=1e-5)
 
 
+def test_half_way_it_is_the_integral_along_each_ablation(plan: Specification):
+    model, sae = load_model(plan.source, CPU).double(), own_sae(plan.sae_url, CPU).double()
+    plain, found = attribution(model, plan.point, sae, IDS, 1, 5, 9, CPU)
+    firing = (found.amax(dim=0) > 0).nonzero()[:, 0].tolist()
+    each, _ = attribution(model, plan.point, sae, IDS, 1, 5, 9, CPU, passes=len(firing))
+    for feature in firing[:4]:
+        added = (found[:, feature].double()[:, None] * sae.W_dec[feature])[None]
+
+        def difference(amount: float, added: torch.Tensor = added) -> float:
+            logits = spliced_logits(model, plan.point, lambda x: x - amount * added, torch.tensor([IDS]))[0, -1]
+            return float(logits[5] - logits[9])
+
+        slope = (8 * (difference(0.48) - difference(0.52)) - (difference(0.46) - difference(0.54))) / (12 * 0.02)
+        assert each[feature].item() == pytest.approx(slope, rel=1e-3, abs=2e-4)
+    effects = ablation(model, plan.point, sae, IDS, 1, 5, 9, firing, CPU)
+    some, _ = attribution(model, plan.point, sae, IDS, 1, 5, 9, CPU, passes=8)
+    agreements = [spearman(values[firing], effects) for values in (plain, some, each)]
+    assert agreements[2] > 0.98
+    assert agreements[1] > agreements[0] or agreements[0] > 0.98
+
+
 def test_the_command_ranks_by_what_it_says(plan: Specification):
     encoder = load_encoder(plan.source)
     token = next(text for text in (" in", " the", "self") if len(encoder.encode([text])[0]) == 1)
-    found = steps.attribute(plan, "the feature fires where", token, None, 6, True)
+    found = steps.attribute(plan, "the feature fires where", token, None, 6, True, 8)
     effects = [row["ablation"] for row in found["features"]]
     assert effects == sorted(effects, reverse=True)
     assert -1 <= found["spearman"] <= 1
-    quick = steps.attribute(plan, "the feature fires where", token, token, 6, False)
+    quick = steps.attribute(plan, "the feature fires where", token, token, 6, False, 0)
     assert all(row["attribution"] == 0 and row["ablation"] is None for row in quick["features"])
     for changes, said in (
         ({"token": "no such single token"}, "--token: 'no such single token' is"),
@@ -83,7 +104,9 @@ def test_the_command_ranks_by_what_it_says(plan: Specification):
         ({"prompt": "a " * 300}, "--prompt: "),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
-            steps.attribute(plan, **{"prompt": "a", "token": token, "other": None, "limit": 3, "ablate": False, **changes})
+            steps.attribute(
+                plan, **{"prompt": "a", "token": token, "other": None, "limit": 3, "ablate": False, "passes": 0, **changes}
+            )
 
 
 def test_a_direction_finds_the_feature_that_writes_it(plan: Specification, tmp_path: Path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from completions import sensible, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from components import steps
-from components.run.config import parse_config
+from components.interpretation.prompt_sets import shipped_sets
+from components.run.config import load_config, parse_config
 from components.run.specification import resolve
 from flows.cli import app
 
@@ -44,6 +48,15 @@ def test_features_are_made_listed_and_shown(config: str):
     assert len(rows) == 5
     assert [row["density"] for row in rows] == sorted((row["density"] for row in rows), reverse=True)
     feature = rows[0]["feature"]
+    pure = json.loads(sae("list", config, "--json", "--sort", "one_token"))["features"]
+    shares = [row.pop("one_token") for row in pure]
+    assert shares == sorted(shares, reverse=True)
+    sample = [
+        one["tokens"][one["peak"]].strip() or one["tokens"][one["peak"]]
+        for one in json.loads(sae("show", config, str(pure[0]["feature"]), "--json"))["examples"]
+        if one["kind"] == "sample"
+    ]
+    assert shares[0] == max(Counter(sample).values()) / len(sample)
     shown = json.loads(sae("show", config, str(feature), "--json"))
     assert shown["row"] == rows[0]
     assert shown["examples"][0]["tokens"][shown["examples"][0]["peak"]] in rows[0]["tokens"]
@@ -65,6 +78,25 @@ def test_features_are_made_listed_and_shown(config: str):
     assert "(Spearman)" in attributed
     np.save(probe := Path(config).parent / "probe.npy", np.ones(32))
     assert len(json.loads(sae("search", config, "--direction", str(probe), "--limit", "3", "--json"))["features"]) == 3
+    added = json.loads(
+        sae("steer", config, str(feature), "--prompt", "alpha", "--mode", "scale", "--positions", "new", "--json")
+    )
+    assert (added["mode"], added["held_at"]) == ("scale", 5.0)
+    options = ("--prompt", "alpha", "--tokens", "4", "--save", str(Path(config).parent / "steered"))
+    assert CliRunner().invoke(app, ["features", "steer", config, str(feature), *options]).exit_code == 2
+    written = json.loads(sae("steer", config, str(feature), *options, "--mode", "add", "--json"))
+    loaded = AutoModelForCausalLM.from_pretrained(written["saved"])
+    ids = torch.tensor([[0, *AutoTokenizer.from_pretrained(written["saved"]).encode("alpha", add_special_tokens=False)]])
+    for _ in range(4):
+        ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert AutoTokenizer.from_pretrained(written["saved"]).decode(ids[0, -4:]) == written["steered"]
+    measured = json.loads(
+        sae("effect", config, str(feature), "--json", "--scale", "0", "--scale", "10", "--text", "alpha beta")
+    )
+    low, high = measured["scales"]
+    assert 0 <= low["kl_divergence"] < high["kl_divergence"]
+    assert high["unrelated_loss_added"] != low["unrelated_loss_added"]
+    assert "its likely tokens" in sae("effect", config, str(feature))
     folder = Path(config).parent / "exported"
     written = json.loads(sae("export", config, str(folder), "--format", "feature-json", "--json"))
     assert (folder / "features" / "index.json.gz").is_file()
@@ -83,3 +115,43 @@ def test_features_are_made_listed_and_shown(config: str):
     assert "explained as: fires on" in sae("show", config, str(first["feature"]))
     assert str(first["feature"]) in sae("search", config, "--explanation", "fires")
     assert CliRunner().invoke(app, ["features", "search", config]).exit_code == 2
+
+
+def test_prompts_and_their_contrast_find_features(config: str, tmp_path: Path):
+    own = tmp_path / "own.yaml"
+    pairs = [{"text": f"the {word} fires along", "against": f"the {word} of a row"} for word in "abcdefghijklmnop"]
+    own.write_text(yaml.safe_dump({"name": "own", "about": "fires along", "pairs": pairs}))
+
+    def sae(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["features", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    (found,) = json.loads(sae("contrast", config, "--prompts", str(own), "--json"))["sets"]
+    best = found["candidates"][0]
+    assert (found["chosen_on"], found["measured_on"]) == (8, 8)
+    assert best["held_out"]["auroc"] == 1.0
+    assert best["p_corrected"] < 0.05
+    assert best["fires_on"][0]["text"].endswith("fires along")
+    assert best["corpus"]["of"] > 10
+    assert not (Path(found_at(config)) / "safety.json").exists()
+    report = json.loads(sae("safety", config, "--json"))
+    assert {one["name"] for one in report["sets"]} == set(shipped_sets())
+    page = Path(report["page"]).read_text()
+    assert all(one["name"] in page for one in report["sets"])
+    assert "No finding is no clearance" in sae("safety", config)
+    rows = json.loads(sae("multilingual", config, "--json", "--limit", "3"))["features"]
+    assert len(rows) == 3
+    assert "languages" in sae("multilingual", config)
+    wrong = CliRunner().invoke(app, ["features", "safety", config, "--prompts", "no-such"])
+    assert (wrong.exit_code, "there is no file 'no-such'" in " ".join(wrong.output.split())) == (2, True)
+    # A run that asks for it has it beside its SAE, from where it goes into the MLflow run.
+    run = resolve(load_config(config, ["interpretation.safety=true", f"interpretation.prompt_sets=['{own}']"]))
+    steps.require_safety(run)
+    kept = json.loads((Path(run.sae_url) / "safety.json").read_text())
+    assert [one["name"] for one in kept["sets"]] == [*shipped_sets(), "own"]
+    assert run.sae_url == found_at(config)
+
+
+def found_at(config: str) -> str:
+    return resolve(load_config(config)).sae_url

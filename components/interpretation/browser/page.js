@@ -19,11 +19,11 @@ const there = (id) => DATA.compared.browser ? make("a", {href: `${DATA.compared.
 
 function explained(said) {
   if (!said) return [];
-  const scores = ["detection", "fuzzing"].filter((name) => said[name] !== null).map((name) => `${name} ${number(said[name])}`);
+  const scores = ["detection", "fuzzing", "intruder", "specificity"].filter((name) => typeof said[name] === "number").map((name) => `${name} ${number(said[name])}`);
   const origin = said.carried_from === null ? said.explainer
     : `carried over: said of feature ${said.carried_feature} of ${said.carried_from} (cosine ${number(said.carried_cosine)}) by ${said.explainer}`;
   return [make("p", {className: "explanation", dir: "auto"}, shown(said.explanation)),
-    make("p", {className: "faint"}, [...scores, shown(origin)].join(" · "), scores.length ? " (balanced accuracy, 0.5 is chance)" : "")];
+    make("p", {className: "faint"}, [...scores, shown(origin)].join(" · "), scores.length ? " (by chance: detection and fuzzing 0.5, intruder 0.2; specificity is from 0 to 3)" : "")];
 }
 
 function matched(match) {

@@ -42,7 +42,7 @@ def estimated_cost(
         present = answers.known(first)
         said = None if present is None else read_explanation(present)
         asked = [] if present is not None else [first]
-        scoring = batches(said or _USUAL_EXPLANATION, evidence, settings.scored_at_once).values()
+        scoring = batches(said or _USUAL_EXPLANATION, evidence, settings.scored_at_once, settings.scores).values()
         asked += [messages for parts in scoring for messages, _ in parts if said is None or answers.known(messages) is None]
         for messages in asked:
             about += prices.of(round(most_tokens(messages) / _BYTES_PER_TOKEN), settings.answer_tokens // 4)
@@ -89,10 +89,10 @@ def _explained(answers: Answers, evidence: Evidence, settings: ExplainerSettings
             reason = str(error)
             continue
         if said is not None:
-            scores = score(answers, said, evidence, settings.scored_at_once)
+            scores = score(answers, said, evidence, settings.scored_at_once, settings.scores)
             return Explanation(
                 feature=evidence.feature, explanation=said, explainer=answers.name, detection=scores["detection"],
-                fuzzing=scores["fuzzing"],
+                fuzzing=scores["fuzzing"], intruder=scores["intruder"], specificity=scores["specificity"],
             )  # fmt: skip
         reason = "an answer that is no explanation"
     return reason

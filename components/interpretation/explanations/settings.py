@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -44,6 +45,11 @@ class ExplainerSettings(Settings):
 
     shown: int = Field(default=20, ge=2, le=200)
     """Examples that an explanation is made from, over all quantiles."""
+
+    scores: tuple[Literal["detection", "fuzzing", "intruder", "specificity"], ...] = (
+        "detection", "fuzzing", "intruder", "specificity",
+    )  # fmt: skip
+    """How an explanation is scored, see `scoring`: each costs about 10 to 20 requests per feature with the numbers below."""
 
     scored: int = Field(default=50, ge=2, le=1_000)
     """Other examples that it is scored on: so many in which the feature fires, and so many in which it does not."""

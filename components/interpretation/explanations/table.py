@@ -22,6 +22,10 @@ class Explanation(Record):
     """Balanced accuracy; None where it was not measured."""
     fuzzing: float | None
     explainer: str
+    intruder: float | None = None
+    """Share of the texts that do not belong that were found, without the explanation; 0.2 is chance."""
+    specificity: float | None = None
+    """Mean grade from 0 to 3 of how the explanation fits what fires."""
     carried_from: str | None = None
     """The version whose feature was explained; None for this coder's own."""
     carried_feature: int | None = None
@@ -31,7 +35,8 @@ class Explanation(Record):
 _SCHEMA = pa.schema(
     {
         "feature": pa.int32(), "explanation": pa.string(), "detection": pa.float64(), "fuzzing": pa.float64(),
-        "explainer": pa.string(), "carried_from": pa.string(), "carried_feature": pa.int32(), "carried_cosine": pa.float64(),
+        "intruder": pa.float64(), "specificity": pa.float64(), "explainer": pa.string(),
+        "carried_from": pa.string(), "carried_feature": pa.int32(), "carried_cosine": pa.float64(),
     }
 )  # fmt: skip
 

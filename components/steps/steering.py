@@ -1,0 +1,165 @@
+"""Features turned up or down: what the model writes then, what else changes, and the changed model as one that runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from components import storage
+from components.evaluation.held_out import HeldOut, right_padded
+from components.interpretation import steered_model
+from components.interpretation.logits import logit_effects
+from components.interpretation.prompt_sets import load_harmless
+from components.interpretation.steering import Edit, Kind, Where, continued, edited, steered
+from components.language_model.loading import kept_model, load_encoder, load_tokenizer
+from components.run.specification import Specification
+from components.settings import UserError
+from components.steps.evaluation import own_sae
+from components.steps.interpretation import decode_of, token_ids, written_at
+
+_UNRELATED_SEQUENCES = 16
+_LIKELY = 10
+
+
+def steer(
+    run: Specification,
+    feature: int,
+    scale: float,
+    prompt: str,
+    count: int,
+    kind: Kind = "clamp",
+    positions: str = "all",
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """What the model writes after the prompt as it is, and with a feature held at `scale` times its largest activation, with
+    that added to it, or scaled. positions: all, prompt, new, or numbers. save: where to put the model that adds it."""
+    model, sae, largest = _feature(run, feature)
+    encoder, decode = load_encoder(run.source), decode_of(run)
+    room = run.model.longest_text or run.config.corpus.context_length
+    bos = [] if run.bos is None else [run.bos]
+    ids = [*bos, *encoder.of(rendered=True)([prompt])[0]]
+    if not ids or len(ids) + count > room:
+        raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
+    if save is not None and (kind, positions) != ("add", "all"):
+        raise UserError(
+            f"--save: a model without this project can hold `--mode add` at all positions, not '{kind}' at '{positions}'"
+        )
+    value = scale if kind == "scale" else scale * largest
+    coder = written_at(run, sae)
+    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)))
+    if save is not None:
+        made = steered_model.with_bias(model, run.point, value * coder.W_dec[feature].detach())
+        steered_model.save(made, load_tokenizer(run.source), save)
+    plain = continued(model, run.point, lambda *_: None, ids, count, run.device)
+    changed = continued(model, run.point, change, ids, count, run.device, run.read_points)
+    return {
+        "feature": feature,
+        "mode": kind,
+        "positions": positions,
+        "held_at": value,
+        "prompt": prompt,
+        "plain": "".join(map(decode, plain)),
+        "steered": "".join(map(decode, changed)),
+        "saved": None if save is None else str(save),
+    }
+
+
+def where_of(positions: str, prompt: int) -> Where | None:
+    """prompt: its tokens."""
+    if positions == "all":
+        return None
+    if positions in ("prompt", "new"):
+        return lambda at: (at < prompt) == (positions == "prompt")
+    try:
+        numbers = [int(part) for part in positions.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise UserError(f"--positions: '{positions}' is not accepted: all, prompt, new or numbers from 0 such as 3,4,9 are")
+    return lambda at: torch.isin(at, torch.tensor(numbers, device=at.device))
+
+
+@torch.no_grad()
+def steering_effect(run: Specification, feature: int, scales: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:
+    """What holding a feature at multiples of its largest activation does: on `texts` (harmless ones that ship where none are
+    given) to the ten tokens that it makes likely and to all others, and on unrelated text to the next token."""
+    model, sae, largest = _feature(run, feature)
+    coder = written_at(run, sae)
+    some = list(texts) or list(load_harmless().texts)
+    ids, bos = token_ids(run, some, "--text"), [] if run.bos is None else [run.bos]
+    prompts = [torch.tensor([[*bos, *one]], device=run.device) for one in ids]
+    effects = logit_effects(model, run.point, coder.W_dec[[feature]].detach(), _LIKELY)
+    likely = None if effects is None else effects[0][0, :_LIKELY]
+    unrelated = _unrelated(run)
+    clean = [model(input_ids=one, use_cache=False).logits.log_softmax(dim=-1) for one in prompts]
+    before = [_loss(model, *one) for one in unrelated]
+    rows = []
+    for scale in scales:
+        divergence = tokens = 0.0
+        likeliest = []
+        edits = [Edit(feature, scale * largest)]
+        with steered(model, run.point, coder, edits, reads=run.read_points):
+            for one, was in zip(prompts, clean, strict=True):
+                now = model(input_ids=one, use_cache=False).logits.log_softmax(dim=-1)
+                divergence += float((was.exp() * (was - now))[0, len(bos) :].sum())
+                tokens += one.shape[1] - len(bos)
+                if likely is not None:
+                    likeliest.append(now[0, len(bos) :, likely].exp().sum(dim=-1))
+            after = [_loss(model, *one) for one in unrelated]
+        count = sum(number for _, number in before)
+        rows.append(
+            {
+                "scale": scale,
+                "held_at": scale * largest,
+                "kl_divergence": divergence / tokens,
+                "likely_tokens": float(torch.cat(likeliest).mean()) if likeliest else None,
+                "unrelated_loss": sum(loss for loss, _ in after) / count,
+                "unrelated_loss_added": sum(loss for loss, _ in after) / count - sum(loss for loss, _ in before) / count,
+            }
+        )
+    decode = decode_of(run)
+    return {
+        "feature": feature,
+        "largest": largest,
+        "texts": len(some),
+        "unrelated_tokens": sum(number for _, number in before),
+        "likely": [] if likely is None else [decode(int(token)) for token in likely],
+        "likely_tokens_before": None
+        if likely is None
+        else float(torch.cat([one[0, len(bos) :, likely].exp().sum(dim=-1) for one in clean]).mean()),
+        "scales": rows,
+    }
+
+
+def _unrelated(run: Specification) -> list[tuple[Tensor, Tensor]]:
+    """Held-out sequences, and which of their tokens have a next one that counts."""
+    manifest = run.token_manifest()
+    assert manifest is not None
+    text = HeldOut(url=run.token_url, manifest=manifest)
+    block = right_padded(next(iter(text.batches(_UNRELATED_SEQUENCES * manifest.context_length, _UNRELATED_SEQUENCES))))
+    counted = torch.tensor(block.documents >= 0, device=run.device)
+    return [(torch.tensor(block.tokens, device=run.device).long(), counted)]
+
+
+def _loss(model: Any, tokens: Tensor, counted: Tensor) -> tuple[float, int]:
+    """Sum of the next-token losses in nats, and of how many."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    return float(losses[counted[:, 1:]].double().sum()), int(counted[:, 1:].sum())
+
+
+def _feature(run: Specification, feature: int) -> tuple[Any, Any, float]:
+    """Language model, coder and the feature's largest activation."""
+    if run.evaluation_record() is None:
+        raise UserError(f"sae: the artifact {run.sae_url} is not evaluated yet; run `sae evaluate` first")
+    model, sae = kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
+    if not 0 <= feature < sae.d_sae:
+        raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
+    with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
+        largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
+    return model, sae, float(largest)
