@@ -173,15 +173,15 @@ def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, 
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
     data = feature_data(run)
-    features = [data.feature(feature) for feature in range(data.d_sae)]
-    if sort == "one_token":
-        for one in features:
-            one["row"]["one_token"] = _on_one_token(one["examples"])
-    found = [
-        row
-        for row in (one["row"] for one in features)
-        if row["density"] > 0 and wanted.lower() in f"{row['tokens']} {row['logits']} {row['explanation']}".lower()
-    ]
+    found = []
+    for feature in range(data.d_sae):
+        known = data.feature(feature)
+        row = known["row"]
+        if row["density"] == 0 or wanted.lower() not in f"{row['tokens']} {row['logits']} {row['explanation']}".lower():
+            continue
+        if sort == "one_token":
+            row["one_token"] = _on_one_token(known["examples"])
+        found.append(row)
     if sort == "feature":
         return sorted(found, key=lambda row: row["feature"])
     return sorted(found, key=lambda row: (row[keys[sort]], row["density"]), reverse=True)
