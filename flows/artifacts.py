@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from components import steps
 from components.registry.records import Outcome
@@ -36,6 +44,24 @@ def mlflow_run(run: Specification, run_id: str, address: str | None) -> None:
         create_markdown_artifact(text, key="mlflow-run")
     else:
         create_link_artifact(address, link_text=f"MLflow run {run_id}", key="mlflow-run", description=text)
+
+
+@_for_show()
+def features(run: Specification) -> None:
+    """Where the feature browser is, and its map as a picture that needs no server."""
+    if run.config.interpretation.tokens == 0:
+        return
+    address = steps.browser_address(run)
+    link = address if "://" in address else Path(address).absolute().as_uri()
+    told = f"`{address}`, and `sae/browser/index.html` among the artifacts of the MLflow run"
+    create_link_artifact(link, link_text=f"Features of {run.config.title}", key="feature-browser", description=told)
+    if (figure := steps.feature_map(run)) is not None:
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=80)
+        data = base64.b64encode(picture.getvalue()).decode()
+        create_image_artifact(
+            f"data:image/png;base64,{data}", key="feature-map", description="Features that lie near one another"
+        )
 
 
 @_for_show()

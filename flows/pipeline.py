@@ -63,6 +63,7 @@ def line(run: Specification) -> Summary:
             evaluated(run)
         with _timed(seconds, "interpret"):
             interpreted(run)
+            artifacts.features(run)
         with _timed(seconds, "register"):
             outcome = register(sent, open_run)
         announce(run, outcome)

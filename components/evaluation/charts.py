@@ -116,6 +116,18 @@ def density(values: np.ndarray) -> Figure:
     return figure
 
 
+def feature_map(x: np.ndarray, y: np.ndarray, densities: np.ndarray) -> Figure:
+    """A dot per feature that fires: places `[d_sae]` (NaN for those that do not), larger and darker where it is denser."""
+    figure, (axes,) = _axes((4.5, 4.5), left=0.2, top=0.2, bottom=0.35)
+    shown = np.isfinite(x) & np.isfinite(y) & (densities > 0)
+    strength = np.log10(densities[shown])
+    span = max(float(np.ptp(strength)), 1e-9) if shown.any() else 1.0
+    strength = (strength - strength.min(initial=0.0)) / span
+    axes.scatter(x[shown], y[shown], s=3 + 22 * strength, color=_COLOURS["accent"], alpha=0.2 + 0.6 * strength, linewidths=0)
+    axes.set(xticks=[], yticks=[], aspect="equal", xlabel=f"{int(shown.sum()):,} features that fire, by direction")
+    return figure
+
+
 def breakdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
     """One line per group: cross-entropy as it is and with the SAE, explained variance, L0."""
     figure, panels = _axes((10, 0.75 + 0.3 * len(rows)), 3, left=2.6, top=0.3, bottom=0.3)

@@ -19,6 +19,10 @@ ALWAYS_DEFINED = ("mse", "l0", "ce_loss_clean", "ce_loss_sae", "kl_divergence")
 by.)"""
 
 
+OF_EXPLANATIONS = ("interpretable_share", "scored_explanations")
+"""Metrics that a version has once `sae features explain` has had its features explained and scored."""
+
+
 class Bound(Settings):
     at_least: float | None = None
     """The smallest value that passes."""
@@ -189,7 +193,9 @@ def _bound(name: str, bound: Bound, value: Any) -> GateResult:
         f"{sign} {limit:g}" for sign, limit in ((">=", bound.at_least), ("<=", bound.at_most)) if limit is not None
     )
     if not _is_number(value):
-        return GateResult(gate=name, passed=False, measured="not defined" if value is None else str(value), required=required)
+        unexplained = "no explanation of its features has been scored yet; `sae features explain` has that done"
+        missing = unexplained if name in OF_EXPLANATIONS else "not defined"
+        return GateResult(gate=name, passed=False, measured=missing if value is None else str(value), required=required)
     under = bound.at_least - value if bound.at_least is not None else -math.inf
     over = value - bound.at_most if bound.at_most is not None else -math.inf
     return _by_distance(name, max(under, over), f"{value:.5g}", required)

@@ -16,6 +16,7 @@ from components.steps.extraction import extract
 from components.steps.feature_export import export_features
 from components.steps.finding import attribute, search_direction
 from components.steps.given import evaluate_given, export_given, import_given
+from components.steps.interpretable import feature_map
 from components.steps.interpretation import (
     browser_address,
     interpret,
@@ -47,6 +48,7 @@ __all__ = [
     "export_features",
     "export_given",
     "extract",
+    "feature_map",
     "finish_evaluation",
     "finished_run",
     "import_given",

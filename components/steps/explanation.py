@@ -23,6 +23,7 @@ from components.interpretation.explanations.table import read_explanations, writ
 from components.interpretation.record import interpretation_url
 from components.run.specification import Specification
 from components.settings import UserError
+from components.steps.interpretable import record_explanations
 from components.steps.interpretation import decode_of, held_out_pass, refresh_browser
 
 _FEATURES_AT_ONCE = 500
@@ -49,6 +50,7 @@ def explain(
     wanted = chosen or _drawn(run)[:count]
     missing = [one for one in wanted if one not in table or table[one].carried_from is not None]
     if not missing:
+        record_explanations(run)
         return _outcome(run, 0, len(table), {}, None, budget, 0, (0.0, 0.0))
     explainer = _explainer(settings, run.device)
     try:
@@ -69,6 +71,7 @@ def explain(
     if done.found:
         write_explanations(run.sae_url, trained.weights_sha256, table.values())
         refresh_browser(run)
+        record_explanations(run)
     return _outcome(run, len(done.found), len(table), done.failed, done.stopped, budget, answers.asked, expected)
 
 

@@ -19,6 +19,7 @@ from components.run.config import flattened
 from components.run.specification import Specification
 from components.run.start import START_TAG
 from components.settings import UserError
+from components.steps.interpretable import GROUP, explanation_metrics, feature_map
 from components.steps.stability import stability_tags
 from components.tracking.settings import FLOW_RUN_TAG
 from components.training.job import TrainingRecord
@@ -67,6 +68,7 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
     open_run.log_evaluation(metrics)
     for kind, values in measured.optional.items():
         open_run.log_evaluation(values, group=kind)
+    open_run.log_evaluation(explanation_metrics(run), group=GROUP)
     lineage = Lineage(
         mlflow_run=open_run.run_id,
         prefect_flow_run=open_run.tags.get(FLOW_RUN_TAG),
@@ -85,8 +87,10 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
         features = pq.read_table(folder / "features.parquet")
     if earlier := _earlier_versions(run, open_run.client, measured):  # else the evaluation's own report says it all
         evaluation.write_report(run.sae_url, measured, features, earlier)
+    features_map = feature_map(run)
     open_run.log_figures(
         {
+            **({} if features_map is None else {"feature_map": features_map}),
             "training": charts.training(trained.curves),
             "cross_entropy": charts.losses(metrics),
             "feature_density": charts.density(features["density"].to_numpy()),
@@ -127,6 +131,7 @@ def register(run: Specification, open_run: Any) -> Outcome:
                 "sae.digest": run.sae_digest,
                 registry.DATASET_TAG: run.dataset_digest,
                 **staleness.version_tags(run),
+                **{f"{registry.METRIC_PREFIX}{name}": repr(value) for name, value in explanation_metrics(run).items()},
                 **({} if registered else stability_tags(open_run, run.registered_model, folder)),
                 **flow_run,
                 **run.code,

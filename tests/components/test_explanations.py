@@ -29,8 +29,10 @@ from components.interpretation.explanations.evidence import Evidence, gather
 from components.interpretation.explanations.local import LocalExplainer
 from components.interpretation.explanations.prompts import Excerpt, read_explanation, read_judgements
 from components.interpretation.explanations.scoring import balanced_accuracy, batches, questions_of, score
-from components.interpretation.explanations.table import Explanation, carried, read_explanations
+from components.interpretation.explanations.table import Explanation, carried, interpretable_share, read_explanations
 from components.language_model.loading import load_encoder
+from components.registry.gates import Bound, load_gates
+from components.registry.promotion import promote
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
@@ -107,14 +109,56 @@ def test_features_are_explained_scored_shown_and_found_and_nothing_is_paid_twice
     word = best.explanation.split()[-1]
     assert feature in [row["feature"] for row in steps.search_explanations(plan, f"FIRES {word}", 10)]
     assert steps.search_explanations(plan, "no-such-word", 10) == []
-    page = json.loads(
-        (Path(plan.sae_url) / "browser" / "table.js").read_text().removeprefix("const TABLE = ").removesuffix(";")
-    )
-    assert page["features"][feature]["explanation"] == best.explanation
+    piece = (Path(plan.sae_url) / "browser" / "words" / "00000.js").read_text()
+    assert json.loads(piece.removeprefix("words(0, ").removesuffix(");"))[feature][-1] == best.explanation
     # The key is nowhere but in the request.
     for file in Path(plan.config.storage.root).rglob("*"):
         assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
     assert KEY not in "".join(capfd.readouterr())
+
+
+def test_a_gate_asks_for_an_interpretable_share_of_what_was_explained_before_or_after_the_run_is_registered(
+    plan: Specification, tmp_path: Path
+):
+    gates = tmp_path / "explained.yaml"
+    gates.write_text(
+        "evaluation_tokens: 100\nbounds: {interpretable_share: {at_least: 0.01}, scored_explanations: {at_least: 2}}\n"
+        "champion: {must_improve: false}\n"
+    )
+    tracking = plan.config.tracking.model_copy(update={"gates": str(gates)})
+    run = plan.model_copy(update={"config": plan.config.model_copy(update={"tracking": tracking})})
+    with steps.tracked(run, {}) as open_run:
+        outcome = steps.register(run, open_run)
+        client, name = open_run.client, outcome.registered_model
+    assert outcome.alias == "challenger"
+    assert "interpretable_share (no explanation of its features has been scored yet" in outcome.alias_reason
+    assert "interpretation/interpretable_share" not in client.get_run(outcome.mlflow_run).data.metrics
+    assert "feature_map.png" in {entry.path for entry in client.list_artifacts(outcome.mlflow_run)}
+
+    with serving(sensible) as server:
+        explained(run, server, 6)
+    scores = [one.detection for one in read_explanations(run.sae_url, run.training_record().weights_sha256).values()]
+    known = [score for score in scores if score is not None]
+    share = sum(score >= 0.7 for score in known) / len(known)
+    logged = client.get_run(outcome.mlflow_run).data.metrics
+    assert (logged["interpretation/interpretable_share"], logged["interpretation/scored_explanations"]) == (share, len(known))
+    for wanted, alias in ((share + 0.01, "challenger"), (share, "champion")):
+        asked = load_gates(str(gates)).model_copy(update={"bounds": {"interpretable_share": Bound(at_least=wanted)}})
+        decision = promote(client, name, "1", asked)
+        assert decision.alias == alias, decision.reason
+    row = next(row for row in decision.report["gates"] if row["gate"] == "interpretable_share")
+    assert row["measured"] == f"{share:.5g}"
+
+
+def test_explanations_of_an_earlier_version_and_those_without_a_score_count_for_no_share():
+    def one(feature: int, detection: float | None, carried_from: str | None = None) -> Explanation:
+        return Explanation(
+            feature=feature, explanation="x", detection=detection, fuzzing=None, explainer="m", carried_from=carried_from
+        )
+
+    assert interpretable_share([one(0, None), one(1, 0.9, "3")]) == {}
+    found = interpretable_share([one(0, 0.7), one(1, 0.69), one(2, 0.5), one(3, 1.0), one(4, None), one(5, 0.1, "3")])
+    assert found == {"interpretable_share": 0.5, "scored_explanations": 4}
 
 
 def test_a_run_that_dies_goes_on_without_paying_again(plan: Specification, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -70,6 +71,9 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     assert f"models:/{first['registered_model']}/1" in shown["model-version"]
     assert '"metric": "l0"' in shown["metrics"]
     assert '"gate": "finite"' in shown["gates"]
+    assert f"(file://{first['paths']['browser']})" in shown["feature-browser"]
+    picture = base64.b64decode(shown["feature-map"].removeprefix("data:image/png;base64,"))
+    assert picture.startswith(b"\x89PNG")
     assert shown["training-progress"] == "100"
     assert not first["reused"]
     assert (first["alias"], first["model_version"]) == ("champion", 1)

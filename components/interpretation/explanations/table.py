@@ -13,6 +13,8 @@ from components.settings import Record
 
 TABLE = "explanations.parquet"
 _WEIGHTS = b"weights_sha256"
+INTERPRETABLE = 0.7
+"""Detection's balanced accuracy from which on an explanation counts as one that fits; 0.5 is chance."""
 
 
 class Explanation(Record):
@@ -58,6 +60,16 @@ def read_explanations(sae_url: str, weights_sha256: str) -> dict[int, Explanatio
     if (table.schema.metadata or {}).get(_WEIGHTS) != weights_sha256.encode():
         return {}
     return {row["feature"]: Explanation(**row) for row in table.to_pylist()}
+
+
+def interpretable_share(explanations: Iterable[Explanation]) -> dict[str, float]:
+    """`interpretable_share`: of the features whose own explanation was scored by detection, those that reach `INTERPRETABLE`;
+    and `scored_explanations`, how many there are. Empty where there is none: what was carried over says nothing of this coder."""
+    scores = [one.detection for one in explanations if one.carried_from is None and one.detection is not None]
+    if not scores:
+        return {}
+    fitting = sum(score >= INTERPRETABLE for score in scores)
+    return {"interpretable_share": fitting / len(scores), "scored_explanations": float(len(scores))}
 
 
 def carried(
