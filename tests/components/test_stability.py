@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from components import steps
 from components.evaluation import stability
 from components.evaluation.stability import Dictionary, compare, nearest_across
+from components.interpretation.browser import STATUSES
 from components.interpretation.explanations.table import Explanation, read_explanations, write_explanations
 from components.registry.catalogue import compare as compare_versions
 from components.registry.gates import Gates
@@ -207,12 +209,12 @@ def test_a_version_says_what_it_has_of_the_champion(tiny_tree: dict, tmp_path: P
     assert earlier.alias == "champion"
 
     # the same in the browser and in `sae features show`
-    page = (Path(later_run.sae_url) / "browser" / "table.js").read_text()
-    shown = json.loads(page.removeprefix("const TABLE = ").removesuffix(";"))
+    page = (Path(later_run.sae_url) / "browser" / "index.js").read_text()
+    shown = json.loads(page.removeprefix("index(").removesuffix(");"))
     assert shown["compared"]["with"] == f"version 1 of {name}"
     assert shown["compared"]["counts"] == {key: found[key] for key in ("persisted", "split", "new", "merged", "vanished")}
-    for row in shown["features"]:
-        assert row["status"] == expected.get(("version", row["feature"]), ("", None))[0]
+    statuses = [STATUSES[status] for status in base64.b64decode(shown["statuses"])]
+    assert statuses == [expected.get(("version", feature), ("", None))[0] for feature in range(shown["count"])]
     gone = {i: status for (side, i), (status, _) in expected.items() if side == "champion" and status in ("vanished", "merged")}
     assert {row[0]: row[1] for row in shown["compared"]["gone"]} == gone
     assert shown["compared"]["browser"] == f"../../{Path(first.sae_url).name}/browser/index.html"

@@ -63,7 +63,8 @@ def test_a_run_is_a_completed_flow_and_unchanged_it_needs_no_server_at_all(confi
     before = {flow_run["id"] for flow_run in ask(prefect_environment, "/flow_runs/filter", {})}
     first = run(config, prefect_environment)
     new = [flow_run for flow_run in ask(prefect_environment, "/flow_runs/filter", {}) if flow_run["id"] not in before]
-    assert [flow_run["state_type"] for flow_run in new] == ["COMPLETED"] * 3  # the pipeline; extraction and evaluation in it
+    # the pipeline; extraction, evaluation and interpretation in it
+    assert [flow_run["state_type"] for flow_run in new] == ["COMPLETED"] * 4
     (flow_run,) = [flow_run for flow_run in new if flow_run["parent_task_run_id"] is None]
     artifacts = ask(prefect_environment, "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [flow_run["id"]]}}})
     shown = {found["key"]: str(found["data"]) for found in artifacts}

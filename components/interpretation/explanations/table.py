@@ -64,7 +64,7 @@ def read_explanations(sae_url: str, weights_sha256: str) -> dict[int, Explanatio
 
 def interpretable_share(explanations: Iterable[Explanation]) -> dict[str, float]:
     """`interpretable_share`: of the features whose own explanation was scored by detection, those that reach `INTERPRETABLE`;
-    and `scored_explanations`, how many there are. Empty where there is none: what was carried over says nothing of this coder."""
+    and `scored_explanations`, how many there are. Empty for none: what was carried over says nothing of this coder."""
     scores = [one.detection for one in explanations if one.carried_from is None and one.detection is not None]
     if not scores:
         return {}
