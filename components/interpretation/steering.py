@@ -18,14 +18,17 @@ Replace = Callable[[Tensor, Tensor], Tensor | None]
 or None to leave it."""
 
 
-def clamped(sae: Autoencoder, feature: int, value: float) -> Replace:
+def clamped(sae: Autoencoder, feature: int, value: float, longest: float | None = None) -> Replace:
     """The feature at `value` on every token. What the coder does not reconstruct stays (the paper's error term): only
-    `(value - f) W_dec` is added."""
+    `(value - f) W_dec` is added. longest: tokens of a larger norm are left alone: on an attention sink, which it was not
+    trained on, f means nothing and may be thousands."""
     row: Tensor = sae.W_dec[feature]  # type: ignore[attr-defined]
 
     def replace(x: Tensor, y: Tensor) -> Tensor:
         features, _ = sae.reconstruct(x.reshape(-1, x.shape[-1]).to(row.dtype))
         change = (value - features.dense()[:, feature]).reshape(*y.shape[:-1], 1)
+        if longest is not None:
+            change = change * (x.norm(dim=-1, keepdim=True) <= longest)
         return (y.to(row.dtype) + change * row).to(y.dtype)
 
     return replace

@@ -230,7 +230,9 @@ def steer(run: Specification, feature: int, scale: float, prompt: str, count: in
     ids = [*bos, *encoder.of(rendered=True)([prompt])[0]]
     if not ids or len(ids) + count > room:
         raise UserError(f"--prompt: {len(ids)} tokens with {count} to come are not accepted: 1 to {room} are, all together")
-    held = steering.clamped(written_at(run, sae), feature, scale * largest)
+    manifest = run.dataset_manifest() if not run.read_points else None
+    longest = None if manifest is None else manifest.exclusion.norm_limits.get(str(run.point))
+    held = steering.clamped(written_at(run, sae), feature, scale * largest, longest)
     plain = steering.continued(model, run.point, lambda *_: None, ids, count, run.device)
     steered = steering.continued(model, run.point, held, ids, count, run.device, run.read_points)
     return {
