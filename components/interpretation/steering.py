@@ -33,10 +33,15 @@ class Edit:
 
 
 def edited(
-    sae: Autoencoder, edits: Sequence[Edit], where: Where | None = None, first: Callable[[], int] = lambda: 0
+    sae: Autoencoder,
+    edits: Sequence[Edit],
+    where: Where | None = None,
+    first: Callable[[], int] = lambda: 0,
+    longest: float | None = None,
 ) -> Replace:
     """What the coder does not reconstruct stays (the paper's error term): only `(new - f) W_dec` is added. where: all
-    positions where it is not given. first: the position of the first token of a pass."""
+    positions where it is not given. first: the position of the first token of a pass. longest: tokens of a larger norm are
+    left alone: on an attention sink, which it was not trained on, f means nothing and may be thousands."""
     rows: Tensor = sae.W_dec[[edit.feature for edit in edits]]  # type: ignore[attr-defined]
 
     def replace(x: Tensor, y: Tensor) -> Tensor:
@@ -50,6 +55,8 @@ def edited(
         if where is not None:
             positions = torch.arange(y.shape[1], device=y.device) + first()
             change = change * where(positions)[None, :, None]
+        if longest is not None:
+            change = change * (x.norm(dim=-1, keepdim=True) <= longest)
         return (y.to(rows.dtype) + change @ rows).to(y.dtype)
 
     return replace
@@ -61,9 +68,9 @@ def _change(edit: Edit, now: Tensor) -> Tensor:
     return (edit.value - 1) * now if edit.kind == "scale" else torch.full_like(now, edit.value)
 
 
-def clamped(sae: Autoencoder, feature: int, value: float) -> Replace:
+def clamped(sae: Autoencoder, feature: int, value: float, longest: float | None = None) -> Replace:
     """The feature at `value` on every token."""
-    return edited(sae, [Edit(feature, value)])
+    return edited(sae, [Edit(feature, value)], longest=longest)
 
 
 @contextmanager
@@ -74,6 +81,7 @@ def steered(
     edits: Sequence[Edit],
     where: Where | None = None,
     reads: Sequence[HookPoint] = (),
+    longest: float | None = None,
 ) -> Iterator[None]:
     """While open, every forward pass of the model has the edits, those of `generate` with its cache among them.
 
@@ -94,7 +102,7 @@ def steered(
 
     handle = model.register_forward_pre_hook(begun, with_kwargs=True)
     try:
-        with replaced(model, point, edited(sae, edits, where, lambda: first), lambda: batch, reads):
+        with replaced(model, point, edited(sae, edits, where, lambda: first, longest), lambda: batch, reads):
             yield
     finally:
         handle.remove()

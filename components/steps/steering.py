@@ -51,7 +51,7 @@ def steer(
         )
     value = scale if kind == "scale" else scale * largest
     coder = written_at(run, sae)
-    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)))
+    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)), longest=longest_of(run))
     if save is not None:
         made = steered_model.with_bias(model, run.point, value * coder.W_dec[feature].detach())
         steered_model.save(made, load_tokenizer(run.source), save)
@@ -67,6 +67,12 @@ def steer(
         "steered": "".join(map(decode, changed)),
         "saved": None if save is None else str(save),
     }
+
+
+def longest_of(run: Specification) -> float | None:
+    """The norm over which the SAE has seen no token, where there is such a limit and it reads what it writes."""
+    manifest = None if run.read_points else run.dataset_manifest()
+    return None if manifest is None else manifest.exclusion.norm_limits.get(str(run.point))
 
 
 def where_of(positions: str, prompt: int) -> Where | None:
@@ -89,7 +95,7 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
     """What holding a feature at multiples of its largest activation does: on `texts` (harmless ones that ship where none are
     given) to the ten tokens that it makes likely and to all others, and on unrelated text to the next token."""
     model, sae, largest = _feature(run, feature)
-    coder = written_at(run, sae)
+    coder, longest = written_at(run, sae), longest_of(run)
     some = list(texts) or list(load_harmless().texts)
     ids, bos = token_ids(run, some, "--text"), [] if run.bos is None else [run.bos]
     prompts = [torch.tensor([[*bos, *one]], device=run.device) for one in ids]
@@ -103,7 +109,7 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
         divergence = tokens = 0.0
         likeliest = []
         edits = [Edit(feature, scale * largest)]
-        with steered(model, run.point, coder, edits, reads=run.read_points):
+        with steered(model, run.point, coder, edits, reads=run.read_points, longest=longest):
             for one, was in zip(prompts, clean, strict=True):
                 now = model(input_ids=one, use_cache=False).logits.log_softmax(dim=-1)
                 divergence += float((was.exp() * (was - now))[0, len(bos) :].sum())

@@ -294,6 +294,16 @@ def test_steering_adds_what_is_missing_along_the_decoder_row_and_keeps_the_error
     torch.testing.assert_close(own, one)
 
 
+def test_steering_leaves_attention_sinks_alone():
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=20), 8)
+    sae.initialise(1)
+    x = torch.randn(2, 3, 8)
+    x[:, 0] *= 1_000
+    found = clamped(sae, 4, 2.5, longest=50.0)(x, x)
+    assert torch.equal(found[:, 0], x[:, 0])
+    torch.testing.assert_close(found[:, 1:], clamped(sae, 4, 2.5)(x, x)[:, 1:])
+
+
 def test_none_where_the_configuration_wants_none(plan: Specification):
     config = plan.config.model_copy(update={"interpretation": plan.config.interpretation.model_copy(update={"tokens": 0})})
     assert steps.interpret(plan.model_copy(update={"config": config})) is None
