@@ -181,7 +181,7 @@ def test_both_models_go_through_the_line(pair_tree: dict, another_model: str, ti
     assert "What differs between the two models" in (Path(run.sae_url) / "report.html").read_text()
     assert steps.interpret(run) is not None
     prompt = "document 7: the sparse feature of a model fires"
-    found = steps.attribute(run, prompt, "self", None, 5, True)
+    found = steps.attribute(run, prompt, "self", None, 5, True, 8)
     assert found["spearman"] > 0.5, found
     assert steps.steer(run, int(np.argmax(features["density"])), 5.0, prompt, 3)["plain"]
     _, again = steps.evaluate_given(run, run.sae_url)

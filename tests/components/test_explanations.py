@@ -342,7 +342,7 @@ def test_a_hostile_answer_is_shown_as_text_or_not_at_all(plan: Specification):
         assert len(one.explanation) <= prompts.LONGEST
         assert (one.detection, one.fuzzing) == (None, None)
     for path in (Path(plan.sae_url) / "browser").rglob("*.js"):
-        if path.name not in ("browser.js", "map.js"):
+        if path.name not in ("browser.js", "map.js", "page.js", "data.js"):  # ours; all others hold data
             assert not re.search("[<\x1b\u202e\x00]", path.read_text()), path
 
 

@@ -186,7 +186,7 @@ def test_a_transcoder_goes_through_the_line_and_learns(transcoder_tree: dict):
     assert measured.about.hook_point == "mlp_in.1-to-mlp_out.1"
     assert plan.registered_model.endswith("mlp_in.1-to-mlp_out.1")
     assert steps.interpret(plan) is not None
-    found = steps.attribute(plan, "document 7: the sparse feature of a model fires", "self", None, 5, True)
+    found = steps.attribute(plan, "document 7: the sparse feature of a model fires", "self", None, 5, True, 8)
     assert found["spearman"] > 0.5, found
     _, again = steps.evaluate_given(plan, plan.sae_url)
     assert again.metrics["explained_variance"] == pytest.approx(measured.metrics["explained_variance"], rel=1e-6)
@@ -213,7 +213,7 @@ def test_a_crosscoder_is_measured_column_by_column(tiny_tree: dict):
         assert measured.metrics[name] == pytest.approx(sum(row[name] for row in rows) / 2)
     assert rows[0]["l0"] == rows[1]["l0"]
     assert steps.interpret(plan) is not None
-    found = steps.attribute(plan, "document 7: the sparse feature of a model fires", "self", None, 5, True)
+    found = steps.attribute(plan, "document 7: the sparse feature of a model fires", "self", None, 5, True, 8)
     assert found["spearman"] > 0.5, found
 
 
