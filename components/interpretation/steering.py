@@ -33,10 +33,15 @@ class Edit:
 
 
 def edited(
-    sae: Autoencoder, edits: Sequence[Edit], where: Where | None = None, first: Callable[[], int] = lambda: 0
+    sae: Autoencoder,
+    edits: Sequence[Edit],
+    where: Where | None = None,
+    first: Callable[[], int] = lambda: 0,
+    longest: float | None = None,
 ) -> Replace:
     """What the coder does not reconstruct stays (the paper's error term): only `(new - f) W_dec` is added. where: all
-    positions where it is not given. first: the position of the first token of a pass."""
+    positions where it is not given. first: the position of the first token of a pass. longest: tokens of a larger norm are left
+    alone: on an attention sink, which no coder with a mask was trained on, f means nothing and may be thousands."""
     rows: Tensor = sae.W_dec[[edit.feature for edit in edits]]  # type: ignore[attr-defined]
 
     def replace(x: Tensor, y: Tensor) -> Tensor:
@@ -50,6 +55,8 @@ def edited(
         if where is not None:
             positions = torch.arange(y.shape[1], device=y.device) + first()
             change = change * where(positions)[None, :, None]
+        if longest is not None:
+            change = change * (x.norm(dim=-1, keepdim=True) <= longest)
         return (y.to(rows.dtype) + change @ rows).to(y.dtype)
 
     return replace

@@ -51,7 +51,9 @@ def steer(
         )
     value = scale if kind == "scale" else scale * largest
     coder = written_at(run, sae)
-    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)))
+    manifest = None if run.read_points else run.dataset_manifest()
+    longest = None if manifest is None else manifest.exclusion.norm_limits.get(str(run.point))
+    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)), longest=longest)
     if save is not None:
         made = steered_model.with_bias(model, run.point, value * coder.W_dec[feature].detach())
         steered_model.save(made, load_tokenizer(run.source), save)

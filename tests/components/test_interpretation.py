@@ -22,7 +22,7 @@ from components.interpretation import examples as module
 from components.interpretation.described import FeatureData
 from components.interpretation.examples import Examples, Firings, bin_edges, lots
 from components.interpretation.logits import logit_effects
-from components.interpretation.steering import clamped
+from components.interpretation.steering import Edit, clamped, edited
 from components.interpretation.together import TokenSample
 from components.interpretation.token_shares import token_shares
 from components.language_model.hook_points import HookPoint
@@ -292,6 +292,16 @@ def test_steering_adds_what_is_missing_along_the_decoder_row_and_keeps_the_error
     one = x[where][:1][None]
     own = clamped(sae, 4, before[where][0].item())(one, one)
     torch.testing.assert_close(own, one)
+
+
+def test_steering_leaves_attention_sinks_alone():
+    sae = ReLUSAE.autoencoder(ReLUSettings(d_sae=20), 8)
+    sae.initialise(1)
+    x = torch.randn(2, 3, 8)
+    x[:, 0] *= 1_000
+    found = edited(sae, [Edit(4, 2.5)], longest=50.0)(x, x)
+    assert torch.equal(found[:, 0], x[:, 0])
+    torch.testing.assert_close(found[:, 1:], clamped(sae, 4, 2.5)(x, x)[:, 1:])
 
 
 def test_none_where_the_configuration_wants_none(plan: Specification):
