@@ -51,7 +51,8 @@ def steer(
         )
     value = scale if kind == "scale" else scale * largest
     coder = written_at(run, sae)
-    manifest = None if run.read_points else run.dataset_manifest()
+    # What is added does not depend on f.
+    manifest = None if run.read_points or kind == "add" else run.dataset_manifest()
     longest = None if manifest is None else manifest.exclusion.norm_limits.get(str(run.point))
     change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)), longest=longest)
     if save is not None:
