@@ -116,7 +116,9 @@ class RunConfig(Settings):
         """The run in a few words, for people: two configurations of one name have different ones."""
         sae, training = self.sae, self.training
         size = f"{sae.d_sae:,}" if sae.d_sae else f"x{sae.expansion_factor or 8:g}"
-        sparsity = next((f" {said}{getattr(sae, name):g}" for name, said in _SPARSITIES.items() if hasattr(sae, name)), "")
+        target = getattr(sae, "target_l0", None) if getattr(sae, "sparsity", "target_l0") == "target_l0" else None
+        said = {**({"target_l0": "L0 "} if target else {}), **_SPARSITIES}
+        sparsity = next((f" {word}{getattr(sae, name):g}" for name, word in said.items() if hasattr(sae, name)), "")
         place = training.hook_point or "+".join(training.crosscoder or self.activations.hook_points)
         # What nobody would read is told apart by a digest.
         rest = digest(self.model_dump(mode="json", exclude={"storage", "execution", "tracking", "device"}))[:4]

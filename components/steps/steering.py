@@ -51,7 +51,9 @@ def steer(
         )
     value = scale if kind == "scale" else scale * largest
     coder = written_at(run, sae)
-    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)), longest=longest_of(run))
+    # What is added does not depend on f.
+    longest = None if kind == "add" else longest_of(run)
+    change = edited(coder, [Edit(feature, value, kind)], where_of(positions, len(ids)), longest=longest)
     if save is not None:
         made = steered_model.with_bias(model, run.point, value * coder.W_dec[feature].detach())
         steered_model.save(made, load_tokenizer(run.source), save)

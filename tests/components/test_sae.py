@@ -351,8 +351,8 @@ def test_relu_arrives_at_the_l0_that_was_asked_for_whatever_the_data():
                 coder.after_step()
             found[active, target] = coder.encode(x[:4_000]).active().float().mean().item()
     assert found[16, None] > 1.3 * found[4, None]
-    assert found[4, 6.0] == pytest.approx(6.0, rel=0.15)
-    assert found[16, 6.0] == pytest.approx(6.0, rel=0.15)
+    assert found[4, 6.0] == pytest.approx(6.0, rel=0.1)
+    assert found[16, 6.0] == pytest.approx(6.0, rel=0.1)
 
 
 def test_lambda_on_its_way_to_an_l0_is_kept_and_does_not_leave_the_project(tmp_path: Path):
@@ -361,7 +361,7 @@ def test_lambda_on_its_way_to_an_l0_is_kept_and_does_not_leave_the_project(tmp_p
     before = coder.losses(inputs(), inputs(), WHOLE).weights["sparsity"]
     coder.after_step()
     after = coder.losses(inputs(), inputs(), WHOLE).weights["sparsity"]
-    assert after > before == 5.0
+    assert after > before > 5.0
     again = ReLUSAE.autoencoder(coder.settings, 6)
     again.load_state_dict(coder.state_dict())
     assert again.losses(inputs(), inputs(), WHOLE).weights["sparsity"] == after

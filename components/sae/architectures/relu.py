@@ -15,9 +15,9 @@ from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.settings import CoderSettings
 
-_GROWTH_STEPS = 400
-"""Steps over which lambda grows e-fold while the L0 is e times the wanted one. The L0 follows lambda with a lag of about a
-hundred steps, and four times as slow a controller does not overshoot."""
+_PROPORTIONAL, _INTEGRAL_STEPS = 2.0, 25
+"""How the logarithm of lambda answers that of L0 / target: at once, and by its sum. The L0 lags about a hundred steps behind
+lambda and falls as its power -0.3 (late) to -1 (early); both come to a damping of about 0.75."""
 
 
 class ReLUSettings(CoderSettings):
@@ -60,12 +60,12 @@ class ReLUSAE(Coder):
     settings: ReLUSettings
     by_feature_from = rectified.LARGE
     growth: Tensor | None
-    """Natural logarithm of what lambda has been multiplied by, `[]`, where it aims at an L0."""
+    """Natural logarithm of what lambda is multiplied by in the long run, `[]`, where it aims at an L0."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.register_buffer("growth", None if self.settings.target_l0 is None else torch.zeros(()))
-        self._active: Tensor | None = None
+        self._excess: Tensor | None = None
 
     def encode(self, x: Tensor) -> Features:
         x, bias = x.reshape(-1, self.d_in), self.read_bias(self.b_enc)
@@ -94,9 +94,15 @@ class ReLUSAE(Coder):
             # mean over tokens first: [n, d_sae] -> [d_sae], then one dot product with the norms
             sparsity = self.over_features(features.means() @ self.row_norms())
         coefficient = self.settings.sparsity_coefficient * progress.rise(self.settings.sparsity_warmup)
-        if self.growth is not None:
-            coefficient *= float(self.growth.exp())
-            self._active = self.over_tokens(self.over_features(features.detach().active().float().mean())).detach()
+        # At the start half of all features fire, which no lambda is to blame for.
+        if (
+            self.growth is not None
+            and self.settings.target_l0 is not None
+            and progress.rise(2 * self.settings.sparsity_warmup) == 1
+        ):
+            active = self.over_tokens(self.over_features(features.detach().active().float().mean())).detach()
+            self._excess = (active / self.settings.target_l0).log().clamp(-1.0, 1.0)
+            coefficient *= float((self.growth + _PROPORTIONAL * self._excess).exp())
         terms = {"reconstruction": reconstruction_loss(y, y_hat), "sparsity": sparsity}
         weights = {"reconstruction": 1.0, "sparsity": coefficient}
         if self.settings.auxk_coefficient > 0 and progress.dead is not None:
@@ -107,12 +113,9 @@ class ReLUSAE(Coder):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self.growth is None or self._active is None or self.settings.target_l0 is None:
-            return
-        # Bounded: at the start half of all features fire, which no lambda is to blame for.
-        excess = (self._active / self.settings.target_l0).log().clamp(-1.0, 1.0)
-        self.growth += excess / _GROWTH_STEPS
-        self._active = None
+        if self.growth is not None and self._excess is not None:
+            self.growth += self._excess / _INTEGRAL_STEPS
+            self._excess = None
 
     def exported(self) -> Exported:
         return Exported("standard", {name: value for name, value in self.state_dict().items() if name != "growth"}, {})
