@@ -86,8 +86,8 @@ def _of_a_run(environment: dict[str, str], scratch: Path, stack: ExitStack) -> d
     prefect = environment["PREFECT_API_URL"].removesuffix("/api")
     return {
         "feature-browser": Shot(f"file://{sae}/browser/index.html#12", "Where it fires most", 1100, 1000),
-        "evaluation-report": Shot(f"file://{sae}/report.html", "explained_variance", 1160, 2330),
-        "mlflow-run": Shot(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run}", "loss_recovered", 1500, 1100),
+        "evaluation-report": Shot(f"file://{sae}/report.html", "What the language model loses", 1160, 2330),
+        "mlflow-run": Shot(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run}", "Metrics", 1500, 1900),
         "prefect-run": Shot(f"{prefect}/runs/flow-run/{flow_run}", "register", 1400, 1100),
     }
 

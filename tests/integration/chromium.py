@@ -146,11 +146,12 @@ class Page:
         self.call("Input.insertText", text=text)
 
     def place(self, script: str) -> tuple[float, float]:
-        """The middle of the element that an expression gives, scrolled into view."""
+        """The middle of the element that an expression gives, scrolled into view; looked for again where the page was drawn
+        anew in the meantime."""
         frame = "await new Promise(requestAnimationFrame)"
-        middle = "const r = e.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]"
-        scroll = f"e.scrollIntoView({{block: 'center'}}); {frame}; {frame}"
-        x, y = self.run(f"(async () => {{ const e = {script}; {scroll}; {middle}; }})()")
+        look = f"const e = {script}; e.scrollIntoView({{block: 'center'}}); {frame}; {frame}; r = e.getClientRects()[0]"
+        middle = "return [r.x + r.width / 2, r.y + r.height / 2]"
+        x, y = self.run(f"(async () => {{ let r; do {{ {look} }} while (!r); {middle}; }})()")
         return x, y
 
     def shape(self, width: int, height: int, dark: bool = False) -> None:

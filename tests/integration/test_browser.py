@@ -112,7 +112,7 @@ def test_a_reader_finds_a_feature_reads_it_and_compares_versions(page: Page, ver
     assert page.run("document.title") == "Feature 2"
     assert page.run("document.querySelectorAll('main img, main script').length") == 0
     page.hover(*page.place("document.querySelector('.example b.peak')"))
-    page.wait("!document.querySelector('.tip')?.hidden")
+    page.wait("document.querySelector('.tip')?.hidden === false")
     value = re.search(r": ([0-9.e-]+)$", page.run("document.querySelector('.tip').textContent"))
     first = page.run("document.querySelector('.example small').innerText")
     assert value is not None
