@@ -62,7 +62,7 @@ PACKAGES = [
 
 
 @pytest.fixture(scope="session")
-def saelens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saelens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with SAELens and other peers, which ask for another torch than ours: they go there without their requirements,
     and processes that should see them get that folder on their path. Skips with pip's words where they cannot be installed,
     and fails in CI."""
@@ -72,7 +72,10 @@ def saelens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode != 0:
         missing = pytest.fail if os.environ.get("CI") else pytest.skip
         missing(f"SAELens cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        # Triton is there for the interpreter of our own kernels; sparsify would run its on a CPU, which has no driver for them.
+        patch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+        yield folder
 
 
 class MLflowServer:
