@@ -97,8 +97,7 @@ def replay(job: Training, device: torch.device) -> Replay:
     training = new_coder(job, tuple(reads), tuple(writes), device)
     restore_checkpoint(training, folder)
     x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
-    dead = training.silent_tokens >= job.settings.dead_after_tokens
-    progress = Progress(step - 1, job.steps, dead)
+    progress = Progress(step - 1, job.steps, training.dead(job.settings))
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.settings.autocast == "bfloat16"):
         losses = training.coder.losses(x, y, progress)
     losses.total.backward()

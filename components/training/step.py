@@ -60,6 +60,10 @@ class CoderInTraining:
         self.silent_tokens.copy_(tensors["silent_tokens"])
         self.step, self.curves = step, curves
 
+    def dead(self, settings: TrainingSettings) -> Tensor:
+        """Which features have been silent for so long that they count as dead, `[d_sae]`."""
+        return self.silent_tokens >= settings.dead_after
+
     def require_finite(self) -> None:
         """A FloatingPointError that names the step in which training diverged, if it did. Waits for the device."""
         step = int(self.diverged_at.item())
@@ -93,7 +97,7 @@ def take_step(
     told so on the device, without waiting for it.
     """
     coder, optimizer = training.coder, training.optimizer
-    dead = training.silent_tokens >= settings.dead_after
+    dead = training.dead(settings)
     progress = Progress(training.step, settings.steps, dead)
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16"):
         losses = coder.losses(x, y, progress)
@@ -115,7 +119,7 @@ def take_step(
     training.silent_tokens.masked_fill_(fired if coder.mesh is None else coder.mesh.any(fired), 0)
     training.step += 1
     if is_due(coder, training.step, settings.steps):
-        dead = training.silent_tokens >= settings.dead_after
+        dead = training.dead(settings)
         resample(coder, optimizer, dead, x, y, training.seed, training.step)
         training.silent_tokens.masked_fill_(dead, 0)
     if measured or x.device.type == "cpu":  # where the device is the CPU, asking waits for nothing
@@ -134,7 +138,7 @@ def _point(
     shares = {
         "variance": (y - mean).square().sum(dim=1).mean(),
         "l0": losses.features.active().float().mean(),
-        "dead_fraction": (training.silent_tokens >= settings.dead_after).float().mean(),
+        "dead_fraction": training.dead(settings).float().mean(),
     }
     found = averaged(shares | dict(losses.terms), ("l0",), training.coder.mesh)
     variance, reconstruction = found["variance"], found["reconstruction"]

@@ -91,6 +91,13 @@ def test_an_explosion_is_an_end_although_it_is_finite(tiny_tree: dict):
     assert found["terms"]["reconstruction"] > 1e9 * 32
 
 
+def test_the_step_that_is_run_again_has_the_same_dead_features(tiny_tree: dict):
+    run = planned(tiny_tree, {"auxk_coefficient": 0.1}, learning_rate=300.0, learning_rate_warmup=0.5, dead_after_share=1e-6)
+    with pytest.raises(FloatingPointError):
+        steps.train(run)
+    assert steps.replay(run)["terms"]["auxk"] > 0
+
+
 class Interrupted(Exception):
     pass
 
