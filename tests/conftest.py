@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # No test may reach a hub or a server that the environment of whoever runs it happens to name.
-for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_PROFILE"):
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -34,14 +34,16 @@ def connect(settings: TrackingSettings, root: str) -> MlflowClient:
     """Point MLflow at the configured store and make sure that the experiment is there."""
     quiet_mlflow()
     uri = tracking_uri(settings, root)
-    environment = os.environ.get(URI_VARIABLE)
+    before = {name: os.environ.get(name) for name in (URI_VARIABLE, "MLFLOW_REGISTRY_URI")}
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    # MLflow writes the variable too; left there, it would decide the next run of this process with another root.
-    if environment is None:
-        os.environ.pop(URI_VARIABLE, None)
-    else:
-        os.environ[URI_VARIABLE] = environment
+    # MLflow writes the variables too; left there, they would decide the next run of this process with another root, and
+    # where a program that it starts looks for models.
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     with errors_redacted(), refusal_explained(), _alone_with(uri):
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)  # which makes the tables of a fresh database
         ensure_experiment(client, settings.experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -177,6 +178,14 @@ def test_of_two_processes_that_make_the_same_sae_the_second_waits_for_the_first(
     (run,) = client.search_runs([experiment], "tags.`sae.run_digest` = 'same'")
     assert opened == [run.info.run_id]
     assert run.info.status == "FINISHED"
+
+
+def test_a_program_that_is_started_afterwards_is_not_sent_to_our_store(root: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/of-the-user.db")
+    monkeypatch.delenv("MLFLOW_REGISTRY_URI", raising=False)
+    connect(TrackingSettings(uri=f"sqlite:///{root}/ours.db"), root)
+    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") and name.endswith("_URI")}
+    assert variables == {"MLFLOW_TRACKING_URI": "sqlite:////nowhere/of-the-user.db"}
 
 
 def test_a_flow_run_that_is_started_again_does_not_wait_for_itself(root: str):

@@ -25,6 +25,21 @@ from components import storage
 from components.storage.retries import patience
 from infra.stack import postgres as cluster
 
+SHARED = {"live": "stack", "mlflow_server": "mlflow", "saelens": "peers"}
+"""Fixtures that take long to make, and the name of those tests that share one."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one group run one after the other in one process: those of a file, and those that share a dear fixture. Those
+    of the stack come first, since they take longest, most of it waiting."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            names = getattr(item, "fixturenames", ())
+            group = next((SHARED[name] for name in SHARED if name in names), item.path.stem)
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "live" not in getattr(item, "fixturenames", ()))
+
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:

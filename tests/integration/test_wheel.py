@@ -39,8 +39,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """Of a newcomer: no checkout, no server, no hub."""
-    strangers = ("PYTHONPATH", "PREFECT_API_URL", "MLFLOW_TRACKING_URI", "SAE_STORAGE_ROOT")
-    found = {name: value for name, value in os.environ.items() if name not in strangers}
+    strangers = ("PYTHONPATH", "PREFECT_", "MLFLOW_", "SAE_")
+    found = {name: value for name, value in os.environ.items() if not name.startswith(strangers)}
     return {**found, "HF_HUB_OFFLINE": "1", "PREFECT_HOME": str(tmp_path / "prefect")}
 
 
