@@ -52,7 +52,7 @@ $(VENV)/.integration: $(INSTALLED) requirements-integration.lock
 
 .PHONY: test-integration
 test-integration: $(VENV)/.integration  ## Run the tests against real servers and the peer library
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "integration and not soak"
+	@$(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder -m "integration and not soak" tests/integration
 
 .PHONY: soak
 soak: $(VENV)/.integration  ## Run the long campaigns (kill -9 at every moment that can be told apart)

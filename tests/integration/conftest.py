@@ -14,31 +14,43 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import s3fs
 from mlflow import MlflowClient
 from seaweed import Seaweed
 from stack_client import Live
+from xdist.scheduler import LoadScopeScheduling
 
 from components import storage
 from components.storage.retries import patience
 from infra.stack import postgres as cluster
 
-SHARED = {"live": "stack", "mlflow_server": "mlflow", "saelens": "peers"}
-"""Fixtures that take long to make, and the name of those tests that share one."""
+SHARED = {
+    **dict.fromkeys(["test_stack", "test_stack_closed", "test_tutorials"], "stack"),
+    **dict.fromkeys(["test_mlflow_servers", "test_doctor"], "mlflow"),
+    **dict.fromkeys(["test_saelens", "test_saelens_evaluation", "test_saebench_layout", "test_peer_formats"], "peers"),
+}
+"""Files whose tests share what takes long to start or to install."""
 
 
-@pytest.hookimpl(tryfirst=True)
+class Together(LoadScopeScheduling):
+    """Tests of a file, and of files that share a server, run one after the other in one process. (xdist's own `loadgroup` does
+    nothing with pytest 9: its hook is not called.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).stem
+        return SHARED.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together:
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one group run one after the other in one process: those of a file, and those that share a dear fixture. Those
-    of the stack come first, since they take longest, most of it waiting."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            names = getattr(item, "fixturenames", ())
-            group = next((SHARED[name] for name in SHARED if name in names), item.path.stem)
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: "live" not in getattr(item, "fixturenames", ()))
+    """Those of the stack first: they take longest, most of it waiting."""
+    items.sort(key=lambda item: SHARED.get(item.path.stem) != "stack")
 
 
 @pytest.fixture(scope="session")
