@@ -30,7 +30,8 @@ STATUSES = ("", "persisted", "split", "new")
 _WORDS = ("tokens", "logits", "explanation")
 _NUMBERS = ("density", "max", "mean", "score")
 _GONE = ("feature", "status", "nearest", "cosine", "density")
-_STATIC = ("index.html", "browser.css", "data.js", "page.js", "map.js", "browser.js")
+_STATIC = ("browser.css", "data.js", "page.js", "map.js", "browser.js", "index.html")
+"""The page last: a folder without one is not whole."""
 _ESCAPES = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 
 

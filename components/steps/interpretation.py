@@ -55,6 +55,7 @@ def interpret(run: Specification) -> InterpretationRecord | None:
     matches = match_with_champion(run, record.weights_sha256)
     carry_over(run, record.weights_sha256, matches)
     refresh_browser(run)
+    storage.delete(run.kept_spans_url(present.digest))
     return present
 
 
@@ -136,7 +137,6 @@ def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> I
     effects, rows = effects_of(model, run.point, written_at(run, sae), settings.logits), getattr(sae, "W_dec", None)
     places = None if rows is None else layout(rows.detach(), seen.examples.firing > 0)
     write_feature_data(interpretation_url(run.sae_url), record, seen, settings, text, effects, places)
-    storage.delete(job.kept_url)
     return record
 
 
