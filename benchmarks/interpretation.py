@@ -108,7 +108,9 @@ def _passed(whole: Pass, clock: Any) -> tuple[dict[str, float], int]:
     for start in range(0, len(whole.text.sequences), SPAN // LENGTH):  # type: ignore[arg-type]
         part = range(start, min(start + SPAN // LENGTH, len(whole.text.sequences)))  # type: ignore[arg-type]
         batches = dataclasses.replace(whole, text=dataclasses.replace(whole.text, sequences=part)).batches()
-        seen = Seen(settings, whole.d_sae, LENGTH, CPU)
+        begin = clock()
+        seen = Seen(settings, whole.d_sae, LENGTH, CPU, kept)
+        spent += clock() - begin
         for _ in itertools.count():
             begin = clock()
             batch = next(batches, None)

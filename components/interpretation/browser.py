@@ -30,7 +30,8 @@ STATUSES = ("", "persisted", "split", "new")
 _WORDS = ("tokens", "logits", "explanation")
 _NUMBERS = ("density", "max", "mean", "score")
 _GONE = ("feature", "status", "nearest", "cosine", "density")
-_STATIC = ("index.html", "browser.css", "data.js", "page.js", "map.js", "browser.js")
+_STATIC = ("browser.css", "data.js", "page.js", "map.js", "browser.js", "index.html")
+"""The page last: a folder without one is not whole."""
 _ESCAPES = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 
 
@@ -93,12 +94,18 @@ def _compared(sae_url: str, data: FeatureData) -> dict[str, Any] | None:
         "with": f"version {matches.version} of {matches.registered_model}",
         "counts": {name: matches.counts[name] for name in COUNTS},
         "kept": matches.counts["kept_share"],
-        "browser": None if matches.folder is None else f"../../{matches.folder}/{FOLDER}/index.html",
+        "browser": _beside(matches.folder),
+        "versions": {one.version: _beside(one.folder) for one in data.earlier},
         "gone": [
             [row[name] if name in whole or row[name] is None else float(f"{row[name]:.4g}") for name in _GONE]
             for row in gone_features(sae_url)
         ],
     }
+
+
+def _beside(folder: str | None) -> str | None:
+    """The browser of another coder, seen from one's own."""
+    return None if folder is None else f"../../{folder}/{FOLDER}/index.html"
 
 
 def _packed(values: np.ndarray) -> str:

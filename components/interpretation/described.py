@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from components import storage
 from components.interpretation.explanations.table import Explanation
 from components.interpretation.feature_data import FEATURES_PER_GROUP
+from components.interpretation.history import Earlier, history
 from components.interpretation.matches import MatchesRecord, matched_features
 from components.interpretation.record import interpretation_url
 
@@ -25,7 +26,7 @@ Decode = Callable[[int], str]
 class FeatureData:
     """Of the coder at `sae_url`. Memory: a row per feature; the examples of `FEATURES_PER_GROUP` features at a time.
 
-    decode: the text of one token. matches, explanations: what lies there of them.
+    decode: the text of one token. matches, explanations: what lies there of them. earlier: see `read_history`.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class FeatureData:
         decode: Decode,
         matches: MatchesRecord | None = None,
         explanations: Mapping[int, Explanation] | None = None,
+        earlier: Sequence[Earlier] = (),
     ) -> None:
-        self.matches, self.explanations = matches, explanations or {}
+        self.matches, self.explanations, self.earlier = matches, explanations or {}, earlier
         self._words, url = Words(decode), interpretation_url(sae_url)
         self._matches = {} if matches is None else matched_features(sae_url)
         with storage.local_copies(url, ("examples.parquet", "features.parquet")) as folder:
@@ -48,8 +50,8 @@ class FeatureData:
         self._block, self._rows, self._examples = -1, list[dict[str, Any]](), dict[int, list[dict[str, Any]]]()
 
     def feature(self, feature: int, window: int = WINDOW) -> dict[str, Any]:
-        """Its `row` of the table, the tokens and features beside it, neighbours, what it makes likely and unlikely, and
-        examples of at most `window` tokens to each side."""
+        """Its `row` of the table, the tokens and features beside it, neighbours, what it makes likely and unlikely, what it
+        was in earlier versions, and examples of at most `window` tokens to each side."""
         known, examples = self._load(feature)
         likely, unlikely = self._logits(known)
         words, match, said = self._words, self._matches.get(feature), self.explanations.get(feature)
@@ -67,6 +69,10 @@ class FeatureData:
             "unlikely": unlikely,
             "neighbours": [[other, _short(cosine)] for other, cosine in near],
             "explained": said and said.model_dump(exclude={"feature"}),
+            "history": [
+                {name: _short(value) if isinstance(value, float) else value for name, value in row.items()}
+                for row in history(feature, self.earlier)
+            ],
             "match": match and {**match, "cosine": None if match["cosine"] is None else _short(match["cosine"])},
             "row": {
                 "feature": feature,

@@ -145,6 +145,12 @@ class Examples:
         columns = (keys, drawn[kept], found.ids[found.tokens][kept].int(), values[kept])
         self._append(_Log(*(column.cpu().numpy() for column in columns)))
 
+    def continue_after(self, earlier: Examples) -> None:
+        """Of a new one: what `earlier` would not keep, which has all sequences before these, is not kept here either."""
+        earlier._compacted()
+        self._weakest.copy_(earlier._weakest)
+        self._least.copy_(earlier._least)
+
     def include(self, other: Examples) -> None:
         """Those of sequences that come later."""
         self.firing += other.firing
@@ -186,7 +192,8 @@ class Examples:
             return self._log
         log, self._more, self._waiting = _Log.joined([self._log, *self._more]), [], 0
         self._log = _Log.empty()
-        log = log[log.keys.argsort(kind="stable")]
+        # By feature is by key: of each they come in the order of sequences and places.
+        log = log[_order((log.keys // self._span).astype(np.int32))]
         features = log.keys // self._span
         pairs = np.cumsum(np.diff(log.keys // self.length, prepend=-1) != 0) - 1
         strongest, weakest = self._strongest(log)
@@ -196,10 +203,13 @@ class Examples:
         wanted[pairs[entries[ranks < self.drawn]]] = True
         kept = wanted[pairs]
         kept[entries[ranks < self.sampled]] = True
-        self._weakest.copy_(torch.from_numpy(weakest))
-        for least, count in zip(self._least, (self.drawn, self.sampled), strict=True):
+        # Never lower than what it began with, of which the sequences are not here.
+        self._weakest = torch.maximum(self._weakest, torch.from_numpy(weakest).to(self._weakest.device))
+        for number, count in enumerate((self.drawn, self.sampled)):
             last = entries[ranks == count - 1]
-            least[torch.from_numpy(features[last]).to(least.device)] = torch.from_numpy(log.lots[last]).to(least.device)
+            least = torch.full((len(self.firing),), -1)
+            least[torch.from_numpy(features[last])] = torch.from_numpy(log.lots[last])
+            self._least[number] = torch.maximum(self._least[number], least.to(self._least.device))
         self._log = log[kept]
         return self._log
 
@@ -212,8 +222,8 @@ class Examples:
             return starts, weakest
         scores, features = np.maximum.reduceat(log.values, starts), log.keys[starts] // self._span
         # Floats over 0 are in the order of their bits; of equal ones the first stays first.
-        order = (features * (1 << 32) - scores.view(np.int32)).argsort(kind="stable")
-        ranks = _ranks(features[order])
+        order = _order(features * (1 << 32) - scores.view(np.int32))
+        ranks = ranks_of(features[order])
         last = order[ranks == self.count - 1]
         weakest[features[last]] = scores[last]
         return starts[order[ranks < self.count]], weakest
@@ -221,11 +231,16 @@ class Examples:
     def _ranked(self, log: _Log) -> tuple[np.ndarray, np.ndarray]:
         """Entries by feature and then falling lot, and the rank of each in its feature."""
         features = log.keys // self._span
-        order = (features * (1 << _LOT_BITS) - (log.lots >> (62 - _LOT_BITS))).argsort(kind="stable")
-        return order, _ranks(features[order])
+        order = _order(features * (1 << _LOT_BITS) - (log.lots >> (62 - _LOT_BITS)))
+        return order, ranks_of(features[order])
 
 
-def _ranks(groups: np.ndarray) -> np.ndarray:
+def _order(numbers: np.ndarray) -> np.ndarray:
+    """As `argsort(kind="stable")`, three times as fast: torch sorts whole numbers by their digits."""
+    return torch.from_numpy(numbers).sort(stable=True).indices.numpy()
+
+
+def ranks_of(groups: np.ndarray) -> np.ndarray:
     """Of each element its number within its run of equal ones."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))

@@ -25,10 +25,21 @@ logger = logging.getLogger(__name__)
 class Seen:
     """Adds up batch after batch, and span after span, in their order."""
 
-    def __init__(self, settings: InterpretationSettings, d_sae: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: InterpretationSettings,
+        d_sae: int,
+        length: int,
+        device: torch.device,
+        earlier: Seen | None = None,
+    ) -> None:
+        """earlier: of all the text before, where it is known: what would be dropped beside that is not kept at all."""
         self.examples = Examples(settings.examples, settings.drawn, d_sae, length, device, sampled=SAMPLED)
         self.together = TokenSample(d_sae)
         self.tokens = self.sequences = 0
+        if earlier is not None:
+            self.examples.continue_after(earlier.examples)
+            self.together.continue_after(earlier.together)
 
     def add(self, batch: Batch) -> None:
         found = batch.firings()

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from components.interpretation.examples import Firings, lots
+from components.interpretation.examples import Firings, lots, ranks_of
 
 TOKENS = 1 << 16
 """Of the sample; where the text has no more, all of them."""
 _FEATURES = 64
 """Of a token, at most: those that fire most."""
 _BLOCK = 256
+_STEP = 2.0**-30
+"""Overlaps that differ by less may count as equal."""
 _LOT = -2
 """In the place of a feature, where lots of tokens alone are drawn."""
 
@@ -33,10 +35,16 @@ class TokenSample:
         some, tokens, features, values = (part.cpu().numpy() for part in parts)
         numbers = np.cumsum(wanted.cpu().numpy()) - 1
         tokens = numbers[tokens]
-        order = np.lexsort((features, -values, tokens))
         counts = np.bincount(tokens, minlength=len(some))
-        ranks = np.arange(len(tokens)) - np.repeat(counts.cumsum() - counts, counts)
-        self._include(some, np.minimum(counts, _FEATURES), features[order[ranks < _FEATURES]])
+        crowded = np.flatnonzero((counts > _FEATURES)[tokens])
+        order = crowded[np.lexsort((features[crowded], -values[crowded], tokens[crowded]))]
+        features = np.delete(features, order[ranks_of(tokens[order]) >= _FEATURES])
+        self._include(some, np.minimum(counts, _FEATURES), features)
+
+    def continue_after(self, earlier: TokenSample) -> None:
+        """Of a new one: tokens that `earlier` would not keep are not kept here either."""
+        earlier._cut()
+        self._least = earlier._least
 
     def include(self, other: TokenSample) -> None:
         self._include(other._lots, other._counts, other._features)
@@ -76,21 +84,26 @@ class TokenSample:
         offsets = np.concatenate([[0], self._counts.cumsum(dtype=np.int64)])
         shape = (len(self._lots), self.d_sae)
         firing = csr_array((np.ones(len(self._features), np.float32), self._features, offsets), shape=shape)
-        by_feature, totals = csc_array(firing), np.bincount(self._features, minlength=self.d_sae)
+        by_feature, totals = csc_array(firing), np.bincount(self._features, minlength=self.d_sae).astype(np.float32)
         others = np.full((self.d_sae, count), -1, np.int32)
         shares, overlaps = np.zeros((self.d_sae, count), np.float32), np.zeros((self.d_sae, count), np.float32)
-        taken = min(count, self.d_sae)
         for first in range(0, self.d_sae, _BLOCK):
-            rows = slice(first, min(first + _BLOCK, self.d_sae))
-            both = (by_feature[:, rows].T @ firing).toarray()
-            either = totals[rows, None] + totals[None] - both
-            overlap = both / np.maximum(either, 1)
-            overlap[np.arange(len(both)), np.arange(first, first + len(both))] = 0.0
+            product = by_feature[:, first : first + _BLOCK].T @ firing
+            rows, found = first + np.repeat(np.arange(product.shape[0]), np.diff(product.indptr)), product.indices
+            product.data[rows == found] = 0.0
+            both = product.data
+            either = totals[rows] + totals[found] - both  # counts under 2^24: exact
+            rough = both / either
+            dense = csr_array((rough, found, product.indptr), shape=product.shape).toarray()
+            last = torch.from_numpy(dense).topk(min(count, self.d_sae), dim=1).values[:, -1].numpy()
+            some = (both > 0) & (rough >= (last * np.float32(1 - 1e-5) - np.float32(2 * _STEP))[rows - first])
+            rows, found, both = rows[some], found[some], both[some].astype(np.float64)
+            overlap = both / either[some]
             # Of equal ones those of smaller numbers, whatever the order in which they are looked at.
-            ranked = (overlap.astype(np.float64) * (1 << 30)).astype(np.int64) * (1 << 32) - np.arange(self.d_sae)
-            best = torch.from_numpy(ranked).topk(taken, dim=1).indices.numpy()
-            found = np.take_along_axis(overlap, best, axis=1)
-            others[rows, :taken] = np.where(found > 0, best, -1)
-            shares[rows, :taken] = np.take_along_axis(both, best, axis=1) / np.maximum(totals[rows, None], 1)
-            overlaps[rows, :taken] = found
+            order = np.lexsort((found, -(overlap / _STEP).astype(np.int64), rows))
+            ranks = ranks_of(rows[order])
+            order, ranks = order[ranks < count], ranks[ranks < count]
+            own = rows[order]
+            others[own, ranks], overlaps[own, ranks] = found[order], overlap[order]
+            shares[own, ranks] = both[order] / totals[own]
         return others, shares, overlaps

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from components.sae.kernels.sparse import Places, decoded
+from components.sae.kernels.sparse import Places, decoded, true_places
 
 
 class Features(ABC):
@@ -104,8 +104,9 @@ class DenseFeatures(Features):
         return torch.nn.functional.pad(found.values, missing), torch.nn.functional.pad(found.indices, missing)
 
     def firing(self) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, features = (self.values > 0).nonzero(as_tuple=True)
-        return tokens, features, self.values[tokens, features]
+        flat = true_places((self.values > 0).flatten())
+        tokens = flat // self.d_sae
+        return tokens, flat - tokens * self.d_sae, self.values.flatten()[flat]
 
     def detach(self) -> DenseFeatures:
         return DenseFeatures(self.values.detach())

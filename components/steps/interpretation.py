@@ -22,6 +22,7 @@ from components.interpretation.browser import FOLDER, write_browser
 from components.interpretation.described import Decode, FeatureData
 from components.interpretation.explanations.table import read_explanations
 from components.interpretation.feature_data import effects_of, write_feature_data
+from components.interpretation.history import read_history
 from components.interpretation.job import InterpretationJob
 from components.interpretation.layout import layout
 from components.interpretation.matches import read_matches
@@ -54,6 +55,7 @@ def interpret(run: Specification) -> InterpretationRecord | None:
     matches = match_with_champion(run, record.weights_sha256)
     carry_over(run, record.weights_sha256, matches)
     refresh_browser(run)
+    storage.delete(run.kept_spans_url(present.digest))
     return present
 
 
@@ -88,7 +90,7 @@ def look_at_span(job: InterpretationJob, exclusion: Exclusion, device: torch.dev
     keep_span(job.kept_url, span, partial(_seen, job, exclusion, device, span))
 
 
-def _seen(job: InterpretationJob, exclusion: Exclusion, device: torch.device, span: Span) -> Seen:
+def _seen(job: InterpretationJob, exclusion: Exclusion, device: torch.device, span: Span, earlier: Seen | None = None) -> Seen:
     with LOADING:  # the coder too: torch's default type is another meanwhile
         sae, model = own_sae(job.sae_url, device), kept_model(job.source, device)
     text = dataclasses.replace(job.text, sequences=span.sequences)
@@ -96,7 +98,7 @@ def _seen(job: InterpretationJob, exclusion: Exclusion, device: torch.device, sp
         sae=sae, d_sae=sae.d_sae, model=model, points=job.points, text=text, tokens=span.tokens, exclusion=exclusion,
         device=device,
     )  # fmt: skip
-    seen = Seen(job.settings, sae.d_sae, text.manifest.context_length, device)
+    seen = Seen(job.settings, sae.d_sae, text.manifest.context_length, device, earlier)
     for batch in held_out.batches():
         seen.add(batch)
     return seen
@@ -122,7 +124,7 @@ def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> I
     exclusion = exclusion_of(run, model, text.manifest)
     seen = Seen(settings, sae.d_sae, text.manifest.context_length, torch.device("cpu"))
     for span in job.spans:
-        include_span(job.kept_url, span, seen, partial(_seen, job, exclusion, device, span))
+        include_span(job.kept_url, span, seen, partial(_seen, job, exclusion, device, span, seen))
     named = run.interpretation_identity(weights_sha256)
     record = InterpretationRecord(
         digest=identity.digest(named),
@@ -135,7 +137,6 @@ def _feature_tables(run: Specification, text: HeldOut, weights_sha256: str) -> I
     effects, rows = effects_of(model, run.point, written_at(run, sae), settings.logits), getattr(sae, "W_dec", None)
     places = None if rows is None else layout(rows.detach(), seen.examples.firing > 0)
     write_feature_data(interpretation_url(run.sae_url), record, seen, settings, text, effects, places)
-    storage.delete(job.kept_url)
     return record
 
 
@@ -245,7 +246,9 @@ def feature_data(run: Specification) -> FeatureData:
     record = run.training_record()
     assert record is not None
     matches = read_matches(run.sae_url, record.weights_sha256)
-    return FeatureData(run.sae_url, decode_of(run), matches, read_explanations(run.sae_url, record.weights_sha256))
+    said = read_explanations(run.sae_url, record.weights_sha256)
+    earlier = read_history(storage.join(run.config.storage.root, "saes"), run.sae_url, matches)
+    return FeatureData(run.sae_url, decode_of(run), matches, said, earlier)
 
 
 def decode_of(run: Specification) -> Decode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.evaluation.held_out import HeldOut, right_padded
+from components.evaluation.held_out import HeldOut
 from components.interpretation import steered_model
 from components.interpretation.logits import logit_effects
 from components.interpretation.prompt_sets import load_harmless
@@ -20,9 +21,9 @@ from components.language_model.loading import kept_model, load_encoder, load_tok
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import own_sae
-from components.steps.interpretation import decode_of, token_ids, written_at
+from components.steps.interpretation import decode_of, held_out_pass, token_ids, written_at
 
-_UNRELATED_SEQUENCES = 16
+_UNRELATED_SEQUENCES, _UNRELATED_TOKENS = 16, 1 << 15
 _LIKELY = 10
 
 
@@ -95,7 +96,8 @@ def where_of(positions: str, prompt: int) -> Where | None:
 @torch.no_grad()
 def steering_effect(run: Specification, feature: int, scales: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:
     """What holding a feature at multiples of its largest activation does: on `texts` (harmless ones that ship where none are
-    given) to the ten tokens that it makes likely and to all others, and on unrelated text to the next token."""
+    given) to the ten tokens that it makes likely and to all others, and to the next token of unrelated text, which is of the
+    held-out corpus and does not make it fire (None where there is no such sequence)."""
     model, sae, largest = _feature(run, feature)
     coder, longest = written_at(run, sae), longest_of(run)
     some = list(texts) or list(load_harmless().texts)
@@ -103,9 +105,10 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
     prompts = [torch.tensor([[*bos, *one]], device=run.device) for one in ids]
     effects = logit_effects(model, run.point, coder.W_dec[[feature]].detach(), _LIKELY)
     likely = None if effects is None else effects[0][0, :_LIKELY]
-    unrelated = _unrelated(run)
+    unrelated = _unrelated(run, feature)
+    count = int(sum(counted[:, 1:].sum() for _, counted in unrelated))
     clean = [model(input_ids=one, use_cache=False).logits.log_softmax(dim=-1) for one in prompts]
-    before = [_loss(model, *one) for one in unrelated]
+    before = sum(_loss(model, *one) for one in unrelated) / count if count else None
     rows = []
     for scale in scales:
         divergence = tokens = 0.0
@@ -118,16 +121,15 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
                 tokens += one.shape[1] - len(bos)
                 if likely is not None:
                     likeliest.append(now[0, len(bos) :, likely].exp().sum(dim=-1))
-            after = [_loss(model, *one) for one in unrelated]
-        count = sum(number for _, number in before)
+            after = sum(_loss(model, *one) for one in unrelated) / count if count else None
         rows.append(
             {
                 "scale": scale,
                 "held_at": scale * largest,
                 "kl_divergence": divergence / tokens,
                 "likely_tokens": float(torch.cat(likeliest).mean()) if likeliest else None,
-                "unrelated_loss": sum(loss for loss, _ in after) / count,
-                "unrelated_loss_added": sum(loss for loss, _ in after) / count - sum(loss for loss, _ in before) / count,
+                "unrelated_loss": after,
+                "unrelated_loss_added": None if after is None or before is None else after - before,
             }
         )
     decode = decode_of(run)
@@ -135,7 +137,8 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
         "feature": feature,
         "largest": largest,
         "texts": len(some),
-        "unrelated_tokens": sum(number for _, number in before),
+        "unrelated_tokens": count,
+        "unrelated_loss_before": before,
         "likely": [] if likely is None else [decode(int(token)) for token in likely],
         "likely_tokens_before": None
         if likely is None
@@ -144,21 +147,29 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
     }
 
 
-def _unrelated(run: Specification) -> list[tuple[Tensor, Tensor]]:
-    """Held-out sequences, and which of their tokens have a next one that counts."""
+def _unrelated(run: Specification, feature: int) -> list[tuple[Tensor, Tensor]]:
+    """Held-out sequences in which the feature does not fire, one by one, and which of their tokens count; at most
+    `_UNRELATED_SEQUENCES` of the first `_UNRELATED_TOKENS` tokens."""
     manifest = run.token_manifest()
     assert manifest is not None
     text = HeldOut(url=run.token_url, manifest=manifest)
-    block = right_padded(next(iter(text.batches(_UNRELATED_SEQUENCES * manifest.context_length, _UNRELATED_SEQUENCES))))
-    counted = torch.tensor(block.documents >= 0, device=run.device)
-    return [(torch.tensor(block.tokens, device=run.device).long(), counted)]
+    found = list[tuple[Tensor, Tensor]]()
+    looked_at = replace(held_out_pass(run, text), tokens=_UNRELATED_TOKENS)
+    for batch in looked_at.batches():
+        quiet = batch.activations(torch.tensor([feature], device=run.device)).amax(dim=(1, 2)) == 0
+        for row in quiet.nonzero().flatten().tolist():
+            counted = torch.tensor(batch.block.documents[row : row + 1] >= 0, device=run.device)
+            found.append((torch.tensor(batch.block.tokens[row : row + 1], device=run.device).long(), counted))
+            if len(found) == _UNRELATED_SEQUENCES:
+                return found
+    return found
 
 
-def _loss(model: Any, tokens: Tensor, counted: Tensor) -> tuple[float, int]:
-    """Sum of the next-token losses in nats, and of how many."""
+def _loss(model: Any, tokens: Tensor, counted: Tensor) -> float:
+    """Sum of the next-token losses in nats."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    return float(losses[counted[:, 1:]].double().sum()), int(counted[:, 1:].sum())
+    return float(losses[counted[:, 1:]].double().sum())
 
 
 def _feature(run: Specification, feature: int) -> tuple[Any, Any, float]:
@@ -170,4 +181,9 @@ def _feature(run: Specification, feature: int) -> tuple[Any, Any, float]:
         raise UserError(f"FEATURE: {feature} is not accepted: there are 0 to {sae.d_sae - 1}")
     with storage.local_copies(run.sae_url, ("features.parquet",)) as folder:
         largest = pq.read_table(folder / "features.parquet", columns=["max_activation"])["max_activation"][feature].as_py()
+    if not largest > 0:
+        raise UserError(
+            f"FEATURE: {feature} is not accepted: it fires on none of the evaluation's tokens, so it has no largest activation "
+            "to be a multiple of; `sae features list` has those that fire"
+        )
     return model, sae, float(largest)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.cli.line import checked
+from flows.cli.line import alone, checked, prepare_prefect
 from flows.cli.terminal import AsJson, Config, Overrides, command, log_to_stderr, print_tree, printable, terminal
+
+if TYPE_CHECKING:
+    from components.interpretation.record import InterpretationRecord
+    from components.run.specification import Specification
 
 app = typer.Typer(no_args_is_help=True, help="What an SAE's features fire on, and what they do.")
 _SCORES = ("detection", "fuzzing", "intruder", "specificity")
@@ -25,7 +29,7 @@ def make(config: Config, overrides: Overrides = None, as_json: AsJson = False) -
         from components import steps
 
         run = checked(config, overrides)
-        record = steps.interpret(run)
+        record = steps.interpret(run) if alone(run) else _make_on_workers(run)
         found = {} if record is None else record.model_dump(mode="json", exclude={"identity"})
         show({**found, "browser": steps.browser_address(run)}, _print_made)
 
@@ -163,6 +167,14 @@ def export(
         show(steps.export_features(checked(config, overrides), format_, folder, source_set), print_tree)
 
 
+def _make_on_workers(run: Specification) -> InterpretationRecord | None:
+    prepare_prefect()
+    from flows.interpretation import interpreted
+
+    interpreted(run)
+    return run.interpretation_record()
+
+
 def _print_found(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -216,6 +228,21 @@ def _print_list(result: dict[str, Any]) -> None:
     terminal().print(table)
 
 
+def _history(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("in version", "feature", "cosine", "density", "explained as", title="earlier versions", title_justify="left")
+    for row in rows:
+        if row["feature"] is None:
+            table.add_row(row["version"], "none: new since")
+            continue
+        density = "-" if row["density"] is None else f"{row['density']:.4%}"
+        said = Text(printable(row["explanation"]))
+        table.add_row(row["version"], f"{row['feature']} ({row['status']})", f"{row['cosine']:.2f}", density, said)
+    return table
+
+
 def _print_feature(result: dict[str, Any]) -> None:
     from rich.text import Text
 
@@ -237,6 +264,8 @@ def _print_feature(result: dict[str, Any]) -> None:
     if match := result["match"]:
         near = "" if match["nearest"] is None else f", nearest is its feature {match['nearest']} ({match['cosine']:.2f})"
         console.print(f"compared with the champion of the time: {match['status']}{near}")
+    if result["history"]:
+        console.print(_history(result["history"]))
     for example in result["examples"]:
         kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
         line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")

@@ -72,13 +72,17 @@ def _print_effect(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console, before = terminal(), result["likely_tokens_before"]
-    table = Table("scale", "held at", "its likely tokens", "KL on the texts", "loss added to unrelated text")
-    if before is not None:
-        table.add_row("as it is", "", f"{before:.3%}", "0", "0")
+    clean = result["unrelated_loss_before"]
+    table = Table("scale", "held at", "its likely tokens", "KL on the texts", "loss on unrelated text")
+    as_it_is = ("-" if before is None else f"{before:.3%}", "0", "-" if clean is None else f"{clean:.4f}")
+    table.add_row("as it is", "", *as_it_is)
     for row in result["scales"]:
         likely = "-" if row["likely_tokens"] is None else f"{row['likely_tokens']:.3%}"
-        loss = f"{row['unrelated_loss_added']:+.4f}"
+        loss = "-" if clean is None else f"{row['unrelated_loss_added']:+.4f}"
         table.add_row(f"{row['scale']:g}", f"{row['held_at']:.3g}", likely, f"{row['kl_divergence']:.4f}", loss)
     console.print(Text("makes likely by itself: " + "  ".join(map(printable, result["likely"]))))
     console.print(table)
-    console.print(f"{result['texts']} texts; {result['unrelated_tokens']:,} tokens of the held-out corpus; nats per token")
+    unrelated = f"{result['unrelated_tokens']:,} tokens of held-out sequences in which it does not fire"
+    if clean is None:
+        unrelated = "no unrelated text: it fires in every held-out sequence that was looked at"
+    console.print(f"{result['texts']} texts; {unrelated}; nats per token")

@@ -58,8 +58,14 @@ def firings(activations: torch.Tensor, first: int) -> Firings:
     return Firings(rows, places, *texts, tokens, features, flat[tokens, features])
 
 
-def added(activations: torch.Tensor, batch: int, first: int = 0) -> tuple[Examples, TokenSample]:
+def added(
+    activations: torch.Tensor, batch: int, first: int = 0, earlier: tuple[Examples, TokenSample] | None = None
+) -> tuple[Examples, TokenSample]:
+    """earlier: of all the text before."""
     examples, together = Examples(4, 7, activations.shape[2], activations.shape[1], CPU, sampled=20), TokenSample(12, 60)
+    if earlier is not None:
+        examples.continue_after(earlier[0])
+        together.continue_after(earlier[1])
     for start in range(0, len(activations), batch):
         part = activations[start : start + batch]
         examples.add(firings(part, first + start), first + start, len(part))
@@ -68,16 +74,22 @@ def added(activations: torch.Tensor, batch: int, first: int = 0) -> tuple[Exampl
 
 
 @pytest.mark.parametrize("logged", [1, 10_000])
-@pytest.mark.parametrize(("batch", "cuts"), [(1, []), (3, []), (50, []), (3, [17]), (2, [1, 9, 30])])
+@pytest.mark.parametrize(
+    ("batch", "cuts", "known"),
+    [(1, [], False), (3, [], False), (50, [], False), (3, [17], False), (2, [1, 9, 30], False), (2, [1, 9, 30], True)],
+)
 def test_what_is_kept_is_that_of_the_whole_matrix_whatever_the_batches_and_spans(
-    batch: int, cuts: list[int], logged: int, monkeypatch: pytest.MonkeyPatch
+    batch: int, cuts: list[int], known: bool, logged: int, monkeypatch: pytest.MonkeyPatch
 ):
+    """known: each span is told what was kept of those before."""
     monkeypatch.setattr(module, "_LOGGED", logged)
+    monkeypatch.setattr("components.interpretation.together._FEATURES", 2)
+    monkeypatch.setattr("components.interpretation.together._BLOCK", 5)
     activations = planted()
     ends = [0, *cuts, 40]
-    parts = [added(activations[start:stop], batch, start) for start, stop in pairwise(ends)]
-    examples, together = parts[0]
-    for part in parts[1:]:
+    examples, together = added(activations[: ends[1]], batch)
+    for start, stop in pairwise(ends[1:]):
+        part = added(activations[start:stop], batch, start, (examples, together) if known else None)
         restored = Examples(4, 7, 12, 6, CPU, sampled=20)
         restored.restore(part[0].arrays())
         examples.include(restored)
@@ -114,7 +126,9 @@ def test_what_is_kept_is_that_of_the_whole_matrix_whatever_the_batches_and_spans
         assert shares.means[own] == pytest.approx([np.mean(row) for _, row in rows])
         assert shares.largest[own].tolist() == [max(row) for _, row in rows]
     drawn = lots(DOCUMENTS.reshape(-1), POSITIONS.reshape(-1), torch.tensor(-2))
-    on = (flat[numbers[drawn.argsort(descending=True)][:60]] > 0).double().numpy()
+    on = (flat[numbers[drawn.argsort(descending=True)][:60]]).double().numpy()
+    ranks = (-on).argsort(axis=1, kind="stable").argsort(axis=1)
+    on = ((on > 0) & (ranks < 2)).astype(np.float64)  # those that fire most
     both, totals = on.T @ on, on.sum(axis=0)
     overlap = both / np.maximum(totals[:, None] + totals[None] - both, 1)
     np.fill_diagonal(overlap, 0)
@@ -124,6 +138,16 @@ def test_what_is_kept_is_that_of_the_whole_matrix_whatever_the_batches_and_spans
         assert others[feature].tolist() == order + [-1] * (5 - len(order))
         assert overlaps[feature, : len(order)] == pytest.approx(overlap[feature, order])
         assert own_shares[feature, : len(order)] == pytest.approx(both[feature, order] / max(1, totals[feature]))
+
+
+def test_a_span_that_knows_those_before_keeps_less_of_its_own():
+    activations = planted()
+    first, told, alone = (Examples(1, 2, 12, 6, CPU) for _ in range(3))
+    first.add(firings(activations[:30], 0), 0, 30)
+    told.continue_after(first)
+    for one in (told, alone):
+        one.add(firings(activations[30:], 30), 30, 10)
+    assert 0 < len(told.arrays()["keys"]) < len(alone.arrays()["keys"]) / 2
 
 
 def test_lots_are_uniform_and_know_nothing_of_their_neighbours():

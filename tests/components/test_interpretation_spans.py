@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,29 +210,61 @@ run = Specification.from_json(Path(sys.argv[1]).read_text())
 print("begin", flush=True)
 steps.interpret(run)
 """
+KILLED_ONCE = (
+    *(f"{count} spans" for count in (0, 3, 6, 9, 12, 15, 18)),
+    "no span left",
+    *("examples.parquet", "interpretation.json"),
+)
+"""What there must be, at least, when a process is killed; each goes on from what the one before left."""
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
-def test_killed_ten_times_for_good_it_ends_with_the_same_bytes(plan: Specification, tmp_path: Path):
-    import time
+@pytest.mark.timeout(1_800)
+def test_killed_ten_times_for_good_it_ends_with_the_same_bytes(
+    tiny_tree_in: Callable[[Path], dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    tree = tiny_tree_in(tmp_path)
+    tree["corpus"] |= {"held_out_tokens": 8_000, "held_out_fraction": 0.5}
+    tree["interpretation"] = {"tokens": 8_000, "examples": 3, "drawn": 10, "logits": 4}
+    run = resolve(parse_config(tree))
+    for step in (steps.extract, steps.train, steps.evaluate):
+        step(run)
+    job = steps.interpretation_job(run)
+    assert job is not None
+    assert len(job.spans) > 20
+    (tmp_path / "run.json").write_text(run.to_json())
 
-    steps.interpret(plan)
-    expected = tables(plan)
-    (tmp_path / "run.json").write_text(plan.to_json())
-    for place in range(10):
-        forget(plan)
-        for attempt in range(3):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _SCRIPT, str(tmp_path / "run.json")],
-                stdout=subprocess.PIPE,
-                text=True,
-                env=dict(os.environ),
-            )
-            assert process.stdout.readline() == "begin\n"
-            if attempt < 2:
-                time.sleep(0.05 + 0.25 * place)
-                process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert process.returncode == 0
-        assert tables(plan) == expected
+    def begun() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _SCRIPT, str(tmp_path / "run.json")]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begin\n"
+        return process
+
+    def done() -> int:
+        return sum(1 for path in Path(job.kept_url).glob("*.npz"))
+
+    def reached(moment: str) -> bool:
+        if moment.endswith(("parquet", "json")):
+            return Path(run.sae_url, "interpretation", moment).exists()
+        return done() >= (len(job.spans) if moment == "no span left" else int(moment.split()[0]))
+
+    assert begun().wait() == 0
+    expected = tables(run)
+    storage.delete(storage.join(run.sae_url, "interpretation"))
+    storage.delete(storage.join(run.sae_url, "browser"))
+    seen_then = []
+    for moment in KILLED_ONCE:
+        process = begun()
+        while process.poll() is None and not reached(moment):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, moment
+        seen_then.append(done())
+    assert not Path(run.sae_url, "browser", "index.html").exists()
+    assert begun().wait() == 0
+    assert tables(run) == expected
+    assert Path(run.sae_url, "browser", "index.html").is_file()
+    assert not Path(job.kept_url).exists()
+    with capsys.disabled():
+        print(f"\n{len(KILLED_ONCE)} kills; spans of {len(job.spans)} that were done then: {seen_then}")

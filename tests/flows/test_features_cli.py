@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -129,13 +131,21 @@ def test_features_are_made_listed_and_shown(config: str):
     for _ in range(4):
         ids = torch.cat([ids, loaded(ids).logits[:, -1:].argmax(dim=-1)], dim=1)
     assert AutoTokenizer.from_pretrained(written["saved"]).decode(ids[0, -4:]) == written["steered"]
-    measured = json.loads(
-        sae("effect", config, str(feature), "--json", "--scale", "0", "--scale", "10", "--text", "alpha beta")
-    )
+    rare = str(json.loads(sae("list", config, "--json", "--limit", "64"))["features"][-1]["feature"])
+    measured = json.loads(sae("effect", config, rare, "--json", "--scale", "0", "--scale", "10", "--text", "alpha beta"))
     low, high = measured["scales"]
     assert 0 <= low["kl_divergence"] < high["kl_divergence"]
-    assert high["unrelated_loss_added"] != low["unrelated_loss_added"]
-    assert "its likely tokens" in sae("effect", config, str(feature))
+    assert measured["unrelated_tokens"] > 0
+    assert low["unrelated_loss_added"] == pytest.approx(0, abs=1e-6), "there is nothing to take away in unrelated text"
+    assert abs(high["unrelated_loss_added"]) > 1e-4
+    assert "its likely tokens" in sae("effect", config, rare)
+    silent = Path(made["browser"]).parent.parent / "features.parquet"
+    table = pq.read_table(silent)
+    place = table.schema.get_field_index("max_activation")
+    pq.write_table(table.set_column(place, "max_activation", pa.array(np.zeros(64, np.float32))), silent)
+    refused = CliRunner().invoke(app, ["features", "effect", config, rare])
+    assert (refused.exit_code, "so it has no largest activation" in " ".join(refused.output.split())) == (2, True)
+    pq.write_table(table, silent)
     folder = Path(config).parent / "exported"
     written = json.loads(sae("export", config, str(folder), "--format", "feature-json", "--json"))
     assert (folder / "features" / "index.json.gz").is_file()

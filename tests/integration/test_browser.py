@@ -19,11 +19,12 @@ from components.evaluation.record import About
 from components.evaluation.stability import Dictionary, compare
 from components.interpretation.browser import STATUSES, Site, write_browser
 from components.interpretation.described import FeatureData
-from components.interpretation.explanations.table import Explanation
+from components.interpretation.explanations.table import Explanation, write_explanations
+from components.interpretation.history import read_history
 from components.interpretation.matches import MatchesRecord, read_matches, write_matches
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
-from components.steps.interpretation import decode_of
+from components.steps.interpretation import decode_of, feature_data
 
 pytestmark = pytest.mark.integration
 
@@ -45,6 +46,9 @@ def page() -> Iterator[Page]:
 class Versions:
     now: Specification
     before: Specification
+
+    def history(self, feature: int) -> list[dict]:
+        return feature_data(self.now).feature(feature)["history"]
 
     @property
     def url(self) -> str:
@@ -73,7 +77,10 @@ def versions(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.Temp
     decode = decode_of(now)
     said = Explanation(feature=2, explanation=f"about {HOSTILE}", detection=0.9, fuzzing=None, explainer=f"m {HOSTILE}")
     matches = read_matches(now.sae_url, weights)
-    data = FeatureData(now.sae_url, lambda token: HOSTILE if token % 3 == 0 else decode(token), matches, {2: said})
+    then = [said.model_copy(update={"feature": number}) for number in range(64)]
+    write_explanations(before.sae_url, before.training_record().weights_sha256, then)
+    past = read_history(str(Path(now.sae_url).parent), now.sae_url, matches)
+    data = FeatureData(now.sae_url, lambda token: HOSTILE if token % 3 == 0 else decode(token), matches, {2: said}, past)
     about = About(name=HOSTILE, language_model="m", hook_point="resid_post.1", architecture="relu", d_in=32, d_sae=64)
     write_browser(now.sae_url, about, data)
     return Versions(now, before)
@@ -106,6 +113,15 @@ def test_a_reader_finds_a_feature_reads_it_and_compares_versions(page: Page, ver
     assert "Feature 2" in text
     for title in ("Tokens it fires on", "Makes likely", "Fires together with", "How strongly it fires", "strongest group"):
         assert title in text
+    (past,) = versions.history(2)
+    line = page.run("[...document.querySelectorAll('main h2')].find((h) => h.innerText === 'In earlier versions')"
+                    ".parentElement.querySelector('tbody tr').innerText")  # fmt: skip
+    assert "version 1" in line
+    if past["feature"] is None:
+        assert "new since" in line
+    else:
+        assert str(past["feature"]) in line
+        assert "about </script><script>" in line
     assert '<script>document.title="owned"' in text
     assert "⟨U+202E⟩" in text
     assert "\u202e" not in page.run("document.documentElement.textContent")

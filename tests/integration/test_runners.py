@@ -1,4 +1,4 @@
-"""Extraction and evaluation on several workers, here and on a Ray or Dask cluster, give what one worker gives."""
+"""Extraction, evaluation and feature data on several workers, here and on a Ray or Dask cluster, give what one worker gives."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from threadpoolctl import threadpool_limits
 
 from components import steps
 from components.activations.dataset.manifest import Manifest
@@ -31,13 +32,14 @@ class Comparison:
 
     def __init__(self, tree: dict, folder: Path, execution: dict) -> None:
         tree["training"]["tokens"] = 3_000
+        tree["corpus"] |= {"held_out_tokens": 9_000, "held_out_fraction": 0.5}  # for features, some batches of 4,096
         self.alone = resolve(parse_config({**tree, "storage": {"root": str(folder / "alone")}}))
         self.plan = resolve(parse_config({**tree, "execution": execution}))
         self.config, self.home = folder / "config.yaml", folder / "prefect"
         self.config.write_text(yaml.safe_dump(self.plan.config.model_dump(mode="json", exclude_unset=True)))
 
     def sae(self, name: str) -> dict[str, Any]:
-        command = [str(Path(sys.executable).parent / "sae"), name, str(self.config), "--json"]
+        command = [str(Path(sys.executable).parent / "sae"), *name.split(), str(self.config), "--json"]
         environment = {**os.environ, **ONE_THREAD, "PREFECT_HOME": str(self.home), "RAY_USAGE_STATS_ENABLED": "0"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
@@ -70,6 +72,24 @@ class Comparison:
             assert_same(getattr(recorded, part), getattr(expected, part), part)
         assert found["metrics"] == recorded.metrics
 
+    def interpretation(self) -> None:
+        """Feature data of several workers, after it was seen to be that of one to the last byte."""
+        job = steps.interpretation_job(self.plan)
+        assert job is not None
+        assert len(job.spans) > 1
+        found = self.sae("features make")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with threadpool_limits(1):  # of the map
+            expected = steps.interpret(self.alone)
+        torch.set_num_threads(threads)
+        assert self.plan.interpretation_record() == expected
+        assert found["tokens"] == expected.tokens
+        for name in ("examples.parquet", "features.parquet"):
+            ours, theirs = (Path(run.sae_url, "interpretation", name).read_bytes() for run in (self.plan, self.alone))
+            assert ours == theirs, name
+        assert Path(found["browser"]).is_file()
+
 
 def assert_same(found: Any, expected: Any, path: str) -> None:
     if isinstance(expected, dict):
@@ -87,10 +107,11 @@ def assert_same(found: Any, expected: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("runner", ["threads", "ray", "dask"])
-def test_every_runner_gives_the_same_dataset_and_evaluation(tiny_tree: dict, tmp_path: Path, runner: str):
+def test_every_runner_gives_the_same_dataset_evaluation_and_feature_data(tiny_tree: dict, tmp_path: Path, runner: str):
     comparison = Comparison(tiny_tree, tmp_path, {"runner": runner, "workers": 2})
     comparison.extraction()
     comparison.evaluation()
+    comparison.interpretation()
 
 
 @pytest.fixture

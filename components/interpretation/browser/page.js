@@ -15,7 +15,8 @@ const named = (character) => `⟨U+${character.codePointAt(0).toString(16).toUpp
 const shown = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥")
   .replace(/[\u0000-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, named);
 const number = (value) => value === null || value === undefined || Number.isNaN(value) ? "-" : value === 0 ? "0" : Number(value.toPrecision(4)).toString();
-const there = (id) => DATA.compared.browser ? make("a", {href: `${DATA.compared.browser}#${id}`}, String(id)) : String(id);
+const linked = (browser, id) => browser ? make("a", {href: `${browser}#${id}`}, String(id)) : String(id);
+const there = (id) => linked(DATA.compared.browser, id);
 
 function explained(said) {
   if (!said) return [];
@@ -30,6 +31,18 @@ function matched(match) {
   if (!match || !DATA.compared) return [];
   const near = match.nearest === null ? [] : [": nearest is its feature ", there(match.nearest), ` (${number(match.cosine)})`];
   return [make("p", {}, `${match.status}, compared with ${DATA.compared.with}`, ...near)];
+}
+
+function past(rows) {
+  if (!rows.length || !DATA.compared) return [];
+  const line = ({version, status, feature, cosine, density, explanation}) => make("tr", {},
+    make("td", {}, `version ${version}`), make("td", {className: "number"}, feature === null ? "-" : linked(DATA.compared.versions[version], feature)),
+    make("td", {}, feature === null ? "not there: new since" : `${status} (${number(cosine)})`),
+    make("td", {className: "number"}, density === null ? "-" : percent(density)), make("td", {className: "said-of", dir: "auto"}, shown(explanation)));
+  const titles = [["in", ""], ["feature", "number"], ["this one's is", ""], ["fires on", "number"], ["was explained as", ""]];
+  return [make("section", {}, make("h2", {}, "In earlier versions"), make("div", {className: "wide"}, make("table", {},
+    make("thead", {}, make("tr", {}, ...titles.map(([title, className]) => make("th", {className, scope: "col"}, title)))),
+    make("tbody", {}, ...rows.map(line)))))];
 }
 
 // The exact value of the token under the pointer, or of one that was tapped.
@@ -131,6 +144,7 @@ async function feature(id) {
     make("div", {className: "columns"}, ...(found.tokens.length ? [tokens(found.tokens)] : []),
       ...(found.likely.length ? [listed("Makes likely", found.likely), listed("Makes unlikely", found.unlikely)] : []),
       ...(found.together.length ? [together(found.together)] : [])),
+    ...past(found.history),
     ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
     kind("Where it fires most", "strongest"),
     make("h2", {}, "Drawn at random from all tokens on which it fires, by strength"),

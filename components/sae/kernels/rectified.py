@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from components.sae.kernels.sparse import Places, can_be_sparse, encoded
+from components.sae.kernels.sparse import Places, can_be_sparse, encoded, true_places
 
 LARGE = (256, 4_096)
 """`d_in` and `d_sae` from which on a step may be sparse. Smaller ones are quick, and keep the bits that they had."""
@@ -51,7 +51,7 @@ def over_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor | None = N
         held = x.new_empty(max(64, _TILE_ENTRIES // W_enc.shape[1]), W_enc.shape[1])
         for part in x.split(len(held)):
             product = torch.addmm(bias, part, W_enc, out=held[: len(part)]).flatten()
-            flat = _nonzero(product > 0)
+            flat = true_places(product > 0)
             token = flat // len(bias)
             tokens.append(token + start)
             features.append(flat - token * len(bias))
@@ -64,12 +64,3 @@ def over_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor, bound: Tensor | None = N
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         places = Places.of(indices, offsets, W_enc.shape[1])
     return encoded(x, W_enc, b_enc, before, places), indices, places
-
-
-def _nonzero(mask: Tensor) -> Tensor:
-    """`mask.nonzero()` of bool `[m]`, m a multiple of 8, where few are true: eight are looked at as one."""
-    if len(mask) % 8:
-        return mask.nonzero().flatten()
-    eights = mask.view(torch.int64).nonzero().flatten()
-    bits = mask.view(-1, 8)[eights].view(-1).nonzero().flatten()
-    return eights[bits >> 3] * 8 + (bits & 7)

@@ -92,3 +92,12 @@ def decoded(values: Tensor, rows: Tensor, places: Places) -> Tensor:
     """`sum_i f_i rows_i` of each token: values `[m]` at places, rows `[d_sae, d_out]` -> `[n, d_out]`."""
     result: Tensor = _Decoded.apply(values, rows, places)
     return result
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """`mask.nonzero()` of bool `[m]`, m a multiple of 8, where few are true: eight are looked at as one."""
+    if len(mask) % 8:
+        return mask.nonzero().flatten()
+    eights = mask.view(torch.int64).nonzero().flatten()
+    bits = mask.view(-1, 8)[eights].view(-1).nonzero().flatten()
+    return eights[bits >> 3] * 8 + (bits & 7)
