@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,8 @@ from scipy.optimize import least_squares, minimize_scalar
 
 from components.run.config import RunConfig, parse_config
 from components.settings import UserError
-from components.sweeps import charts
+from components.sweeps import charts, page
+from components.sweeps.findings import findings
 from components.sweeps.laws import POWER, Law, fit, fit_many, interval
 from components.sweeps.learning_rate import best_learning_rate
 from components.sweeps.record import SweepPoint, SweepRecord
@@ -207,6 +209,12 @@ def test_the_pictures_show_the_points_and_the_law():
     assert len(frontier.collections[0].get_offsets()) == 24
     losses = frontier.lines[0].get_ydata()
     assert list(losses) == sorted(losses, reverse=True)
+    failed = points[0].model_copy(update={"status": "failed", "reason": "<no> memory", "loss": None})
+    shown = sweep.model_copy(update={"points": (*points, failed)})
+    html = page.render(shown, findings(shown, config()), charts.pictures(points, found))
+    assert html.count("<svg") == 3
+    assert "&lt;no&gt; memory" in html
+    assert not re.search(r"https?://|<script|src=", html), "it needs a network"
     recovered, variance = charts.pareto(points).axes
     assert len(recovered.collections[0].get_offsets()) == len(variance.collections[0].get_offsets()) == 24
     assert len(recovered.lines[0].get_xdata()) == 1  # all recover as much: the sparsest alone is unbeaten
