@@ -25,7 +25,7 @@ from components.sweeps.grid import children, parse_grid
 from components.sweeps.sweep import sweep
 from components.sweeps.work import GiveUp, Group, one_after_another
 
-GRID = ["sae.d_sae=128,512", "training.tokens=75000,300000", "training.learning_rate=2e-3,4e-3,8e-3"]
+GRID = ["sae.d_sae=128,1024", "training.tokens=75000,300000", "training.learning_rate=4e-3,8e-3"]
 SETTINGS = ["evaluation.tokens=20000", "evaluation.baselines=[]", "evaluation.neighbours=0"]
 """Of the sweeps in benchmarks/README.md."""
 _EACH = "--each-alone"
@@ -49,11 +49,11 @@ def main() -> None:
         steps.extract(base)
         _sae(shared, [f"{field}={value}" for field, value in everyone[0].values.items()])  # which makes MLflow's tables
         ways = {
+            "in lockstep": [_command(shared, 1, grid)],
             "a command for each child": [
-                _command(shared, 1, [f"{field}={value}" for field, value in child.values.items()]) for child in everyone
+                _command(shared, 2, [f"{field}={value}" for field, value in child.values.items()]) for child in everyone
             ],
-            "one command, each child alone": [[sys.executable, __file__, _EACH, json.dumps([_in(shared, 2), grid])]],
-            "in lockstep": [_command(shared, 3, grid)],
+            "one command, each child alone": [[sys.executable, __file__, _EACH, json.dumps([_in(shared, 3), grid])]],
         }
         found: dict[str, tuple[float, float]] = {}
         weights, losses = [], []
@@ -67,6 +67,7 @@ def main() -> None:
             losses.append([measured.metrics["normalized_mse"] for _, measured in records if measured is not None])
             assert len(losses[-1]) == len(everyone), "a child has not ended"
             assert weights[-1] == weights[0], "lockstep gave other weights"
+            print(f"{way}: {found[way]}", file=sys.stderr)
     apart = max(abs(other / one - 1) for one, other in zip(losses[0], losses[-1], strict=True))
     print(f"{len(everyone)} children, the same weights; losses differ by at most {apart:.1e}\n")
     print("| | seconds | ratio | processor seconds | ratio |\n|---|---|---|---|---|")
