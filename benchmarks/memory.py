@@ -1,29 +1,21 @@
 """Peak memory of trainings against what `sae plan` says: `python benchmarks/memory.py [--two] [CASE ...]`.
 
 Each case trains for some steps in a process of its own, as `sae run` starts it, or with `--two` in two that share its features;
-the peak is the kernel's (VmHWM). Its
-activation dataset is made first where it is not there.
+the peak is the kernel's (VmHWM; of two, the larger by getrusage). Its activation dataset is made first where it is not there.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-import threading
-from contextlib import suppress
-from pathlib import Path
-
-import psutil
 
 from components import steps, storage
 from components.planning.memory import rank_memory
 from components.planning.shape import shape_of
 from components.run.config import load_config
 from components.run.specification import Specification, resolve
-from components.training.process import _TRAINING, launch
-from components.training.settings import RankSettings
+from components.training.process import _TRAINING
 
 _CHILD = """
 import json, re, sys, torch
@@ -38,6 +30,15 @@ work = _TRAINING.validate_python(json.loads(sys.stdin.readline()))
 before = said("VmRSS")
 train_together([work], torch.device("cpu"))
 print(json.dumps({"before": before, "peak": said("VmHWM")}))
+"""
+_RANKS = """
+import json, resource, sys, torch
+from components.training.process import _TRAINING, launch
+from components.training.settings import RankSettings
+
+work = _TRAINING.validate_python(json.loads(sys.stdin.readline()))
+launch(work, torch.device("cpu"), ranks=RankSettings(feature_parallel=2))
+print(json.dumps({"peak": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}))
 """
 CASES = {
     "relu": ["sae.architecture=relu", "sae.d_sae=8192"],
@@ -64,24 +65,10 @@ def measured(run: Specification) -> dict[str, int]:
 
 
 def measured_of_ranks(run: Specification) -> dict[str, int]:
-    """The same of two processes that share the features, the larger of the two: the kernel's peak, looked at until they end."""
-    peaks: dict[int, int] = {}
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.wait(0.1):
-            for process in psutil.Process().children(recursive=True):
-                with suppress(psutil.Error, OSError, TypeError):
-                    if "RANK" in process.environ():
-                        said = Path(f"/proc/{process.pid}/status").read_text()
-                        peaks[process.pid] = 1024 * int(re.search(r"VmHWM:\s+(\d+)", said)[1])  # type: ignore[index]
-
-    threading.Thread(target=look, daemon=True).start()
-    try:
-        launch(run.training(), run.device, ranks=RankSettings(feature_parallel=2))
-    finally:
-        ended.set()
-    return {"before": 0, "peak": max(peaks.values())}
+    """The same of two processes that share the features, the larger of the two; nothing of the process before it."""
+    job = _TRAINING.dump_json(run.training()).decode()
+    done = subprocess.run([sys.executable, "-c", _RANKS], input=job + "\n", capture_output=True, text=True, check=True)
+    return {"before": 0, "peak": int(json.loads(done.stdout)["peak"])}
 
 
 def main() -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 
-from components import steps
 from components.hardware import resolve_device
 from components.run.config import RunConfig
 from components.run.specification import Specification
 from components.sweeps.conduct import check_sweep, conduct
 from components.sweeps.grid import Child, SweepSettings
 from components.sweeps.record import SweepRecord
-from components.sweeps.work import FAILURES, GiveUp, Group, in_a_process, never
+from components.sweeps.work import FAILURES, GiveUp, Group, evaluated, in_a_process, never
 from components.training.job import Outcome, TrainingRecord
 from flows import artifacts
 from flows.mapping import RETRIED, devices, task_runner
@@ -42,10 +40,9 @@ def train_group(specifications: Sequence[str], device: str, give_up: GiveUp) -> 
     group = [Child({}, run) for run in runs]
     with turn(runs[0].config.execution.training_limit):
         outcomes = in_a_process(group, give_up)
-    for run, outcome in zip(runs, outcomes, strict=True):
-        if isinstance(outcome, TrainingRecord):
-            with suppress(*FAILURES):  # which the sweep meets again, and marks
-                steps.evaluate(run)
+    trained = [child for child, outcome in zip(group, outcomes, strict=True) if isinstance(outcome, TrainingRecord)]
+    for _ in evaluated(trained):  # what fails, the sweep meets again, and marks
+        pass
     return outcomes
 
 

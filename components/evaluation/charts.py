@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,14 @@ class Dot:
     """Name of its colour."""
 
 
+def styled() -> AbstractContextManager[None]:
+    """What is drawn meanwhile looks like the report's other pictures."""
+    return mpl.rc_context(_STYLE)
+
+
 def svg(figure: Figure) -> Markup:
     """For a page's own style sheet: it gives the colours and the font, and nothing in it points elsewhere."""
-    with mpl.rc_context(_STYLE), io.StringIO() as stream:
+    with styled(), io.StringIO() as stream:
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -63,7 +69,7 @@ def _axes(
     """size and margins: inches. They are given, and not measured of what is drawn: that would take as long as drawing it."""
     width, height = size
     gaps = {"left": left / width, "right": 1 - 0.2 / width, "top": 1 - top / height, "bottom": bottom / height}
-    with mpl.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=size)
         panels = figure.subplots(rows, columns)
         figure.subplots_adjust(**gaps, wspace=0.2, hspace=0.5)

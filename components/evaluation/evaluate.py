@@ -15,8 +15,15 @@ from torch import nn
 from components import storage
 from components.evaluation.held_out import HeldOut
 from components.evaluation.job import Span
-from components.evaluation.kept import KeptSpans, parts
-from components.evaluation.measurements import Autoencoder, Subject, baseline_spans, measure_baselines, measure_sae, sae_spans
+from components.evaluation.kept import KeptSpans, parts, sums_together
+from components.evaluation.measurements import (
+    Autoencoder,
+    Subject,
+    baseline_spans,
+    measure_all_baselines,
+    measure_saes,
+    sae_spans,
+)
 from components.evaluation.record import About, EvaluationRecord, read_evaluation, record_url
 from components.evaluation.reference import Reference, reference_statistics
 from components.evaluation.results import Evaluation, active_features, finish
@@ -27,7 +34,8 @@ from components.language_model.hook_points import HookPoint
 from components.records import put_record
 
 __all__ = [
-    "Autoencoder", "Evaluation", "HeldOut", "Reference", "TokenClasses", "evaluate", "read_evaluation", "reference_statistics",
+    "Autoencoder", "Evaluation", "HeldOut", "Reference", "Subject", "TokenClasses", "evaluate", "evaluate_together",
+    "read_evaluation", "reference_statistics",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -58,16 +66,43 @@ def evaluate(
     subject = Subject(
         sae=sae, d_sae=d_sae, model=model, point=point, text=held_out, device=device, classes=classes, reads=reads
     )
-    excluded = reference.exclusion
+    return evaluate_together(settings, [subject], reference, None if kept is None else [kept])[0]
 
-    def passed(kind: str, cut: Callable[..., list[Span]], measure: Callable[[Span], SpanSums]) -> list[SpanSums]:
-        every = cut(settings, held_out, 1 if kept is None else parts(settings.tokens, 1))
-        return [measure(span) if kept is None else kept.sums(kind, span, partial(measure, span)) for span in every]
 
-    measured = merged(passed("sae", sae_spans, lambda span: measure_sae(settings, subject, reference.mean, excluded, span)))
-    l0 = active_features(settings, measured)
-    compared = passed("baselines", baseline_spans, lambda span: measure_baselines(settings, subject, reference, l0, span))
-    return finish(settings, measured, merged(compared) if compared else None, getattr(sae, "W_dec", None))
+def evaluate_together(
+    settings: EvaluationSettings, subjects: Sequence[Subject], reference: Reference, kept: Sequence[KeptSpans] | None = None
+) -> list[Evaluation]:
+    """`evaluate` of several SAEs that differ in nothing else: the language model is run once for all that they share. Memory is
+    that of one of them, and the SAEs."""
+    text, excluded = subjects[0].text, reference.exclusion
+
+    def passed(
+        kind: str, cut: Callable[..., list[Span]], measure: Callable[[Span, list[int]], list[SpanSums]]
+    ) -> list[list[SpanSums]]:
+        """Per SAE those of every span."""
+        spans = cut(settings, text, 1 if kept is None else parts(settings.tokens, 1))
+        everyone = list(range(len(subjects)))
+        found = [
+            measure(span, everyone) if kept is None else sums_together(kept, kind, span, partial(measure, span))
+            for span in spans
+        ]
+        return [[sums[place] for sums in found] for place in everyone]
+
+    def saes(span: Span, places: list[int]) -> list[SpanSums]:
+        return measure_saes(settings, [subjects[place] for place in places], reference.mean, excluded, span)
+
+    measured = [merged(sums) for sums in passed("sae", sae_spans, saes)]
+    l0s = [active_features(settings, sums) for sums in measured]
+
+    def baselines(span: Span, places: list[int]) -> list[SpanSums]:
+        chosen = [subjects[place] for place in places]
+        return measure_all_baselines(settings, chosen, reference, [l0s[place] for place in places], span)
+
+    compared = passed("baselines", baseline_spans, baselines)
+    return [
+        finish(settings, sums, merged(others) if others else None, getattr(subject.sae, "W_dec", None))
+        for subject, sums, others in zip(subjects, measured, compared, strict=True)
+    ]
 
 
 def write_evaluation(

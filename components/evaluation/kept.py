@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,22 +39,41 @@ class KeptSpans:
 
     def sums(self, kind: str, span: Span, measure: Callable[[], SpanSums]) -> SpanSums:
         """Those of the span, from an earlier attempt where it got that far. kind: of the pass."""
-        url = storage.join(self.url, f"{kind}-{span.sequences.start}-{span.sequences.stop}-{span.tokens}.npz")
-        if storage.exists(url):
-            try:
-                found = _unpacked(storage.read_bytes(url))
-            except (ValueError, KeyError, zipfile.BadZipFile):
-                logger.warning("%s is damaged, and measured again", url)
-            else:
-                logger.info("%s: %d tokens were measured before the interruption", kind, span.tokens)
-                return found
-        measured = measure()
-        storage.put_bytes(_packed(measured), url)
-        return measured
+        return sums_together([self], kind, span, lambda _: [measure()])[0]
+
+    def find(self, kind: str, span: Span) -> SpanSums | None:
+        url = self._url_of(kind, span)
+        if not storage.exists(url):
+            return None
+        try:
+            found = _unpacked(storage.read_bytes(url))
+        except (ValueError, KeyError, zipfile.BadZipFile):
+            logger.warning("%s is damaged, and measured again", url)
+            return None
+        logger.info("%s: %d tokens were measured before the interruption", kind, span.tokens)
+        return found
+
+    def put(self, kind: str, span: Span, sums: SpanSums) -> None:
+        storage.put_bytes(_packed(sums), self._url_of(kind, span))
+
+    def _url_of(self, kind: str, span: Span) -> str:
+        return storage.join(self.url, f"{kind}-{span.sequences.start}-{span.sequences.stop}-{span.tokens}.npz")
 
     def forget(self) -> None:
         """Once the record is written."""
         storage.delete(self.url)
+
+
+def sums_together(
+    kept: Sequence[KeptSpans], kind: str, span: Span, measure: Callable[[list[int]], list[SpanSums]]
+) -> list[SpanSums]:
+    """As `KeptSpans.sums`, of several evaluations. measure: gets the places of those that have nothing of the span yet."""
+    found = {place: sums for place, one in enumerate(kept) if (sums := one.find(kind, span)) is not None}
+    missing = [place for place in range(len(kept)) if place not in found]
+    for place, sums in zip(missing, measure(missing) if missing else [], strict=True):
+        kept[place].put(kind, span, sums)
+        found[place] = sums
+    return [found[place] for place in range(len(kept))]
 
 
 def _packed(sums: SpanSums) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -63,29 +65,44 @@ def sae_spans(settings: EvaluationSettings, text: HeldOut, parts: int) -> list[S
 
 
 def measure_sae(settings: EvaluationSettings, subject: Subject, mean: Tensor, exclusion: Exclusion, span: Span) -> SpanSums:
-    """The SAE, zeros and the mean in place of the activations of a span.
+    """The SAE, zeros and the mean in place of the activations of a span; the rest as of `measure_saes`."""
+    return measure_saes(settings, [subject], mean, exclusion, span)[0]
 
-    mean `[d_in]`: of training activations, and the same for every span. exclusion: tokens that do not count.
+
+def measure_saes(
+    settings: EvaluationSettings, subjects: Sequence[Subject], mean: Tensor, exclusion: Exclusion, span: Span
+) -> list[SpanSums]:
+    """Several SAEs, zeros and the mean in place of the activations of a span: one pass for what does not depend on the SAE.
+
+    The subjects differ by their SAEs alone. mean `[d_in]`: of training activations, and the same for every span. exclusion:
+    tokens that do not count.
     """
-    features = FeatureSums(subject.d_sae, subject.device)
-    mean = mean.to(subject.device)
+    first = subjects[0]
+    counts = [FeatureSums(subject.d_sae, subject.device) for subject in subjects]
+    mean = mean.to(first.device)
 
-    def counting(rows: Rows) -> Reconstruction:
-        encoded, x_hat = subject.reconstructed(rows.read)
-        return Reconstruction(x_hat, features.add(encoded))
+    def counting(number: int, rows: Rows) -> Reconstruction:
+        encoded, x_hat = subjects[number].reconstructed(rows.read)
+        return Reconstruction(x_hat, counts[number].add(encoded))
 
-    variants: dict[str, Variant] = dict(zip(_MEASURED, (counting, baselines.zero, baselines.constant(mean)), strict=True))
+    saes: dict[str, Variant] = {f"sae {number}": partial(counting, number) for number in range(len(subjects))}
+    shared: dict[str, Variant] = {"zero": baselines.zero, "mean": baselines.constant(mean)}
     measurement = Measurement(
-        Splicer(subject.model, subject.point, subject.reads),
-        variants,
-        frozenset({"sae"}),
+        Splicer(first.model, first.point, first.reads),
+        {"sae 0": saes["sae 0"], **shared, **saes},
+        frozenset(saes),
         mean,
         exclusion,
-        subject.text.manifest.context_length,
-        subject.classes,
+        first.text.manifest.context_length,
+        first.classes,
+        at_once=len(_MEASURED),
     )
-    found = measure(measurement, subject.text, span, settings.batch_sequences, "evaluate")
-    return dataclasses.replace(found, features=features.on_cpu(), device=subject.device.type)
+    found = measure(measurement, first.text, span, settings.batch_sequences, "evaluate")
+    found = dataclasses.replace(found, device=first.device.type)
+    return [
+        found.of({"sae": name, **{name: name for name in shared}}, features.on_cpu())
+        for name, features in zip(saes, counts, strict=True)
+    ]
 
 
 def baseline_spans(settings: EvaluationSettings, text: HeldOut, parts: int) -> list[Span]:
@@ -98,36 +115,57 @@ def baseline_spans(settings: EvaluationSettings, text: HeldOut, parts: int) -> l
 
 def measure_baselines(settings: EvaluationSettings, subject: Subject, reference: Reference, l0: float, span: Span) -> SpanSums:
     """The SAE and what it is compared with, each with `l0` numbers per token, in place of the activations of a span."""
-    reference = reference.on(subject.device)
-    count = max(1, round(l0))
+    return measure_all_baselines(settings, [subject], reference, [l0], span)[0]
 
-    def plain(rows: Rows) -> Reconstruction:
+
+def measure_all_baselines(
+    settings: EvaluationSettings, subjects: Sequence[Subject], reference: Reference, l0s: Sequence[float], span: Span
+) -> list[SpanSums]:
+    """`measure_baselines` of several SAEs; what they are compared with is measured once where it is the same."""
+    first, reference = subjects[0], reference.on(subjects[0].device)
+
+    def plain(subject: Subject, rows: Rows) -> Reconstruction:
         features, x_hat = subject.reconstructed(rows.read)
         return Reconstruction(x_hat, features.active())
 
-    def variant(name: str) -> Variant:
+    def variant(name: str, subject: Subject, count: int) -> Variant:
         match name:
             case "mean":
                 return baselines.constant(reference.mean)
             case "pca":
-                return baselines.principal_components(reference, min(count, reference.d_in))
+                return baselines.principal_components(reference, count)
             case "random_directions":
                 return baselines.random_directions(reference, subject.d_sae, count)
             case "neurons":
                 return baselines.neurons(reference, mlp_output(subject.model, subject.point), count)
-        return plain if name == "sae" else baselines.zero
+        return partial(plain, subject) if name == "sae" else baselines.zero
 
     compared = _compared(settings)
+    variants: dict[str, Variant] = {}
+    named = []
+    for number, (subject, l0) in enumerate(zip(subjects, l0s, strict=True)):
+        count = max(1, round(l0))
+        capped = min(count, reference.d_in)
+        full = {
+            "sae": f"sae {number}", "pca": f"pca {capped}", "neurons": f"neurons {count}",
+            "random_directions": f"random_directions {subject.d_sae} {count}",
+        }  # fmt: skip
+        named.append({name: full.get(name, name) for name in compared})
+        for name, key in named[-1].items():
+            if key not in variants:
+                variants[key] = variant(name, subject, capped if name == "pca" else count)
     measurement = Measurement(
-        Splicer(subject.model, subject.point, subject.reads, keep_neurons="neurons" in compared),
-        {name: variant(name) for name in compared},
-        frozenset(compared),
+        Splicer(first.model, first.point, first.reads, keep_neurons="neurons" in compared),
+        variants,
+        frozenset(variants),
         reference.mean,
         reference.exclusion,
-        subject.text.manifest.context_length,
+        first.text.manifest.context_length,
         None,
+        at_once=len(compared),
     )
-    return measure(measurement, subject.text, span, settings.batch_sequences, "baselines")
+    found = measure(measurement, first.text, span, settings.batch_sequences, "baselines")
+    return [found.of(names) for names in named]
 
 
 def _compared(settings: EvaluationSettings) -> tuple[str, ...]:

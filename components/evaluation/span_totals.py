@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from components.evaluation.features import FeatureSums
 from components.evaluation.intervals import DocumentGroups
-from components.evaluation.metrics import Sums, Totals
+from components.evaluation.metrics import PER_VARIANT, SHARED, Sums, Totals, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,26 @@ class SpanSums:
     """On the CPU."""
     device: str = "cpu"
     """The kind of device that measured."""
+
+    def of(self, names: Mapping[str, str], features: FeatureSums | None = None) -> SpanSums:
+        """What one of several coders that were measured together would have found alone. names: of its variants, each with the
+        one that it has here."""
+        columns = {name: place for place, name in enumerate(column_names(self.variants))}
+        kept = [columns[name] for name in SHARED]
+        kept += [columns[f"{here}.{name}"] for here in names.values() for name in PER_VARIANT]
+
+        def part(sums: Sums) -> Sums:
+            return Sums(sums.table[:, kept], sums.shifted)
+
+        return SpanSums(
+            variants=tuple(names),
+            documents=self.documents,
+            by_document=part(self.by_document),
+            by_position=part(self.by_position),
+            by_class=None if self.by_class is None else part(self.by_class),
+            features=features,
+            device=self.device,
+        )
 
 
 class Measured(SpanSums):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -39,10 +39,12 @@ class Measurement:
         exclusion: Exclusion,
         context_length: int,
         classes: TokenClasses | None,
+        at_once: int | None = None,
     ) -> None:
         """shift `[d_in]`: any vector near the mean; it only keeps the variance from cancelling. exclusion:
-        tokens that do not count."""
+        tokens that do not count. at_once: variants in one forward pass; all of them where it is not given."""
         self.splicer, self.variants, self.exclusion, self.classes = splicer, variants, exclusion, classes
+        self.at_once = len(variants) if at_once is None else at_once
         self._with_kl = [name in with_kl for name in variants]
         self._shift = shift.double()
         # the first one may have begun in an earlier span, where its group is another
@@ -73,22 +75,26 @@ class Measurement:
             return 0
         neurons, read = self.splicer.neurons, [self.splicer.read[point][counted].to(wide) for point in self.splicer.reads]
         given = Rows(rows, torch.cat(read, dim=1) if read else rows, None if neurons is None else neurons[counted])
-        rebuilt = [variant(given) for variant in self.variants.values()]
-        # Positions that are not counted (BOS, above all) keep their own activation in every variant.
-        spliced = x.expand(len(rebuilt), *x.shape).clone()
-        for stream, reconstruction in zip(spliced, rebuilt, strict=True):
-            stream[counted] = reconstruction.x_hat.to(x.dtype)
-        logits = self.splicer.spliced(spliced)
         predicting = counted[:, :-1] & (owner[:, 1:] != PADDING)
-        ce_clean, ce, kl = self._losses(clean, logits, tokens, predicting)
         predicts = torch.nn.functional.pad(predicting, (0, 1))[counted]
-
         exact = rows.double()
         shifted = exact - self._shift
-        columns = [torch.ones_like(exact[:, 0]), predicts.double(), shifted.square().sum(dim=1), ce_clean[counted]]
-        for reconstruction, loss, divergence in zip(rebuilt, ce, kl, strict=True):
-            columns += reconstruction_columns(exact, reconstruction.x_hat.double(), reconstruction.active)
-            columns += [loss[counted], divergence[counted]]
+        columns: list[Tensor] = []
+        variants = list(zip(self.variants.values(), self._with_kl, strict=True))
+        for start in range(0, len(variants), self.at_once):
+            some = variants[start : start + self.at_once]
+            rebuilt = [variant(given) for variant, _ in some]
+            # Positions that are not counted (BOS, above all) keep their own activation in every variant.
+            spliced = x.expand(len(rebuilt), *x.shape).clone()
+            for stream, reconstruction in zip(spliced, rebuilt, strict=True):
+                stream[counted] = reconstruction.x_hat.to(x.dtype)
+            logits = self.splicer.spliced(spliced)
+            ce_clean, ce, kl = self._losses(clean, logits, tokens, predicting, [with_kl for _, with_kl in some])
+            if not columns:
+                columns = [torch.ones_like(exact[:, 0]), predicts.double(), shifted.square().sum(dim=1), ce_clean[counted]]
+            for reconstruction, loss, divergence in zip(rebuilt, ce, kl, strict=True):
+                columns += reconstruction_columns(exact, reconstruction.x_hat.double(), reconstruction.active)
+                columns += [loss[counted], divergence[counted]]
         self._group(block, counted, torch.stack(columns, dim=1), shifted)
         return len(rows)
 
@@ -102,14 +108,16 @@ class Measurement:
             by_class=None if self._by_class is None else self._by_class.rows(),
         )
 
-    def _losses(self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(
+        self, clean: Tensor, logits: Tensor, tokens: Tensor, predicting: Tensor, with_kl: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropies `[batch, length]`, `[variants, batch, length]` and KL alike, zero where nothing is predicted."""
         ce_clean = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         ce = ce_clean.expand(len(logits), *tokens.shape).clone()
         kl = torch.zeros_like(ce)
         # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
         for row in range(len(tokens)):
-            here, others, divergences = token_losses(clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], self._with_kl)
+            here, others, divergences = token_losses(clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], with_kl)
             keep = predicting[row]
             ce_clean[row, :-1] = here.double().where(keep, 0.0)
             ce[:, row, :-1] = others.double().where(keep, 0.0)
@@ -133,7 +141,7 @@ def measure(measurement: Measurement, text: HeldOut, span: Span, batch_sequences
     keep_freed_memory()
     part = dataclasses.replace(text, sequences=span.sequences)
     with progress(logger, title, min(span.tokens, text.tokens), "tokens") as advance:
-        for block in part.batches(span.tokens, batch_size(batch_sequences, len(measurement.variants))):
+        for block in part.batches(span.tokens, batch_size(batch_sequences, measurement.at_once)):
             measurement.add(block)
             advance(int((block.documents >= 0).sum()), "")
     return measurement.finish()

@@ -5,6 +5,7 @@ Every step returns at once where its result is there already, and continues wher
 
 from components.steps.evaluation import (
     evaluate,
+    evaluate_together,
     evaluation_job,
     evaluation_reference,
     finish_evaluation,
@@ -41,6 +42,7 @@ __all__ = [
     "comparison",
     "evaluate",
     "evaluate_given",
+    "evaluate_together",
     "evaluation_job",
     "evaluation_reference",
     "examine",

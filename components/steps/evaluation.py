@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,13 +35,33 @@ from components.training.job import TrainingRecord
 
 def evaluate(run: Specification) -> EvaluationRecord:
     """SAE artifact -> its metrics on held-out documents; the evaluation record."""
-    record, token_manifest = require_trained(run)
-    present = run.evaluation_record()
-    if present is not None:
-        return present
-    sae = own_sae(run.sae_url, run.device)
-    named = run.evaluation_identity(record.weights_sha256)
-    return measured_alone(run, lambda _: sae, named, run.sae_url, token_manifest, record.architecture)
+    return evaluate_together([run])[0]
+
+
+def evaluate_together(runs: Sequence[Specification]) -> list[EvaluationRecord]:
+    """`evaluate` of several that differ by their coders alone, which read and write the same: what the language model computes
+    for all of them, it computes once."""
+    trained = [require_trained(run) for run in runs]
+    found = [run.evaluation_record() for run in runs]
+    missing = [place for place, record in enumerate(found) if record is None]
+    if missing:
+        subjects = [
+            Unmeasured(
+                run=runs[place],
+                load=partial(_loaded, own_sae(runs[place].sae_url, runs[place].device)),
+                identity=runs[place].evaluation_identity(trained[place][0].weights_sha256),
+                url=runs[place].sae_url,
+                architecture=trained[place][0].architecture,
+            )
+            for place in missing
+        ]
+        for place, record in zip(missing, measured_together(subjects, trained[0][1]), strict=True):
+            found[place] = record
+    return [record for record in found if record is not None]
+
+
+def _loaded(sae: AnySAE, _: evaluation.Reference) -> AnySAE:
+    return sae
 
 
 def evaluation_job(run: Specification) -> EvaluationJob:
@@ -127,37 +149,59 @@ def _subject(job: EvaluationJob, device: torch.device, classes: evaluation.Token
     )
 
 
-def measured_alone(
-    run: Specification,
-    load: Callable[[evaluation.Reference], AnySAE],
-    named: dict[str, Any],
-    url: str,
-    token_manifest: TokenManifest,
-    architecture: str,
-    name: str | None = None,
-) -> EvaluationRecord:
-    """Evaluate the SAE that `load` gives and write what was found to `url`. named: the evaluation's identity."""
+@dataclass(frozen=True, kw_only=True)
+class Unmeasured:
+    """An SAE that is to be evaluated."""
+
+    run: Specification
+    load: Callable[[evaluation.Reference], AnySAE]
+    identity: dict[str, Any]
+    """The evaluation's."""
+    url: str
+    """Where what is found is put."""
+    architecture: str
+    name: str | None = None
+
+    @property
+    def digest(self) -> str:
+        return identity.digest(self.identity)
+
+    @property
+    def kept_url(self) -> str:
+        return self.run.kept_spans_url(self.digest)
+
+
+def measured_together(subjects: Sequence[Unmeasured], token_manifest: TokenManifest) -> list[EvaluationRecord]:
+    """Evaluate SAEs whose runs differ by them alone, and write what was found."""
+    run = subjects[0].run
     device, model = run.device, kept_model(run.source, run.device)
     text = evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
     classes = evaluation.TokenClasses(load_tokenizer(run.source))
-    digest = identity.digest(named)
-    kept_url = run.kept_spans_url(digest)
-    found: dict[str, evaluation.Evaluation] = {}
+    found: list[dict[str, evaluation.Evaluation]] = [{} for _ in subjects]
     references: dict[str, evaluation.Reference] = {}
     for number, column in enumerate(run.writes):  # of all coders but a crosscoder, one
         point = parse_hook_point(column)
         reference = references[column] = reference_of(run, model, token_manifest, point)
-        sae = load(reference)
-        one = OneColumn(sae, number) if len(run.writes) > 1 and isinstance(sae, Coder) else sae
-        kept = KeptSpans(kept_url if one is sae else storage.join(kept_url, str(number)))
-        found[column] = evaluation.evaluate(
-            run.config.evaluation, one, sae.d_sae, model, point, text, reference, device, classes, kept, run.read_points
-        )
-    about = _about(run, sae, url, architecture, name)
-    whole = together(found) if len(found) > 1 else found[run.writes[0]]
-    whole = with_optional(run, whole, sae, token_manifest)
-    written = evaluation.write_evaluation(url, digest, named, whole, device, about, _warnings(references))
-    KeptSpans(kept_url).forget()
+        saes, several = [subject.load(reference) for subject in subjects], len(run.writes) > 1
+        looked_at = [
+            evaluation.Subject(
+                sae=OneColumn(sae, number) if several and isinstance(sae, Coder) else sae,
+                d_sae=sae.d_sae, model=model, point=point, text=text, device=device, classes=classes, reads=run.read_points,
+            )
+            for sae in saes
+        ]  # fmt: skip
+        kept = [KeptSpans(storage.join(one.kept_url, str(number)) if several else one.kept_url) for one in subjects]
+        for place, one in enumerate(evaluation.evaluate_together(run.config.evaluation, looked_at, reference, kept)):
+            found[place][column] = one
+    written = []
+    for subject, sae, by_column in zip(subjects, saes, found, strict=True):
+        whole = together(by_column) if len(by_column) > 1 else by_column[run.writes[0]]
+        whole = with_optional(subject.run, whole, sae, token_manifest)
+        about = _about(subject.run, sae, subject.url, subject.architecture, subject.name)
+        warnings = _warnings(references)
+        record = evaluation.write_evaluation(subject.url, subject.digest, subject.identity, whole, device, about, warnings)
+        KeptSpans(subject.kept_url).forget()
+        written.append(record)
     return written
 
 

@@ -28,7 +28,7 @@ from components.run import identity
 from components.run.coder import placement
 from components.run.specification import Specification
 from components.settings import UserError
-from components.steps.evaluation import measured_alone
+from components.steps.evaluation import Unmeasured, measured_together
 from components.steps.reference import reference_of
 from components.steps.registration import model_tags
 from components.steps.stability import stability_tags
@@ -198,7 +198,9 @@ def _measured(run: Specification, given: GivenSAE, sae: str, another_model: bool
         def load(reference: evaluation.Reference) -> AnySAE:
             return _load(given, run.device, reference.mean_norm)
 
-        present = measured_alone(run, load, named, url, prepare_tokens(run), given.config["architecture"], sae)
+        architecture = given.config["architecture"]
+        subject = Unmeasured(run=run, load=load, identity=named, url=url, architecture=architecture, name=sae)
+        (present,) = measured_together([subject], prepare_tokens(run))
     return url, present
 
 

@@ -10,11 +10,18 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from components.evaluation.charts import styled
 from components.sweeps.record import SweepPoint
 from components.sweeps.scaling import Fit, frontier_points
 
 _BUDGETS = 5
 _MARKERS = "osD^vP*X"
+
+
+def pictures(finished: Sequence[SweepPoint], fit: Fit | None) -> dict[str, Figure]:
+    """Those that there is something to show in, by name."""
+    found = {"pareto": pareto(finished)} if finished else {}
+    return found if fit is None else {**found, "isoflop": isoflop(fit), "frontier": frontier(fit)}
 
 
 def isoflop(fit: Fit) -> Figure:
@@ -60,8 +67,10 @@ def frontier(fit: Fit) -> Figure:
 
 def pareto(points: Sequence[SweepPoint]) -> Figure:
     """Loss recovered and explained variance against L0, by architecture."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("loss_recovered", "explained_variance"), strict=True):
+    with styled():
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, ("loss_recovered", "explained_variance"), strict=True):
         for marker, architecture in zip(_MARKERS, sorted({point.architecture for point in points}), strict=False):
             shown = [point for point in points if point.architecture == architecture and _both(point, name)]
             axes.scatter(
@@ -89,8 +98,9 @@ def _unbeaten(points: Sequence[SweepPoint], name: str) -> list[SweepPoint]:
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    with styled():
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
     _plain(axes, x, y)
     return figure, axes
 

@@ -83,6 +83,20 @@ def best_learning_rate(points: Sequence[SweepPoint], draws: int, seed: int = 0) 
     )  # fmt: skip
 
 
+def least_loss(points: Sequence[SweepPoint]) -> float:
+    """The loss of one setting at its best learning rate, of trainings that differ in the rate alone: the lowest point of the
+    parabola, in logarithms, through the best that was tried and its neighbours; what was tried where that is at an end."""
+    ordered = sorted(points, key=lambda point: point.learning_rate)
+    x = np.log([point.learning_rate for point in ordered])
+    y = np.log([point.loss or np.nan for point in ordered])
+    place = int(np.nanargmin(y))
+    if not 0 < place < len(ordered) - 1 or np.isnan(y[[place - 1, place + 1]]).any():
+        return float(np.exp(y[place]))
+    near = slice(place - 1, place + 2)
+    curve, slope, level = np.polyfit(x[near] - x[place], y[near], 2)
+    return float(np.exp(level - slope**2 / (4 * curve))) if curve > 0 else float(np.exp(y[place]))
+
+
 def _minimum(found: Array) -> Array:
     """p, q and, if it was fitted, r of the lowest point, `log rate = p + q log n + r log D`, along the first axis."""
     return np.moveaxis(-found[..., 1:] / (2 * found[..., :1]), -1, 0)

@@ -143,8 +143,8 @@ def _require_same(base: Specification, fit: Fit) -> None:
 
 def _require_falling(fit: Fit) -> None:
     """Else there is no best size: all that is spent would go into what still helps."""
-    _, alpha, _, beta = fit.exchange(fit.law.parameters)
-    for what, slope, known in (("features", alpha, True), ("tokens", beta, fit.varies_tokens)):
+    _, alpha, _, beta, delta = fit.exchange(fit.law.parameters)
+    for what, slope, known in (("features", alpha, True), ("tokens", min(beta, beta + delta), fit.varies_tokens)):
         if known and not slope > 0:
             raise UserError(
                 f"--sweep: in its law the loss does not fall with more {what}, so that there is no best number of them"

@@ -1,9 +1,10 @@
 """What a sweep says of size, length, sparsity and learning rate: laws with 90% bootstrap intervals, and the optimum they give.
 
 The joint law is `L(n, D, k) = exp(zeta + eta log k) + exp(alpha + beta_k log k + beta_n log n + gamma log k log n) +
-B D^-beta`: that of Gao et al. 2024 in features n and active features k, with the term in tokens D of Hoffmann et al. 2022;
-what a sweep does not vary is left out. L is the normalised MSE on held-out text. Of each size, length and k the best learning
-rate counts.
+B D^-beta n^delta`: that of Gao et al. 2024 in features n and active features k, with the term in tokens D of Hoffmann et al.
+2022, where a larger coder may need more of them: n^delta is fitted where a sweep has two settings for each parameter. What it
+does not vary is left out. L is the normalised MSE on held-out text, of each size, length and k at its best
+learning rate (`least_loss`).
 
 Compute is dense: C = n D f, with f FLOPs per feature and token. Then the optimum at a fixed k is a power law of C in each of
 features, tokens and loss (above its floor). The sparse FLOPs of the same training are not proportional to n D, and stand
@@ -21,7 +22,7 @@ import numpy as np
 from components.run.config import RunConfig, flattened
 from components.settings import Record, UserError
 from components.sweeps.laws import POWER, Array, Fitted, Law, fit, interval
-from components.sweeps.learning_rate import BestRate, best_learning_rate
+from components.sweeps.learning_rate import BestRate, best_learning_rate, least_loss
 from components.sweeps.record import SweepPoint, SweepRecord
 
 DIALS = ("sae.d_sae", "sae.expansion_factor", "sae.k", "training.tokens", "training.learning_rate")
@@ -112,8 +113,8 @@ class Fit:
     def freedom(self) -> int:
         return max(1, len(self.points) - len(self.law.parameters))
 
-    def exchange(self, parameters: Array) -> tuple[Array, Array, Array, Array]:
-        """A, alpha, B and beta of `A n^-alpha + B D^-beta` at this fit's k, for parameters `[..., P]`."""
+    def exchange(self, parameters: Array) -> tuple[Array, Array, Array, Array, Array]:
+        """log A, alpha, log B, beta, delta of `A n^-alpha + B D^-beta n^delta` at this fit's k, of parameters `[..., P]`."""
         names, log_k = self.law.law.names, np.log(self.k or 1)
 
         def of(name: str) -> Array:
@@ -121,20 +122,20 @@ class Fit:
 
         log_a = of("features.1") + of("features.k") * log_k
         alpha = -(of("features.n") + of("features.kn") * log_k)
-        return log_a, alpha, of("steps.1"), -of("steps.D")
+        return log_a, alpha, of("steps.1"), -of("steps.D"), of("steps.n")
 
     def optimum(self, flops: float, parameters: Array | None = None) -> tuple[Array, Array]:
         """Features and tokens that leave the least loss for so many dense FLOPs."""
-        log_a, alpha, log_b, beta = self.exchange(self.law.parameters if parameters is None else parameters)
-        budget = np.log(flops / self.flops_per_feature)
-        log_g = (np.log(np.maximum(alpha, 1e-6)) + log_a - np.log(np.maximum(beta, 1e-6)) - log_b) / (alpha + beta)
-        log_n = log_g + beta / (alpha + beta) * budget
+        log_a, alpha, log_b, beta, delta = self.exchange(self.law.parameters if parameters is None else parameters)
+        budget, rising = np.log(flops / self.flops_per_feature), np.maximum(beta + delta, 1e-6)
+        log_g = (np.log(np.maximum(alpha, 1e-6)) + log_a - np.log(rising) - log_b) / (alpha + rising)
+        log_n = log_g + beta / (alpha + rising) * budget
         return np.exp(log_n), np.exp(budget - log_n)
 
     def tokens_for(self, features: float) -> float:
         """For which this number of features is the compute-optimal one."""
-        log_a, alpha, log_b, beta = self.exchange(self.law.parameters)
-        return float(np.exp((np.log(beta) + log_b - np.log(alpha) - log_a + alpha * np.log(features)) / beta))
+        log_a, alpha, log_b, beta, delta = self.exchange(self.law.parameters)
+        return float(np.exp((np.log(beta + delta) + log_b - np.log(alpha) - log_a + (alpha + delta) * np.log(features)) / beta))
 
     def summary(self) -> Scaling:
         names, values = self.law.law.names, self.law.parameters
@@ -155,7 +156,8 @@ class Fit:
     def _optimal(self) -> dict[str, Any]:
         names = self.law.law.names
         at, drawn = self.law.parameters, self.law.draws
-        (_, alpha, _, beta), (_, alphas, _, betas) = self.exchange(at), self.exchange(drawn)
+        (_, alpha, _, beta, delta), (_, alphas, _, betas, deltas) = self.exchange(at), self.exchange(drawn)
+        both, boths = alpha + beta + delta, alphas + betas + deltas
         log_k = np.log(self.k or 1)
 
         def floor(parameters: Array) -> Array:
@@ -169,11 +171,11 @@ class Fit:
             "frontier": Frontier(
                 floor=self._estimate(float(floor(at)), floor(drawn)),
                 coefficient=excess,
-                exponent=self._estimate(alpha * beta / (alpha + beta), alphas * betas / (alphas + betas)),
+                exponent=self._estimate(alpha * beta / both, alphas * betas / boths),
             ),
-            "features": Power(coefficient=features, exponent=self._estimate(beta / (alpha + beta), betas / (alphas + betas))),
+            "features": Power(coefficient=features, exponent=self._estimate(beta / both, betas / boths)),
             "steps": Power(
-                coefficient=tokens / size, exponent=self._estimate(alpha / (alpha + beta), alphas / (alphas + betas))
+                coefficient=tokens / size, exponent=self._estimate((alpha + delta) / both, (alphas + deltas) / boths)
             ),
         }
 
@@ -182,12 +184,11 @@ def fit_sweep(record: SweepRecord, config: RunConfig, draws: int = DRAWS) -> Fit
     """config: says which k, and which of the points where the sweep varies more than the laws know of. A UserError for too few
     points."""
     everything = usable_points(record, config)
-    by_setting: dict[tuple[Any, ...], SweepPoint] = {}
+    by_setting: dict[tuple[Any, ...], list[SweepPoint]] = {}
     for point in everything:
-        setting = (point.features, point.tokens, point.k)
-        if setting not in by_setting or _loss(point) < _loss(by_setting[setting]):
-            by_setting[setting] = point
-    points = [by_setting[setting] for setting in sorted(by_setting, key=str)]
+        by_setting.setdefault((point.features, point.tokens, point.k), []).append(point)
+    settings = [by_setting[setting] for setting in sorted(by_setting, key=str)]
+    points = [min(setting, key=_loss) for setting in settings]
     law = _law(points)
     needed = len(law.names) + 1
     if len(points) < needed:
@@ -195,7 +196,7 @@ def fit_sweep(record: SweepRecord, config: RunConfig, draws: int = DRAWS) -> Fit
             f"--sweep: {len(points)} of its settings have finished (of each size, length and k one counts); the law "
             f"that fits them has {len(law.names)} parameters and needs {needed}"
         )
-    fitted = fit(law, _logs(points), np.array([_loss(point) for point in points]), draws)
+    fitted = fit(law, _logs(points), np.array([least_loss(setting) for setting in settings]), draws)
     k = _chosen_k(points, config)
     return Fit(points, everything, fitted, k, best_learning_rate(everything, draws))
 
@@ -227,6 +228,9 @@ def _law(points: Sequence[SweepPoint]) -> Law:
     terms["features"] = ("1", "n", "k", "kn") if ks > 1 else ("1", "n")
     if tokens > 1:
         terms["steps"] = ("1", "D")
+        wider = Law({**terms, "steps": ("1", "D", "n")})
+        if len(points) >= 2 * len(wider.names):
+            return wider
     return Law(terms)
 
 

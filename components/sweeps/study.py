@@ -69,7 +69,7 @@ def study(
         work = Work(base, url, key, parent.run_id, train, memory_bytes, workers, study=shown)
         _optimize(_open(settings, url, key, base.config.training.tokens), base, settings, work)
         record = work.put()
-        close(record, base, parent)
+        close(record, url, base, parent)
     return url, record
 
 

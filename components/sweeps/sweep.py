@@ -40,7 +40,7 @@ def sweep(
         work = Work(base, url, key, parent.run_id, train, memory_bytes, workers)
         work.do(everyone)
         record = work.put()
-        close(record, base, parent)
+        close(record, url, base, parent)
     return url, record
 
 
@@ -62,8 +62,8 @@ def parent_run(base: Specification, key: str, varied: dict[str, Any]) -> Any:
     return tracked_run(config.tracking, config.storage.root, f"sweep of {config.name}", key, parameters, tags, base.code)
 
 
-def close(record: SweepRecord, base: Specification, parent: Any) -> None:
-    """Counts, laws and pictures into the parent's run."""
+def close(record: SweepRecord, url: str, base: Specification, parent: Any) -> None:
+    """Counts, laws and pictures into the parent's run, and the page of the sweep to `url`."""
     losses = [point.loss for point in record.finished if point.loss is not None]
     counts = {
         "children": len(record.points),
@@ -72,4 +72,4 @@ def close(record: SweepRecord, base: Specification, parent: Any) -> None:
         **({"best_loss": min(losses)} if losses else {}),
     }
     parent.log_evaluation(counts, "sweep")
-    log_report(record, base.config, parent)
+    log_report(record, url, base.config, parent)

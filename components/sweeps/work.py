@@ -24,7 +24,7 @@ from components.settings import UserError, digest
 from components.steps.evaluation import own_sae
 from components.steps.training import prepared
 from components.sweeps.grid import Child
-from components.sweeps.groups import lockstep_groups, usable_memory
+from components.sweeps.groups import Groups, lockstep_groups, usable_memory
 from components.sweeps.record import SweepPoint, SweepRecord, read_sweep, record_url
 from components.sweeps.sparsity import decoder_cosine
 from components.training.job import Outcome, Point, Pruned, TrainingRecord
@@ -32,6 +32,8 @@ from components.training.process import TrainingTimeout, launch_together
 
 FAILURES = (FloatingPointError, RuntimeError, MemoryError, UserError, TrainingTimeout)
 """What a child may fail by and its neighbours go on: not a store or a server that is away, which is no child's fault."""
+TOGETHER = 12
+"""Coders that are measured on one pass of text: more of them save little, and a kill would lose more."""
 GiveUp = Callable[[Child, list[Point]], bool]
 """Whether a child that has come to these points of its curves is not worth more."""
 Group = Sequence[Child]
@@ -66,6 +68,22 @@ def attempted(group: Group, give_up: GiveUp = never) -> list[Outcome] | Exceptio
         return in_a_process(group, give_up)
     except FAILURES as error:
         return error
+
+
+def evaluated(group: Group) -> Iterator[tuple[Child, EvaluationRecord | Exception]]:
+    """Trained children of a lockstep group, each with what was measured of it, or why that failed; some at a time on one pass
+    of text, and alone where they fail together."""
+    for start in range(0, len(group), TOGETHER):
+        some = group[start : start + TOGETHER]
+        try:
+            yield from zip(some, steps.evaluate_together([child.run for child in some]), strict=True)
+        except FAILURES as error:
+            if len(some) == 1:
+                yield some[0], error
+            else:
+                logger.warning("sweep: %d could not be measured together (%s); each is measured alone", len(some), error)
+                for child in some:
+                    yield from evaluated([child])
 
 
 class Work:
@@ -114,16 +132,21 @@ class Work:
         """Train and measure what is waiting of these."""
         waiting = self.add(children)
         untrained = [child for child in waiting if child.run.training_record() is None]
-        for child in waiting:
-            if child not in untrained:
-                self.measure(child)
+        trained = [child for child in waiting if child not in untrained]
+        if trained:
+            known = self._grouped(trained)
+            for group in (*known.groups, *([child] for child, _ in known.too_large)):
+                self.measure(group)
         if not untrained:
             return
-        limit = usable_memory(self.base.device) // self._workers if self._memory is None else self._memory
-        planned = lockstep_groups(untrained, require_manifest(self.base.dataset_url).tokens, limit, self._workers)
+        planned = self._grouped(untrained)
         for child, reason in planned.too_large:
             self.fail(child, "failed", UserError(reason))
         self._train(planned.groups, give_up)
+
+    def _grouped(self, children: Group) -> Groups:
+        limit = usable_memory(self.base.device) // self._workers if self._memory is None else self._memory
+        return lockstep_groups(children, require_manifest(self.base.dataset_url).tokens, limit, self._workers)
 
     def _train(self, groups: Sequence[Group], give_up: GiveUp) -> None:
         """Train together; a group that fails as a whole is halved until it is known whose fault it was."""
@@ -141,12 +164,8 @@ class Work:
 
     def _broken(self, group: Group, error: Exception) -> list[Group]:
         """What is to be tried again of a group that failed as a whole."""
-        left = []
-        for child in group:  # shorter trainings may have ended before
-            if child.run.training_record() is None:
-                left.append(child)
-            else:
-                self.measure(child)
+        left = [child for child in group if child.run.training_record() is None]
+        self.measure([child for child in group if child not in left])  # shorter trainings may have ended before
         if isinstance(error, TrainingTimeout) or len(left) <= 1:
             for child in left:
                 self.fail(child, "failed", error)
@@ -155,21 +174,25 @@ class Work:
         return [half for half in (left[: len(left) // 2], left[len(left) // 2 :]) if half]
 
     def _settle(self, group: Group, outcomes: Sequence[Outcome]) -> None:
+        trained = []
+        for child, outcome in zip(group, outcomes, strict=True):
+            if isinstance(outcome, TrainingRecord):
+                trained.append(child)
+            else:
+                self.fail(child, "pruned" if isinstance(outcome, Pruned) else "diverged", outcome)
+        self.measure(trained)
+
+    def measure(self, group: Group) -> None:
+        """Evaluate trained children of a lockstep group, and log each in an MLflow run under the sweep's."""
         with progress(logger, "evaluate", len(group), "coders") as advance:
-            for child, outcome in zip(group, outcomes, strict=True):
-                if isinstance(outcome, TrainingRecord):
-                    self.measure(child)
+            for child, found in evaluated(group):
+                if isinstance(found, EvaluationRecord):
+                    self._log(child, found)
                 else:
-                    self.fail(child, "pruned" if isinstance(outcome, Pruned) else "diverged", outcome)
+                    self.fail(child, "failed", found)
                 advance(1, "")
 
-    def measure(self, child: Child) -> None:
-        """Evaluate a trained child and log it, in an MLflow run under the sweep's."""
-        try:
-            measured = steps.evaluate(child.run)
-        except FAILURES as error:
-            self.fail(child, "failed", error)
-            return
+    def _log(self, child: Child, measured: EvaluationRecord) -> None:
         with self._child_run(child) as open_run:
             steps.log_results(child.run, open_run)
             cosine = decoder_cosine(own_sae(child.run.sae_url, child.run.device).W_dec.detach())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from components.sweeps.grid import SweepSettings
+    from components.sweeps.scaling import Scaling
 
 
 def sweep(
@@ -73,7 +74,7 @@ def sweep(
             from flows.sweep import swept
 
             url, record = swept(base, settings)
-        from components.sweeps.report import findings
+        from components.sweeps.findings import findings
 
         show(
             {"url": url, **record.model_dump(mode="json"), **findings(record, base.config).model_dump(mode="json")}, print_sweep
@@ -144,6 +145,8 @@ def recommend(
 def print_sweep(found: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from components.sweeps.scaling import Scaling
+
     fields = list(found["grid"])
     table = Table(
         *(field.partition(".")[2] for field in fields), "loss", "L0", "EV", "recovered", "FLOPs", "sparse",
@@ -168,7 +171,7 @@ def print_sweep(found: dict[str, Any]) -> None:
             setting = ", ".join(f"{field} {value}" for field, value in point["values"].items())
             console.print(f"{setting}: {point['status']}: {point['reason']}", markup=False, highlight=False)
     if found["laws"] is not None:
-        console.print(_laws(found["laws"]))
+        console.print(_laws(Scaling.model_validate(found["laws"])))
     elif found["no_laws"]:
         console.print(f"no laws: {found['no_laws']}", markup=False, highlight=False)
     sparsity = found["sparsity"]
@@ -176,40 +179,27 @@ def print_sweep(found: dict[str, Any]) -> None:
         beyond = ", at an end of what was tried: the least may lie beyond" if sparsity["at_the_end"] else ""
         said = f"decoder rows are least alike (a proxy, arXiv 2508.16560) at k {sparsity['k']}, L0 {sparsity['l0']:.1f}{beyond}"
         console.print(said, markup=False, highlight=False)
-    console.print(f"{found['url']}/sweep.json, MLflow run {found['mlflow_run']}", markup=False, highlight=False)
+    console.print(f"{found['url']}/sweep.json and sweep.html, MLflow run {found['mlflow_run']}", markup=False, highlight=False)
 
 
 def _flops(count: float) -> str:
     return f"{count:.1e}".replace("e+", "e")
 
 
-def _laws(laws: dict[str, Any]) -> Table:
+def _laws(laws: Scaling) -> Table:
     from rich.table import Table
 
-    at = "" if laws["k"] is None else f" at k {laws['k']}"
-    title = f"Laws of the normalised MSE{at}, through {laws['points']} settings; C in dense FLOPs"
-    table = Table("law", "value", "90% interval", title=title)
+    from components.sweeps.page import laws_table
 
-    def row(name: str, estimate: dict[str, float]) -> None:
-        table.add_row(name, f"{estimate['value']:.4g}", f"{estimate['low']:.4g} to {estimate['high']:.4g}")
-
-    for name, title in (("frontier", "best loss"), ("observed_frontier", "best loss observed")):
-        if laws[name] is not None:
-            row(f"{title} = floor + {laws[name]['coefficient']:.3g} C^-c: floor", laws[name]["floor"])
-            row("   c", laws[name]["exponent"])
-    for name in ("features", "steps"):
-        if laws[name] is not None:
-            row(f"best {name} = {laws[name]['coefficient']:.3g} C^a: a", laws[name]["exponent"])
-    for name, estimate in laws["law"].items():
-        row(f"joint law, {name}", estimate)
-    rate = laws["learning_rate"]
-    if rate["coefficient"] is not None:
-        row(
-            f"best learning rate = {rate['coefficient']:.3g} n^q D^{rate['tokens_exponent']:.3g}: q",
-            {"value": rate["exponent"], "low": rate["low"], "high": rate["high"]},
-        )
-    else:
-        table.add_row("best learning rate", ", ".join(f"{n}: {found:g}" for n, found in rate["tried"].items()), rate["said"])
+    at = "" if laws.k is None else f" at k {laws.k}"
+    table = Table(
+        "law",
+        "value",
+        "90% interval",
+        title=f"Laws of the normalised MSE{at}, through {laws.points} settings; C in dense FLOPs",
+    )
+    for row in laws_table(laws):
+        table.add_row(*row)
     return table
 
 

@@ -122,7 +122,7 @@ def test_a_sweep_measures_each_child_as_it_would_be_alone_and_is_found_again(bas
     parents = {run.info.run_id: run.data.tags.get(PARENT_TAG) for run in runs}
     assert parents == {record.mlflow_run: None, **{point.mlflow_run: record.mlflow_run for point in record.points}}
     assert client.get_run(record.points[0].mlflow_run).data.metrics["eval/l0"] == record.points[0].l0
-    assert {"sweep.json", "pareto.png"} <= {file.path for file in client.list_artifacts(record.mlflow_run)}
+    assert {"sweep.json", "pareto.png", "sweep.html"} <= {file.path for file in client.list_artifacts(record.mlflow_run)}
     assert sweeps.sweep(base, grid, train=nothing) == (url, record)
     # another sweep that holds the same trainings: they are reused, in child runs of its own
     _, other = sweeps.sweep(base, parse_grid(["sae.k=4"]), train=nothing)
@@ -177,6 +177,23 @@ def test_one_whose_process_is_killed_is_marked_and_the_others_are_trained_in_hal
     assert "SIGKILL" in str(record.points[1].reason)
 
 
+def test_one_that_cannot_be_measured_is_marked_and_the_others_are_measured_alone(base, monkeypatch: pytest.MonkeyPatch):
+    evaluate, asked = steps.evaluate_together, []
+
+    def refused(runs):
+        asked.append([run.config.sae.k for run in runs])
+        if 3 in asked[-1]:
+            raise RuntimeError("CUDA out of memory")
+        return evaluate(runs)
+
+    monkeypatch.setattr(steps, "evaluate_together", refused)
+    _, record = sweeps.sweep(base, parse_grid(["sae.k=2,3,4"]), train=here)
+    assert asked == [[2, 3, 4], [2], [3], [4]]
+    assert [(point.status, point.reason) for point in record.points] == [
+        ("finished", None), ("failed", "CUDA out of memory"), ("finished", None)
+    ]  # fmt: skip
+
+
 def test_a_group_that_takes_too_long_is_not_tried_again_in_parts(base: Specification):
     tried: list[int] = []
 
@@ -194,15 +211,15 @@ def test_a_group_that_takes_too_long_is_not_tried_again_in_parts(base: Specifica
 
 def test_killed_between_two_children_it_goes_on_with_the_second(base: Specification, monkeypatch: pytest.MonkeyPatch):
     grid = parse_grid(["sae.k=2,4"])
-    evaluate, calls = steps.evaluate, []
+    log, calls = steps.log_results, []
 
-    def killed_at_the_second(run: Specification):
+    def killed_at_the_second(run: Specification, open_run):
         calls.append(run.sae_digest)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(run)
+        return log(run, open_run)
 
-    monkeypatch.setattr(steps, "evaluate", killed_at_the_second)
+    monkeypatch.setattr(steps, "log_results", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         sweeps.sweep(base, grid, train=here)
     before = read_sweep(sweeps.sweep_url(base, grid))

@@ -14,10 +14,11 @@ import psutil
 import pytest
 import yaml
 
+from components import steps
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.sweeps import sweep as sweeps
-from components.sweeps.grid import child_of, parse_grid
+from components.sweeps.grid import child_of, children, parse_grid
 from components.sweeps.work import attempted
 from components.tracking.store import connect
 
@@ -94,11 +95,12 @@ def test_one_diverges_one_has_no_memory_one_is_killed_and_the_others_complete(
         assert run.data.tags["sae.failure"]
 
 
-def test_two_workers_come_to_what_one_does(tree: dict, tmp_path: Path):
-    tree["execution"] = {"workers": 2}
+@pytest.mark.parametrize("runner", ["threads", "ray", pytest.param("dask", marks=pytest.mark.soak)])
+def test_two_workers_come_to_what_one_does(tree: dict, tmp_path: Path, runner: str):
+    tree["execution"] = {"workers": 2, "runner": runner}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**tree, "name": "shared"}))
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "prefect"), "RAY_USAGE_STATS_ENABLED": "0"}
     command = [
         str(Path(sys.executable).parent / "sae"),
         "sweep",
@@ -112,13 +114,15 @@ def test_two_workers_come_to_what_one_does(tree: dict, tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     shared = json.loads(done.stdout)
+    assert [point["status"] for point in shared["points"]] == ["finished"] * 2, shared["points"]
     del tree["execution"]
     tree["storage"] = {"root": str(tmp_path / "alone")}
-    _, alone = sweeps.sweep(resolve(parse_config({**tree, "name": "shared"})), parse_grid(["sae.k=2,4"]))
-    assert [point["status"] for point in shared["points"]] == ["finished"] * 2
-    for point, own in zip(shared["points"], alone.points, strict=True):
-        assert point["sae_digest"] == own.sae_digest
-        assert point["loss"] == pytest.approx(own.loss, rel=1e-5)
+    alone = resolve(parse_config({**tree, "name": "shared"}))
+    steps.extract(alone)
+    for point, child in zip(shared["points"], children(alone, parse_grid(["sae.k=2,4"])), strict=True):
+        steps.train(child.run)
+        assert point["sae_digest"] == child.run.sae_digest
+        assert point["loss"] == pytest.approx(1 - steps.evaluate(child.run).metrics["explained_variance"], rel=1e-5)
     runs = connect(resolve(parse_config(tree)).config.tracking, shared["url"].rsplit("/sweeps/", 1)[0])
     assert {runs.get_run(point["mlflow_run"]).data.tags["mlflow.parentRunId"] for point in shared["points"]} == {
         shared["mlflow_run"]
