@@ -55,9 +55,9 @@ CORPUS = Fields(
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
 ACTIVATIONS = Fields(
     always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
-    later=("exclude",),
+    later=("exclude", "mode", "generation_tokens"),
     resolved=("hook_points",),
-    without_effect=("sequences_per_chunk", "shuffle_workers"),
+    without_effect=("sequences_per_chunk", "shuffle_workers", "disk_bytes"),
 )
 TRAINING = Fields(
     always=(
@@ -108,6 +108,11 @@ def activation_identity(
 ) -> dict[str, Any]:
     fields = ACTIVATIONS.of(settings)
     return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, settings=fields)
+
+
+def generation_identity(activations: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
+    """Of the dataset of some of the sequences. activations: the identity of all generations together."""
+    return {**activations, "sequences": [first, stop]}
 
 
 def coder_identity(

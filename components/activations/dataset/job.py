@@ -6,14 +6,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from components import storage
 from components.activations.dataset.schema import Layout
 from components.activations.dataset.shuffle import ShufflePlan, plan_shuffle
 from components.activations.settings import ActivationSettings
-from components.corpus.manifest import TokenManifest, TokenSplit
+from components.corpus.manifest import Split, TokenManifest, TokenSplit
 from components.corpus.tokens import Sequences, read_sequences
 from components.language_model.hook_points import HookPoint, parse_hook_point
 from components.language_model.loading import ModelSource
+
+_COUNTED_AT_ONCE = 4_096
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring sequences of a split."""
+
+    first: int
+    sequences: int
+    tokens: int
+    """That count, see `TokenSplit`."""
+    documents: int
+    """That have a token in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +47,19 @@ class Extraction:
     token_url: str
     token_manifest: TokenManifest
     seed: int
+    span: Span | None = None
+    """The sequences of the split that it takes; all of them where there is none."""
+    shared_url: str | None = None
+    """Where several datasets share what decides which tokens count; its own folder of chunks where there is none."""
 
     @cached_property
     def split(self) -> TokenSplit:
-        return self.token_manifest.splits[self.settings.split]
+        """What there is to do: the split, or a span of it."""
+        whole = self.token_manifest.splits[self.settings.split]
+        if self.span is None:
+            return whole
+        span = self.span
+        return whole.model_copy(update={"tokens": span.tokens, "sequences": span.sequences, "documents": span.documents})
 
     @property
     def chunks(self) -> int:
@@ -60,7 +85,7 @@ class Extraction:
     @property
     def exclusion_url(self) -> str:
         """Which tokens do not count, in numbers; where there are some."""
-        return storage.join(self.url, "scatter", "exclusion.json")
+        return storage.join(self.shared_url or storage.join(self.url, "scatter"), "exclusion.json")
 
     def chunk_name(self, chunk: int) -> str:
         return f"chunk-{chunk:06d}.bin"
@@ -92,5 +117,17 @@ class Extraction:
 
 def chunk_sequences(work: Extraction, chunk: int) -> Sequences:
     """The token sequences of a chunk."""
-    size = work.settings.sequences_per_chunk
-    return read_sequences(work.token_url, work.token_manifest, work.settings.split, chunk * size, (chunk + 1) * size)
+    size, split = work.settings.sequences_per_chunk, work.settings.split
+    begin, stop = (0, work.split.sequences) if work.span is None else (work.span.first, work.span.first + work.span.sequences)
+    first = begin + chunk * size
+    return read_sequences(work.token_url, work.token_manifest, split, first, min(first + size, stop))
+
+
+def count_span(token_url: str, manifest: TokenManifest, split: Split, first: int, stop: int) -> Span:
+    """Some sequences, with what counts in them. Memory: two shards of tokens, and a number per document."""
+    tokens, documents = 0, np.empty(0, dtype=np.int64)
+    for begin in range(first, stop, _COUNTED_AT_ONCE):
+        found = read_sequences(token_url, manifest, split, begin, min(begin + _COUNTED_AT_ONCE, stop)).documents
+        counted = found[found >= 0]
+        tokens, documents = tokens + len(counted), np.union1d(documents, counted)
+    return Span(first, stop - first, tokens, len(documents))

@@ -1,0 +1,327 @@
+"""Online training: the language model runs beside it, and what comes of it is what training from disk gives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from components import steps, storage
+from components.activations.dataset import extraction
+from components.activations.dataset.manifest import require_manifest
+from components.activations.dataset.reader import ActivationReader
+from components.activations.online.folder import Failure, OnlineFolder, Wanted
+from components.activations.online.production import largest_of, spans
+from components.activations.online.reader import GenerationReader
+from components.activations.online.space import Space, generation_space
+from components.corpus.tokens import read_sequences
+from components.run.checks import check
+from components.run.config import parse_config
+from components.run.online import generation, production_of
+from components.run.specification import Specification, resolve
+from components.settings import UserError
+
+POINT = "resid_post.1"
+NAMES = ("document", "position", POINT)
+GENERATION = 2_000
+
+
+def online(tree: dict, disk_bytes: int = 10**9, generation_tokens: int = GENERATION, **training) -> Specification:
+    activations = {**tree["activations"], "rows_per_shard": 1_000, "rows_per_group": 256, "sequences_per_chunk": 16}
+    activations |= {"mode": "online", "generation_tokens": generation_tokens, "disk_bytes": disk_bytes}
+    return resolve(parse_config({**tree, "activations": activations, "training": {**tree["training"], **training}}))
+
+
+@pytest.fixture
+def made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generations are made by a thread: a process takes seconds to start. What it does is the same."""
+
+    @contextmanager
+    def producing(run: Specification) -> Iterator[None]:
+        folder, stop = OnlineFolder(run.dataset_url), threading.Event()
+        folder.fail(None)
+
+        def work() -> None:
+            try:
+                production_of(run, run.token_manifest()).run(stop.is_set)
+            except Exception as error:
+                folder.fail(Failure(kind=type(error).__name__, text=str(error)))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    monkeypatch.setattr(steps.online, "producing", producing)
+
+
+def least(run: Specification) -> int:
+    """The smallest `disk_bytes` that is accepted."""
+    found = space(run)
+    return found.making + found.kept
+
+
+def space(run: Specification) -> Space:
+    tokens = run.token_manifest()
+    context = run.config.corpus.context_length
+    found = spans(tokens.splits["train"].sequences, context, run.config.activations.generation_tokens)
+    return generation_space(run.config.activations, run.extraction(tokens).layout, largest_of(found), context)
+
+
+def weights(run: Specification) -> bytes:
+    return storage.read_bytes(f"{run.sae_url}/sae_weights.safetensors")
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> np.ndarray:
+    return np.stack([batch["document"].numpy(), batch["position"].numpy().astype(np.int64)])
+
+
+@pytest.mark.usefixtures("made_here")
+def test_one_generation_of_everything_gives_the_weights_of_training_from_disk(tiny_tree: dict):
+    one = online(tiny_tree, generation_tokens=10_000)
+    tiny_tree["activations"] |= {"rows_per_shard": 1_000, "rows_per_group": 256}
+    stored = resolve(parse_config(tiny_tree))
+    steps.extract(stored)
+    steps.train(stored)
+    steps.train(one)
+    assert weights(one) == weights(stored)
+    assert one.sae_digest != stored.sae_digest
+    assert OnlineFolder(one.dataset_url).present() == []
+
+
+def test_generations_follow_each_other_as_if_each_were_read_alone(tiny_tree: dict, tmp_path: Path):
+    run = online(tiny_tree)
+    tokens = steps.prepare_tokens(run)
+    folder, count = OnlineFolder(run.dataset_url), production_of(run, tokens).count
+    assert count == 4
+    folder.begin(count)
+    folder.want(Wanted(training="", first=0, rows=30_000))
+    production_of(run, tokens).run()
+    epochs: list[dict[str, torch.Tensor]] = []
+    for epoch in range(3):
+        for number in range(count):
+            url = folder.generation_url(number)
+            manifest = require_manifest(url)
+            alone = ActivationReader(url=url, manifest=manifest, columns=NAMES, batch_size=manifest.tokens, seed=0)
+            with closing(alone.batches(epoch * manifest.tokens)) as batches:
+                epochs.append(next(batches))
+    stream = {name: torch.cat([part[name] for part in epochs]) for name in NAMES}
+    reader = GenerationReader(folder=folder, manifest=folder.first_manifest(), columns=NAMES, batch_size=250, seed=0)
+    for start in (0, 250, 1_500, 5_750, 6_000, 14_000):
+        with closing(reader.batches(start)) as batches:
+            for at in range(start, start + 3_000, 250):
+                batch = next(batches)
+                for name in NAMES:
+                    assert torch.equal(batch[name], stream[name][at : at + 250]), (start, at, name)
+    # Every token of the split is in each epoch once.
+    split = tokens.splits["train"]
+    held = read_sequences(run.token_url, tokens, "train", 0, split.sequences)
+    counted = held.documents >= 0
+    known = np.stack([held.documents[counted], held.positions[counted]])
+    for epoch in range(3):
+        found = rows_of({name: stream[name][epoch * split.tokens : (epoch + 1) * split.tokens] for name in NAMES})
+        assert np.array_equal(found[:, np.lexsort(found)], known[:, np.lexsort(known)])
+
+
+class Killed(Exception):
+    pass
+
+
+def stopping_after(tokens: int) -> Callable[[list[dict]], None]:
+    def on_points(points: list[dict]) -> None:
+        if points[-1]["tokens"] >= tokens:
+            raise Killed
+
+    return on_points
+
+
+@pytest.mark.usefixtures("made_here")
+def test_killed_at_any_moment_and_continued_it_ends_with_the_same_weights(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
+    steps.prepare_tokens(online(tiny_tree))
+    run = online(tiny_tree, disk_bytes=least(online(tiny_tree)), log_tokens=500)
+    record = steps.train(run)
+    undisturbed = weights(run)
+    storage.delete(run.sae_url)
+    storage.delete(run.dataset_url)
+    run_chunk, calls = extraction.run_chunk, [0]
+    extracted: list[tuple[int, int]] = []
+
+    def killed_now_and_then(source, model, points, sequences, *rest):
+        calls[0] += 1
+        if calls[0] in (3, 10, 24):
+            raise Killed("in the middle of a generation")
+        extracted.append((int(sequences.documents[0, -1]), int(sequences.positions[0, -1])))
+        return run_chunk(source, model, points, sequences, *rest)
+
+    monkeypatch.setattr(extraction, "run_chunk", killed_now_and_then)
+    stops = [500, 2_500, 4_500, 9_000, 9_500, 15_000, 19_500]
+    interrupted: list[str] = []
+    for _ in range(40):
+        try:
+            found = steps.train(run, stopping_after(stops[0]) if stops else lambda points: None)
+            break
+        except Killed:
+            stops.pop(0)
+        except RuntimeError as error:
+            interrupted.append(str(error))
+    assert stops == []
+    assert interrupted == ["extraction failed: Killed: in the middle of a generation"] * 3
+    assert weights(run) == undisturbed
+    assert found.curves == record.curves
+    assert storage.list_names(f"{run.sae_url}/checkpoints") == []
+    assert OnlineFolder(run.dataset_url).present() == []
+
+
+@pytest.mark.usefixtures("made_here")
+def test_the_disk_never_holds_more_than_it_may(tiny_tree: dict):
+    steps.prepare_tokens(online(tiny_tree))
+    bound = least(online(tiny_tree))
+    run = online(tiny_tree, disk_bytes=bound, tokens=30_000)
+    most, counts, ended = [0], [0], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.001):
+            sizes, there = 0, 0
+            for path in Path(run.dataset_url).rglob("*"):
+                with suppress(FileNotFoundError):
+                    sizes += path.stat().st_size if path.is_file() else 0
+                there += path.name.startswith("generation-") and path.is_dir()
+            most[0], counts[0] = max(most[0], sizes), max(counts[0], there)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        steps.train(run)
+    finally:
+        ended.set()
+        sampler.join()
+    assert counts[0] == 2
+    # The row count of a generation times the bytes of a row, twice: what was seen is about what there was.
+    rows = 6_000 / 4
+    assert 2 * rows * run.extraction(run.token_manifest()).layout.row_bytes < most[0] <= bound
+
+
+@pytest.mark.usefixtures("made_here")
+def test_statistics_of_the_first_generation_hold_for_all(tiny_tree: dict):
+    run = online(tiny_tree)
+    record = steps.train(run)
+    manifest = run.dataset_manifest()
+    assert manifest.identity == {**run.dataset_identity, "sequences": [0, manifest.identity["sequences"][1]]}
+    assert record.activation_scale == manifest.column(POINT).scale
+    assert manifest.tokens < run.token_manifest().splits["train"].tokens / 3
+
+
+@pytest.mark.usefixtures("made_here")
+def test_an_exclusion_is_found_once_and_holds_for_all_generations(tiny_tree: dict):
+    tiny_tree["activations"]["exclude"] = {"norms_above": 1.2, "positions": [0]}
+    run = online(tiny_tree)
+    steps.train(run)
+    tokens = run.token_manifest()
+    folder = OnlineFolder(run.dataset_url)
+    rows = [entry.rows for entry in folder.ledger().entries]
+    stored = resolve(parse_config({**tiny_tree}))
+    whole = steps.extract(stored)
+    assert sum(rows) == whole.tokens < tokens.splits["train"].tokens
+    assert run.dataset_manifest().exclusion == whole.exclusion
+
+
+def test_a_process_makes_them_says_why_it_cannot_and_ends_with_who_started_it(tiny_tree: dict):
+    run = online(tiny_tree, tokens=1_000_000)
+
+    def producers() -> list[psutil.Process]:
+        return [one for one in psutil.Process().children(recursive=True) if "components.run.online" in one.cmdline()]
+
+    def kill(points: list[dict]) -> None:
+        for producer in producers():
+            producer.kill()
+
+    with pytest.raises(RuntimeError, match=r"extracts was killed \(signal 9\)"):
+        steps.train(run, kill)
+    assert producers() == []
+    with pytest.raises(Killed):
+        steps.train(run, stopping_after(50_000))
+    assert producers() == []
+
+
+@pytest.mark.usefixtures("made_here")
+def test_it_is_asked_to_stop_while_it_waits_and_stops(tiny_tree: dict, monkeypatch: pytest.MonkeyPatch):
+    from components.training.loop import Stopped
+
+    run = online(tiny_tree)
+    asked = threading.Event()
+    monkeypatch.setattr(extraction, "run_chunk", lambda *_: asked.wait(30))
+    threading.Timer(0.3, asked.set).start()
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        steps.train(run, should_stop=asked.is_set)
+    assert time.monotonic() - started < 20
+
+
+REFUSED = {
+    "no size": ({"generation_tokens": None}, {}, "activations.generation_tokens: activations.mode 'online' needs it"),
+    "no bound": ({"disk_bytes": None}, {}, "activations.disk_bytes: activations.mode 'online' needs it"),
+    "smaller than a batch": (
+        {},
+        {"batch_size": 4_000},
+        "activations.generation_tokens: 2,000 is less than training.batch_size",
+    ),
+    "smaller than a shard": ({"rows_per_shard": 3_000}, {}, "is less than activations.rows_per_shard (3,000)"),
+    "too little disk": ({"disk_bytes": 300_000}, {}, "activations.disk_bytes: 300,000 do not hold a generation"),
+    "held out": ({"split": "held_out"}, {}, "activations.mode: 'online' makes what is trained on"),
+    "no meaning": ({"mode": "stored"}, {}, "has no meaning with activations.mode 'stored'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused(tiny_tree: dict, name: str):
+    activations, training, said = REFUSED[name]
+    base = {"rows_per_shard": 1_000, "mode": "online", "generation_tokens": GENERATION, "disk_bytes": 10**8}
+    tree = {
+        **tiny_tree,
+        "activations": {**tiny_tree["activations"], **base, **activations},
+        "training": {**tiny_tree["training"], **training},
+    }
+    with pytest.raises(UserError) as refused:
+        check(resolve(parse_config(tree)))
+    assert said in str(refused.value)
+
+
+def test_the_least_disk_that_is_asked_for_is_enough(tiny_tree: dict):
+    run = online(tiny_tree)
+    steps.prepare_tokens(run)
+    check(online(tiny_tree, disk_bytes=least(run)))
+    with pytest.raises(UserError, match=f"give at least {least(run):,}"):
+        check(online(tiny_tree, disk_bytes=least(run) - 1))
+
+
+def test_generations_are_of_about_the_same_size_and_together_all():
+    for sequences, context, tokens in ((194, 32, 2_000), (1, 32, 2_000), (1_000, 128, 128), (7, 10, 45)):
+        found = spans(sequences, context, tokens)
+        assert found[0][0] == 0
+        assert found[-1][1] == sequences
+        assert all(stop == begin for (_, stop), (begin, _) in pairwise(found))
+        sizes = [stop - first for first, stop in found]
+        assert max(sizes) * context <= tokens
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_dataset_of_a_generation_is_one_as_any_other(tiny_tree: dict):
+    run = online(tiny_tree)
+    tokens = steps.prepare_tokens(run)
+    work = generation(run, tokens, 1)
+    manifest = extraction.extract(work, run.device)
+    from components.activations.dataset.check import problems
+
+    assert list(problems(work.url, manifest)) == []
+    assert manifest.digest == work.digest
