@@ -105,8 +105,8 @@ def print_plan(estimate: dict[str, Any]) -> None:
     how = f"{stored['bytes'] / 1e6:,.0f} MB ({each} B/token; {most:,.0f} MB while shuffling)"
     if online is not None:
         how = (
-            f"{online['generations']:,} generations of at most {online['generation_tokens']:,}, at a time {online['at_once']:,} "
-            f"and one in the making ({each} B/token; at most {most:,.0f} MB)"
+            f"{online['generations']:,} generations of at most {online['generation_tokens']:,}, {online['at_once']:,} "
+            f"at a time and one in the making ({each} B/token; at most {most:,.0f} MB)"
         )
     table.add_row(
         "extract",
