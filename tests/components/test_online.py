@@ -237,7 +237,8 @@ def test_an_exclusion_is_found_once_and_holds_for_all_generations(tiny_tree: dic
 
 
 def test_a_process_that_makes_them_and_is_killed_ends_the_training_which_says_so(tiny_tree: dict):
-    run = online(tiny_tree, tokens=1_000_000)
+    steps.prepare_tokens(online(tiny_tree))
+    run = online(tiny_tree, disk_bytes=least(online(tiny_tree)), tokens=1_000_000)
 
     def producers() -> list[psutil.Process]:
         return [one for one in psutil.Process().children(recursive=True) if "components.run.online" in one.cmdline()]

@@ -84,6 +84,7 @@ class Production:
         whole = not storage.exists(work.url)
         for url in (work.url, work.scatter_url):
             storage.sweep(url)  # what a killed process has left counts as well
+        logger.info("extract: generation %d of %d", number + 1, self.count)
         manifest = extract(work, self.device)
         difference = self.folder.enter(number, manifest, time.monotonic() - started if whole else None)
         if difference is not None:
