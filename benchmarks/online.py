@@ -34,13 +34,14 @@ def sampled(folder: str) -> Iterator[list[int]]:
     def sample() -> None:
         nonlocal samples
         while not ended.wait(0.01):
-            found = 0
+            found: dict[int, int] = {}
             for place, _, names in os.walk(folder):
                 for name in names:
                     with suppress(FileNotFoundError):
-                        found += os.stat(os.path.join(place, name)).st_size
+                        status = os.stat(os.path.join(place, name))
+                        found[status.st_ino] = status.st_size  # a shard has two names while it is put
             samples += 1
-            most[:] = [max(most[0], found), samples]
+            most[:] = [max(most[0], sum(found.values())), samples]
 
     thread = threading.Thread(target=sample)
     thread.start()

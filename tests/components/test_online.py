@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +34,7 @@ from components.run.config import parse_config
 from components.run.online import generation, production_of
 from components.run.specification import Specification, resolve
 from components.settings import UserError
+from components.training.process import CONTINUE
 
 POINT = "resid_post.1"
 NAMES = ("document", "position", POINT)
@@ -191,13 +197,15 @@ def test_the_disk_never_holds_more_than_it_may(tiny_tree: dict):
 
     def sample() -> None:
         while not ended.wait(0.001):
-            sizes, there = 0, 0
+            sizes: dict[int, int] = {}
+            there = 0
             for folder, folders, names in os.walk(run.dataset_url):
                 there += sum(name.startswith("generation-") for name in folders)
                 for name in names:
                     with suppress(FileNotFoundError):
-                        sizes += os.stat(os.path.join(folder, name)).st_size
-            most[0], counts[0] = max(most[0], sizes), max(counts[0], there)
+                        status = os.stat(os.path.join(folder, name))
+                        sizes[status.st_ino] = status.st_size  # a shard has two names while it is put
+            most[0], counts[0] = max(most[0], sum(sizes.values())), max(counts[0], there)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
@@ -324,3 +332,49 @@ def test_the_dataset_of_a_generation_is_one_as_any_other(tiny_tree: dict):
 
     assert list(problems(work.url, manifest)) == []
     assert manifest.digest == work.digest
+
+
+@pytest.mark.soak
+def test_25_kills_at_random_moments_change_no_weight(tiny_tree: dict, tmp_path: Path):
+    """SIGKILL and SIGTERM to `sae train`, with nobody left behind, and SIGKILL to the process that extracts."""
+    steps.prepare_tokens(online(tiny_tree))
+    run = online(tiny_tree, disk_bytes=least(online(tiny_tree)), tokens=1_500_000, checkpoint_tokens=20_000, log_tokens=200_000)
+    steps.train(run)
+    undisturbed = weights(run)
+    storage.delete(run.sae_url)
+    storage.delete(run.dataset_url)
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(run.config.model_dump(mode="json")))
+    command, chance = [str(Path(sys.executable).parent / "sae"), "train", str(config)], random.Random(0)
+
+    def started() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def extracting(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(process.pid).children()
+        return []
+
+    kills = {"SIGKILL": 0, "SIGTERM": 0, "extraction": 0}
+    while sum(kills.values()) < 25:
+        process = started()
+        while not extracting(process):  # its imports take the time that the machine gives
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 12))
+        assert process.poll() is None, f"it has ended after {kills}; give it more to do"
+        children, kind = extracting(process), chance.choice(list(kills))
+        if kind == "extraction":
+            for child in children:
+                child.kill()
+            assert process.wait(60) == 1
+        else:
+            process.send_signal(getattr(signal, kind))
+            assert process.wait(60) == {"SIGKILL": -signal.SIGKILL, "SIGTERM": CONTINUE}[kind]
+        assert psutil.wait_procs(children, timeout=20)[1] == []
+        kills[kind] += 1
+    process = started()
+    assert process.wait(600) == 0
+    assert weights(run) == undisturbed
+    assert OnlineFolder(run.dataset_url).present() == []
+    assert min(kills.values()) > 3

@@ -176,7 +176,7 @@ class OnlineFolder:
     def waited_for(self, found: Callable[[], object], should_stop: Callable[[], bool], hears: bool = True) -> None:
         """Wait until `found` gives something. Raises what kept it from being made where it `hears`, and WaitEnded where it
         should stop."""
-        pause = 0.02 if storage.is_local(self.url) else 1.0
+        pause = 0.02 if storage.is_local(self.url) else 0.5
         while not found():
             if should_stop():
                 raise WaitEnded

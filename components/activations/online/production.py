@@ -51,7 +51,7 @@ class Production:
 
         At any moment, all generations together take `disk_bytes` at most.
         """
-        pause = 0.05 if storage.is_local(self.folder.url) else 2.0
+        pause = 0.05 if storage.is_local(self.folder.url) else 0.5
         following: int | None = None
         while not should_stop():
             wanted = self.folder.wanted()
