@@ -8,6 +8,7 @@ from typing import Any
 from components.activations.dataset.reader import WINDOW_GROUPS
 from components.activations.dataset.schema import DTYPES, TOKEN_BYTES, Layout
 from components.activations.online.folder import OnlineFolder
+from components.activations.online.production import cut
 from components.activations.online.space import generation_space
 from components.activations.settings import ActivationSettings
 from components.interpretation.examples import BINS
@@ -89,6 +90,7 @@ def online_outlook(run: Specification, stored: int, extraction_flops: float) -> 
     else by operations. extraction_flops: of a token."""
     settings, folder = run.config.activations, OnlineFolder(run.dataset_url)
     tokens, wanted, ledger = settings.generation_tokens or stored, folder.wanted(), folder.ledger()
+    known = run.token_manifest()
     context = len(run.model.layout()) if run.of_images else run.config.corpus.context_length
     space = generation_space(settings, Layout(run.widths, settings.dtype), max(1, min(tokens, stored) // context), context)
     measured = [entry.tokens_per_second for entry in ledger.entries if entry.tokens_per_second] if ledger else []
@@ -103,7 +105,9 @@ def online_outlook(run: Specification, stored: int, extraction_flops: float) -> 
     else:
         rates, slower = {}, extraction_flops * _trained_tokens(run) / training_flops
     return {
-        "generations": ledger.generations if ledger else -(-stored // tokens),
+        "generations": -(-stored // tokens)
+        if known is None
+        else cut(known.splits["train"], known.context_length, tokens).count,
         "generation_tokens": tokens,
         "at_once": max(1, ((settings.disk_bytes or 0) - space.making) // space.kept),
         "extracted_tokens": _trained_tokens(run),

@@ -110,9 +110,10 @@ def activation_identity(
     return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, settings=fields)
 
 
-def generation_identity(activations: Mapping[str, Any], first: int, stop: int) -> dict[str, Any]:
-    """Of the dataset of some of the sequences. activations: the identity of all generations together."""
-    return {**activations, "sequences": [first, stop]}
+def generation_identity(activations: Mapping[str, Any], number: int, count: int, pieces: int) -> dict[str, Any]:
+    """Of the dataset of some of the sequences, see `online.production.Cut`. activations: the identity of all generations
+    together."""
+    return {**activations, "generation": {"number": number, "of": count, "pieces": pieces}}
 
 
 def coder_identity(

@@ -17,10 +17,10 @@ from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 
-from components.activations.dataset.job import Extraction, count_span
+from components.activations.dataset.job import Extraction, count_part
 from components.activations.dataset.schema import Layout
 from components.activations.online.folder import Failure, OnlineFolder
-from components.activations.online.production import Production, largest_of, production, spans
+from components.activations.online.production import Production, cut, production
 from components.activations.online.space import require_space
 from components.corpus.manifest import TokenManifest
 from components.hardware import resolve_device
@@ -41,14 +41,14 @@ def generation(run: Specification, tokens: TokenManifest, number: int) -> Extrac
     """A dataset as any other, of some of the sequences."""
     whole, folder = run.extraction(tokens), OnlineFolder(run.dataset_url)
     assert whole.settings.generation_tokens is not None
-    first, stop = spans(whole.split.sequences, tokens.context_length, whole.settings.generation_tokens)[number]
-    named = identity.generation_identity(run.dataset_identity, first, stop)
+    found = cut(whole.split, tokens.context_length, whole.settings.generation_tokens)
+    named = identity.generation_identity(run.dataset_identity, number, found.count, found.pieces)
     return replace(
         whole,
         url=folder.generation_url(number),
         digest=identity.digest(named),
         identity=named,
-        span=count_span(run.token_url, tokens, whole.settings.split, first, stop),
+        part=count_part(run.token_url, tokens, whole.settings.split, found.generation(number)),
         shared_url=folder.url,
     )
 
@@ -93,8 +93,8 @@ def require_online(run: Specification) -> None:
         largest = min(sequences, tokens // context)
         require_space(settings, layout, largest, context, several=sequences > largest)
     else:
-        known = spans(found.splits["train"].sequences, found.context_length, tokens)
-        require_space(settings, layout, largest_of(known), found.context_length, several=len(known) > 1)
+        known = cut(found.splits["train"], found.context_length, tokens)
+        require_space(settings, layout, known.largest, found.context_length, several=known.count > 1)
 
 
 @contextmanager

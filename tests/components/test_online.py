@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,10 @@ from components.activations.dataset import extraction
 from components.activations.dataset.manifest import require_manifest
 from components.activations.dataset.reader import ActivationReader
 from components.activations.online.folder import Failure, OnlineFolder, Wanted
-from components.activations.online.production import largest_of, spans
+from components.activations.online.production import cut
 from components.activations.online.reader import GenerationReader
-from components.activations.online.space import Space, generation_space
+from components.activations.online.space import Space
+from components.corpus.manifest import TokenShard, TokenSplit
 from components.corpus.tokens import read_sequences
 from components.run.checks import check
 from components.run.config import parse_config
@@ -80,10 +80,7 @@ def least(run: Specification) -> int:
 
 
 def space(run: Specification) -> Space:
-    tokens = run.token_manifest()
-    context = run.config.corpus.context_length
-    found = spans(tokens.splits["train"].sequences, context, run.config.activations.generation_tokens)
-    return generation_space(run.config.activations, run.extraction(tokens).layout, largest_of(found), context)
+    return production_of(run, run.token_manifest()).space
 
 
 def weights(run: Specification) -> bytes:
@@ -221,27 +218,20 @@ def test_the_disk_never_holds_more_than_it_may(tiny_tree: dict):
 
 
 @pytest.mark.usefixtures("made_here")
-def test_statistics_of_the_first_generation_hold_for_all(tiny_tree: dict):
-    run = online(tiny_tree)
-    record = steps.train(run)
-    manifest = run.dataset_manifest()
-    assert manifest.identity == {**run.dataset_identity, "sequences": [0, manifest.identity["sequences"][1]]}
-    assert record.activation_scale == manifest.column(POINT).scale
-    assert manifest.tokens < run.token_manifest().splits["train"].tokens / 3
-
-
-@pytest.mark.usefixtures("made_here")
-def test_an_exclusion_is_found_once_and_holds_for_all_generations(tiny_tree: dict):
+def test_what_counts_and_by_what_it_is_scaled_is_found_once_and_holds_for_all_generations(tiny_tree: dict):
     tiny_tree["activations"]["exclude"] = {"norms_above": 1.2, "positions": [0]}
     run = online(tiny_tree)
-    steps.train(run)
-    tokens = run.token_manifest()
+    record = steps.train(run)
+    first, tokens = run.dataset_manifest(), run.token_manifest()
+    assert {name: first.identity[name] for name in run.dataset_identity} == run.dataset_identity
+    assert first.identity["generation"]["number"] == 0
+    assert record.activation_scale == first.column(POINT).scale
     folder = OnlineFolder(run.dataset_url)
     rows = [entry.rows for entry in folder.ledger().entries]
     stored = resolve(parse_config({**tiny_tree}))
     whole = steps.extract(stored)
     assert sum(rows) == whole.tokens < tokens.splits["train"].tokens
-    assert run.dataset_manifest().exclusion == whole.exclusion
+    assert first.exclusion == whole.exclusion
 
 
 def test_a_process_that_makes_them_and_is_killed_ends_the_training_which_says_so(tiny_tree: dict):
@@ -312,15 +302,25 @@ def test_the_least_disk_that_is_asked_for_is_enough(tiny_tree: dict):
         check(online(tiny_tree, disk_bytes=least(run) - 1))
 
 
-def test_generations_are_of_about_the_same_size_and_together_all():
-    for sequences, context, tokens in ((194, 32, 2_000), (1, 32, 2_000), (1_000, 128, 128), (7, 10, 45)):
-        found = spans(sequences, context, tokens)
-        assert found[0][0] == 0
-        assert found[-1][1] == sequences
-        assert all(stop == begin for (_, stop), (begin, _) in pairwise(found))
-        sizes = [stop - first for first, stop in found]
-        assert max(sizes) * context <= tokens
-        assert max(sizes) - min(sizes) <= 1
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize(
+    ("sequences", "context", "tokens"),
+    [(194, 32, 2_000), (1, 32, 2_000), (1_000, 128, 128), (7, 10, 45), (90_000, 32, 32 * 7_000)],
+)
+def test_generations_are_together_all_and_each_of_the_whole_corpus(sequences: int, context: int, tokens: int, shards: int):
+    shard = TokenShard(name="train-00000.parquet", sequences=1, bytes=1, sha256="0" * 64)
+    found = cut(TokenSplit(tokens=1, sequences=sequences, documents=1, shards=(shard,) * shards), context, tokens)
+    taken = [[one for first, stop in found.generation(number) for one in range(first, stop)] for number in range(found.count)]
+    assert sorted(one for some in taken for one in some) == list(range(sequences))
+    sizes = [len(some) for some in taken]
+    assert min(sizes) > 0
+    assert max(sizes) * context <= tokens
+    assert max(sizes) == found.largest
+    if found.count > 1 and min(sizes) > 40:
+        # As evenly spread as a sample without a pattern: each tenth of the corpus gives about a tenth.
+        for some in taken:
+            tenths = np.bincount(np.array(some) * 10 // sequences, minlength=10)
+            assert tenths.min() > 0.5 * len(some) / 10
 
 
 def test_the_dataset_of_a_generation_is_one_as_any_other(tiny_tree: dict):

@@ -1,6 +1,6 @@
 """The folder of an online dataset: where its generations come and go, and what stays of them.
 
-`generation-00000/` ... are activation datasets as any other, each of its own sequences of the tokens. What is read is a stream
+`generation-00000/` ... are activation datasets as any other, each of sequences of its own. What is read is a stream
 of them, in order and again from the first one on: place `p` of the stream is generation `p % count`. Beside them lie
 `first.json`, the manifest of the first generation as it was, whose means and scales hold for all of them; `ledger.json`, how
 many rows each had that was there; `wanted.json`, from which place on they are needed, by the training that reads them; and

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -16,21 +16,49 @@ from components.activations.dataset.job import Extraction
 from components.activations.dataset.manifest import read_manifest
 from components.activations.online.folder import OnlineFolder, Wanted
 from components.activations.online.space import Space, generation_space, require_space
+from components.corpus.manifest import TokenSplit
 from components.settings import UserError
 
 logger = logging.getLogger(__name__)
 
 
-def spans(sequences: int, context_length: int, generation_tokens: int) -> list[tuple[int, int]]:
-    """First sequence and the one after the last, of generations of about the same size, none of which is larger."""
-    count = -(-sequences // max(1, generation_tokens // context_length))
-    edges = [sequences * number // count for number in range(count + 1)]
-    return list(pairwise(edges))
+SHARDS_AT_ONCE = 2
+"""Of the tokens, that are kept while they are read."""
+PIECES = 64
+"""Of a generation, where tokens have more shards than that: each is a shard to be read."""
 
 
-def largest_of(found: Sequence[tuple[int, int]]) -> int:
-    """Sequences in the largest of these spans."""
-    return max(stop - first for first, stop in found)
+@dataclass(frozen=True)
+class Cut:
+    """How the sequences of a split are cut into generations: in `pieces` times `count` parts of about the same size, of which
+    each generation has every `count`-th, so that it is a sample of the whole corpus."""
+
+    sequences: int
+    count: int
+    pieces: int
+
+    def generation(self, number: int) -> list[tuple[int, int]]:
+        """First sequence and the one after the last, of each piece that is not empty."""
+        parts = self.pieces * self.count
+        edges = [
+            (self.sequences * part // parts, self.sequences * (part + 1) // parts) for part in range(number, parts, self.count)
+        ]
+        return [(first, stop) for first, stop in edges if first < stop]
+
+    @cached_property
+    def largest(self) -> int:
+        """Sequences of the largest one."""
+        return max(sum(stop - first for first, stop in self.generation(number)) for number in range(self.count))
+
+
+def cut(split: TokenSplit, context_length: int, generation_tokens: int) -> Cut:
+    """The fewest generations of which none is larger."""
+    most = max(1, generation_tokens // context_length)
+    pieces = most if len(split.shards) <= SHARDS_AT_ONCE else min(most, PIECES)
+    found = Cut(split.sequences, -(-split.sequences // most), pieces)
+    while found.largest > most:
+        found = replace(found, count=found.count + 1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,8 +134,7 @@ def production(folder: OnlineFolder, work: Callable[[int], Extraction], whole: E
     assert settings.generation_tokens is not None
     assert settings.disk_bytes is not None
     context = whole.token_manifest.context_length
-    found = spans(whole.split.sequences, context, settings.generation_tokens)
-    largest = largest_of(found)
-    require_space(settings, whole.layout, largest, context, several=len(found) > 1)
-    space = generation_space(settings, whole.layout, largest, context)
-    return Production(folder, work, len(found), space, settings.disk_bytes, device)
+    found = cut(whole.split, context, settings.generation_tokens)
+    require_space(settings, whole.layout, found.largest, context, several=found.count > 1)
+    space = generation_space(settings, whole.layout, found.largest, context)
+    return Production(folder, work, found.count, space, settings.disk_bytes, device)
