@@ -151,9 +151,8 @@ class Specification(Record):
         return self._url("activations", self.dataset_digest)
 
     def dataset_manifest(self) -> Manifest | None:
-        """Of generations, the first one's."""
-        online = self.config.activations.mode == "online"
-        return OnlineFolder(self.dataset_url).first_manifest() if online else read_manifest(self.dataset_url)
+        url = self.dataset_url
+        return OnlineFolder(url).first_manifest() if self.config.activations.mode == "online" else read_manifest(url)
 
     def extraction(self, token_manifest: TokenManifest) -> Extraction:
         made_from = {"name", "seed", "corpus", "language_model", "activations"}

@@ -34,6 +34,7 @@ from components.training.batches import (
 from components.training.beginning import begin_from_data
 from components.training.checkpoint import (
     CheckpointWriter,
+    Due,
     checkpoint_folder,
     discard_incomplete,
     newest_checkpoint,
@@ -199,7 +200,7 @@ def _train(
         if member.training.curves:
             on_points(member.place, member.training.curves)
     begin, end = min(member.training.step for member in members), max(member.job.steps for member in members)
-    due = _Due(job.settings.checkpoint_minutes)
+    due = Due(job.settings.checkpoint_minutes)
     try:
         with (
             closing(scaled_batches(reader, list(columns.values()), begin * size, device, mesh)) as batches,
@@ -288,20 +289,6 @@ def _save(member: _Member) -> None:
     if member.checkpoints.begun != member.training.step:
         member.training.require_finite()
         member.checkpoints.save(member.training)
-
-
-class _Due:
-    """Whether the time between two checkpoints is over."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._seconds = None if minutes is None else minutes * 60
-        self.begin()
-
-    def begin(self) -> None:
-        self._since = time.monotonic()
-
-    def now(self) -> bool:
-        return self._seconds is not None and time.monotonic() - self._since >= self._seconds
 
 
 def _finished(member: _Member, device: torch.device, seconds: float, waited: float) -> TrainingRecord:
