@@ -45,7 +45,10 @@ def extract(config: RunConfig) -> int:
 @flow(name="chunks-and-shards", flow_run_name="{name}")
 def _extract(name: str, specification: str) -> int:
     run = Specification.from_json(specification)
-    config, work = run.config, run.extraction(prepare_tokens(specification))
+    config, tokens = run.config, prepare_tokens(specification)
+    if config.activations.mode == "online" and (known := run.dataset_manifest()) is not None:
+        return known.tokens
+    work = steps.extraction_of(run, tokens)
     with storage.exclusive(work.url):
         manifest = extraction.finish(work)
         if manifest is None:
@@ -55,10 +58,11 @@ def _extract(name: str, specification: str) -> int:
             finished(scatter.map(sent, devices(config.device, len(chunks)), chunks))
             finished(shuffle.map(sent, shares(work.buckets, workers)))
             manifest = extraction.commit(work)
-    return manifest.tokens
+    return steps.extracted(run, tokens, manifest).tokens
 
 
 def extracted(run: Specification) -> int:
-    """The number of stored tokens, by workers on the task runner that the configuration names."""
+    """The number of stored tokens, by workers on the task runner that the configuration names; of generations that are made
+    while the training goes on, those of the first one."""
     runner = task_runner(run.config.execution)
     return _extract.with_options(task_runner=runner)(run.config.name, run.to_json())

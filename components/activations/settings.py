@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.settings import Settings
 
@@ -28,6 +28,17 @@ class ActivationSettings(Settings):
     split: Literal["train", "held_out"] = "train"
     """Which documents are stored; training reads `train`."""
 
+    mode: Literal["stored", "online"] = "stored"
+    """`stored`: all activations are there before training begins, and stay. `online`: they are made in generations, each while
+    the one before it is trained on, and deleted after use; see `generation_tokens` and `disk_bytes`."""
+
+    generation_tokens: int | None = Field(default=None, ge=1)
+    """Of `online`: the most tokens in a generation, within which they are mixed; some million are usual."""
+
+    disk_bytes: int | None = Field(default=None, ge=1)
+    """Of `online`: what the generations may take under the storage root at any moment, what is being shuffled included; it does
+    not change the result."""
+
     exclude: ExcludeSettings = ExcludeSettings()
     """Tokens that do not count: they are neither stored nor trained on, and keep their own activation in an evaluation."""
 
@@ -48,3 +59,15 @@ class ActivationSettings(Settings):
 
     shuffle_workers: int = Field(default=2, ge=1)
     """Shards shuffled at the same time in one process, each in its own memory; it does not change the result."""
+
+    @model_validator(mode="after")
+    def _generations_are_of_online(self) -> Self:
+        for name in ("generation_tokens", "disk_bytes"):
+            value = getattr(self, name)
+            if self.mode == "stored" and value is not None:
+                raise ValueError(
+                    f"activations.{name}: {value} has no meaning with activations.mode 'stored'; set it to 'online'"
+                )
+            if self.mode == "online" and value is None:
+                raise ValueError(f"activations.{name}: activations.mode 'online' needs it; give a number")
+        return self

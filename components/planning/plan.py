@@ -55,8 +55,8 @@ class Outlook(Record):
     stored_cost: dict[str, float] | None
     """None where no price is given; its parts, and their `total`."""
     online_cost: dict[str, float] | None
-    """The same where the language model runs beside the training, once for each pass over the data, and two generations of a
-    hundredth of the dataset are on disk."""
+    """The same where the language model runs beside the training, once for each pass over the data, and
+    `activations.disk_bytes`, or else two generations of a hundredth of the dataset, are on disk."""
     online_workers: int
     """Extraction workers that keep such a training busy."""
     said: tuple[str, ...]
@@ -72,7 +72,12 @@ def plan(shape: Shape, place: Place) -> Outlook:
     if ranks < needed:
         raise UserError(_too_large(shape, place, ranks, memory.peak, needed))
     shuffle, asked = shuffle_of(shape), requests(shape, ranks * shape.data_parallel)
-    if place.disk_tb is not None and asked.peak_bytes > place.disk_tb * 1e12:
+    online_bytes = shape.activations.disk_bytes
+    if place.disk_tb is not None and online_bytes is not None and online_bytes > place.disk_tb * 1e12:
+        raise UserError(
+            f"disk_tb: {place.disk_tb:g} TB hold less than activations.disk_bytes ({_tb(online_bytes)}); lower that one"
+        )
+    if place.disk_tb is not None and online_bytes is None and asked.peak_bytes > place.disk_tb * 1e12:
         raise UserError(
             f"disk_tb: the activations take {_tb(shape.bytes)} and {_tb(asked.peak_bytes)} while they are shuffled, of "
             f"{place.disk_tb:g} TB: lower corpus.train_tokens ({shape.stored:,}) to at most "
@@ -186,7 +191,7 @@ def _costs(
     online = {
         "extraction": gpu * extraction.gpu_hours * passes,
         "training": gpu * training.gpu_hours,
-        "storage": month * training.hours / 730 * 2 * shape.bytes / 100 / 1e9,
+        "storage": month * training.hours / 730 * (shape.activations.disk_bytes or 2 * shape.bytes / 100) / 1e9,
         "requests": written + get * asked.trained_gets / 1e3,
     }
     return tuple({**part, "total": sum(part.values())} for part in (stored, online))  # type: ignore[return-value]
@@ -226,6 +231,16 @@ def _said(
             f"{place.network_gbit:g}: the training waits for data, {per_second / machines * 8 / 1e9 / place.network_gbit:.1f} "
             "times as long; set storage.cache, or a larger d_sae for the same data"
         )
+    if shape.activations.mode == "online":
+        given, taken = extraction.tokens_per_second, training.tokens_per_second
+        keeps = f"online: extraction gives {given:,.0f} tokens/s, and training takes {taken:,.0f}"
+        if given < taken:
+            workers = math.ceil(taken / given * place.extraction_workers)
+            said.append(
+                f"{keeps}: it would wait {1 - given / taken:.0%} of its time; {workers:,} extraction workers keep it busy"
+            )
+        else:
+            said.append(f"{keeps}, which never waits")
     if reads > MOST_READS:
         said.append(
             f"shuffle: {reads:,} ranged reads, over the {MOST_READS:,} that are aimed at (an S3 prefix gives 5,500 a second): "

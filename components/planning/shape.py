@@ -85,7 +85,8 @@ class Shape(Record):
 
 def shape_of(run: Specification) -> Shape:
     """Of a run whose language model is here."""
-    tokens, manifest = run.token_manifest(), run.dataset_manifest()
+    online = run.config.activations.mode == "online"
+    tokens, manifest = run.token_manifest(), None if online else run.dataset_manifest()
     split = None if tokens is None else tokens.splits["train"]
     known = manifest.tokens if manifest is not None else None if split is None else split.tokens
     stored = run.config.corpus.train_tokens if known is None else known

@@ -6,6 +6,7 @@ from components import storage
 from components.corpus.sources import require_chat_templates
 from components.language_model.loading import load_encoder, require_runnable
 from components.run.late_checks import check_later_steps
+from components.run.online import require_online
 from components.run.specification import Specification
 from components.settings import UserError
 
@@ -27,6 +28,7 @@ def check(run: Specification, only_data: bool = False, evaluated: bool = True, a
         raise UserError("activations.split: an SAE is trained on 'train'; 'held_out' is for `sae extract` alone")
     seconds = storage.PROBE_SECONDS if attended else storage.PATIENCE_SECONDS
     storage.require_writable(config.storage.root, "storage.root", seconds)
+    require_online(run)
     check_later_steps(config, run.d_sae, run.registered_model, evaluated and not only_data)
 
 

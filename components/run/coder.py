@@ -76,6 +76,7 @@ def coder_training(
         coder=config.sae,
         reads=reads,
         writes=writes,
+        online=config.activations.mode == "online",
         seed=config.seed,
         metadata={
             "model_name": config.language_model.name,

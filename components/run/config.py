@@ -63,6 +63,10 @@ class ExecutionSettings(Settings):
     training: RankSettings = RankSettings()
     """How many processes train the coder, and what each of them holds."""
 
+    extraction_device: str | None = None
+    """Where the language model runs beside a training whose `activations.mode` is `online`, such as `cuda:1`; `device` where it
+    is not given."""
+
     address: str | None = None
     """Of the cluster, such as `ray://head:10001` or `tcp://scheduler:8786`; a local one is started where it is not given."""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from components.activations.dataset.reader import WINDOW_GROUPS
-from components.activations.dataset.schema import DTYPES, TOKEN_BYTES
+from components.activations.dataset.schema import DTYPES, TOKEN_BYTES, Layout
+from components.activations.online.folder import OnlineFolder
+from components.activations.online.production import cut
+from components.activations.online.space import generation_space
 from components.activations.settings import ActivationSettings
 from components.interpretation.examples import BINS
 from components.interpretation.token_shares import SAMPLED
@@ -18,7 +22,8 @@ def estimate(run: Specification) -> dict[str, Any]:
     """What a run would do and what it would take, as plain JSON."""
     config, d_in, d_sae = run.config, run.d_in, run.d_sae
     tokens = run.token_manifest()
-    manifest = run.dataset_manifest()
+    online = config.activations.mode == "online"
+    manifest = None if online else run.dataset_manifest()
     record, ranks = run.training_record(), config.execution.training
     stored = manifest.tokens if manifest else (tokens.splits["train"].tokens if tokens else config.corpus.train_tokens)
     held_out = tokens.splits["held_out"].tokens if tokens else config.corpus.held_out_tokens
@@ -51,8 +56,9 @@ def estimate(run: Specification) -> dict[str, Any]:
             "digest": run.dataset_digest, "url": run.dataset_url, "exists": manifest is not None,
             "tokens": stored, "bytes": stored * row_bytes, "bytes_per_token": row_bytes,
             # scattered chunks and finished shards stand side by side until the commit
-            "peak_bytes": stored * 2 * row_bytes,
-            "flops": 2 * model_parameters * share * stored,
+            "peak_bytes": config.activations.disk_bytes or stored * 2 * row_bytes,
+            "flops": 2 * model_parameters * share * (_trained_tokens(run) if online else stored),
+            **({"online": online_outlook(run, stored, extraction_flops=2 * model_parameters * share)} if online else {}),
         },
         "sae": {
             "digest": run.sae_digest, "url": run.sae_url, "exists": record is not None,
@@ -77,6 +83,40 @@ def estimate(run: Specification) -> dict[str, Any]:
         },
         "registered_model": run.registered_model,
     }  # fmt: skip
+
+
+def online_outlook(run: Specification, stored: int, extraction_flops: float) -> dict[str, Any]:
+    """How generations come and go, and whether extraction keeps up with training: by what was measured of this very training,
+    else by operations. extraction_flops: of a token."""
+    settings, folder = run.config.activations, OnlineFolder(run.dataset_url)
+    tokens, wanted, ledger = settings.generation_tokens or stored, folder.wanted(), folder.ledger()
+    known = run.token_manifest()
+    context = len(run.model.layout()) if run.of_images else run.config.corpus.context_length
+    space = generation_space(settings, Layout(run.widths, settings.dtype), max(1, min(tokens, stored) // context), context)
+    measured = [entry.tokens_per_second for entry in ledger.entries if entry.tokens_per_second] if ledger else []
+    k = getattr(run.config.sae, "k", None)
+    training_flops = dense_flops(run) if k is None or run.device.type != "cpu" else sparse_flops(run, k)
+    if measured and wanted is not None and wanted.tokens_per_second is not None:
+        rates = {
+            "extraction_tokens_per_second": median(measured), "training_tokens_per_second": wanted.tokens_per_second,
+            "waited": wanted.waited,
+        }  # fmt: skip
+        slower = wanted.tokens_per_second / median(measured)
+    else:
+        rates, slower = {}, extraction_flops * _trained_tokens(run) / training_flops
+    return {
+        "generations": -(-stored // tokens)
+        if known is None
+        else cut(known.splits["train"], known.context_length, tokens).count,
+        "generation_tokens": tokens,
+        "at_once": max(1, ((settings.disk_bytes or 0) - space.making) // space.kept),
+        "extracted_tokens": _trained_tokens(run),
+        "extraction_to_training": slower,
+        "measured": bool(rates),
+        **rates,
+        # of its time, beside an extraction on a device as fast
+        "training_waits": max(0.0, 1 - 1 / slower),
+    }
 
 
 def torchrun(ranks: RankSettings) -> str:

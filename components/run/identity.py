@@ -55,9 +55,9 @@ CORPUS = Fields(
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
 ACTIVATIONS = Fields(
     always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
-    later=("exclude",),
+    later=("exclude", "mode", "generation_tokens"),
     resolved=("hook_points",),
-    without_effect=("sequences_per_chunk", "shuffle_workers"),
+    without_effect=("sequences_per_chunk", "shuffle_workers", "disk_bytes"),
 )
 TRAINING = Fields(
     always=(
@@ -108,6 +108,12 @@ def activation_identity(
 ) -> dict[str, Any]:
     fields = ACTIVATIONS.of(settings)
     return identity("activations", tokens=tokens, model=dict(model), hook_points=list(hook_points), seed=seed, settings=fields)
+
+
+def generation_identity(activations: Mapping[str, Any], number: int, count: int, pieces: int) -> dict[str, Any]:
+    """Of the dataset of some of the sequences, see `online.production.Cut`. activations: the identity of all generations
+    together."""
+    return {**activations, "generation": {"number": number, "of": count, "pieces": pieces}}
 
 
 def coder_identity(

@@ -15,6 +15,7 @@ import torch
 from components import storage
 from components.activations.dataset.job import Extraction
 from components.activations.dataset.manifest import Manifest, read_manifest
+from components.activations.online.folder import OnlineFolder
 from components.corpus import sources as corpus_sources
 from components.corpus.labelled import list_labelled
 from components.corpus.manifest import TokenManifest, read_token_manifest
@@ -150,7 +151,8 @@ class Specification(Record):
         return self._url("activations", self.dataset_digest)
 
     def dataset_manifest(self) -> Manifest | None:
-        return read_manifest(self.dataset_url)
+        url = self.dataset_url
+        return OnlineFolder(url).first_manifest() if self.config.activations.mode == "online" else read_manifest(url)
 
     def extraction(self, token_manifest: TokenManifest) -> Extraction:
         made_from = {"name", "seed", "corpus", "language_model", "activations"}

@@ -13,7 +13,7 @@ from components.steps.evaluation import (
     measure_span,
 )
 from components.steps.explanation import explain, search_explanations
-from components.steps.extraction import extract
+from components.steps.extraction import extract, extracted, extraction_of, require_dataset
 from components.steps.feature_export import export_features
 from components.steps.finding import attribute, search_direction
 from components.steps.given import evaluate_given, export_given, import_given
@@ -50,6 +50,8 @@ __all__ = [
     "export_features",
     "export_given",
     "extract",
+    "extracted",
+    "extraction_of",
     "feature_map",
     "finish_evaluation",
     "finished_run",
@@ -70,6 +72,7 @@ __all__ = [
     "register",
     "replay",
     "require_autoencoder",
+    "require_dataset",
     "require_evaluated",
     "require_safety",
     "run_address",

@@ -64,7 +64,7 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
     trained, measured, manifest = require_evaluated(run)
     metrics = measured.metrics
     open_run.complete_points(trained.curves)
-    open_run.log_dataset(manifest, run.dataset_url)
+    open_run.log_dataset(manifest, run.dataset_url, run.dataset_digest)
     open_run.log_evaluation(metrics)
     for kind, values in measured.optional.items():
         open_run.log_evaluation(values, group=kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,10 +12,10 @@ from typing import Any
 
 from components import storage
 from components.run.specification import Specification
-from components.steps.extraction import require_dataset
+from components.steps.online import data_for
 from components.training import divergence, loop, process, profiling
 from components.training.job import Point, Training, TrainingRecord
-from components.training.parallel.ranks import joined, started_by_torchrun
+from components.training.parallel.ranks import joined, speaks, started_by_torchrun
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,7 @@ def train(
     ranks = run.config.execution.training
     if ranks.size > 1 and not started_by_torchrun() and run.training_record() is None:
         return launch_training(run, on_points)
-    require_dataset(run)
-    with prepared(run) as job:
+    with prepared(run) as job, data_for([run]) if speaks() else nullcontext():
         if not started_by_torchrun():
             return loop.train(job, run.device, on_points, should_stop)
         with joined(ranks, run.device) as (mesh, device):
@@ -43,9 +42,8 @@ def launch_training(run: Specification, on_points: Callable[[list[Point]], None]
     cancelled run really end."""
     if run.training_record() is not None:
         return train(run, on_points)
-    require_dataset(run)
     minutes = run.config.execution.training_timeout_minutes
-    with prepared(run) as job:
+    with prepared(run) as job, data_for([run]):
         return process.launch(
             job, run.device, on_points, None if minutes is None else minutes * 60, run.config.execution.training
         )
@@ -59,9 +57,8 @@ def replay(run: Specification) -> dict[str, Any]:
 
 def profile(run: Specification) -> dict[str, Any]:
     """Where the time of a step goes; the trace lies beside the trainings, or in the current folder where those are on S3."""
-    require_dataset(run)
     root = Path(run.config.storage.root) if storage.is_local(run.config.storage.root) else Path.cwd()
-    with prepared(run) as job:
+    with prepared(run) as job, data_for([run], again=True):
         return profiling.profile_steps(job, run.device, root / "profiles" / f"{run.config.name}-{job.digest[:16]}.json")
 
 

@@ -33,6 +33,7 @@ def sweep(
     what is free where it is not given. workers: that `train` trains groups on at the same time. A UserError for a grid that
     is no good, before any work."""
     require_one_process(base)
+    require_one_reader(base, workers)
     everyone = children(base, grid)
     url, key = sweep_url(base, grid), sweep_digest(base, grid)
     steps.extract(base)
@@ -49,6 +50,14 @@ def require_one_process(base: Specification) -> None:
         raise UserError(
             "execution.training: a sweep trains its coders in lockstep in one process, and not each in several; accepted is 1 "
             "for data_parallel and feature_parallel"
+        )
+
+
+def require_one_reader(base: Specification, workers: int) -> None:
+    if base.config.activations.mode == "online" and workers > 1:
+        raise UserError(
+            f"execution.workers: {workers} of them would each wait for their turn with the generations of activations.mode "
+            "'online', which one training reads at a time; accepted is 1"
         )
 
 

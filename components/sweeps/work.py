@@ -13,7 +13,6 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from components import steps
-from components.activations.dataset.manifest import require_manifest
 from components.evaluation.record import EvaluationRecord
 from components.progress import progress
 from components.records import put_record
@@ -22,6 +21,7 @@ from components.run.estimate import dense_flops, sparse_flops
 from components.run.specification import Specification
 from components.settings import UserError, digest
 from components.steps.evaluation import own_sae
+from components.steps.online import data_for
 from components.steps.training import prepared
 from components.sweeps.grid import Child
 from components.sweeps.groups import Groups, lockstep_groups, usable_memory
@@ -52,6 +52,7 @@ def in_a_process(group: Group, give_up: GiveUp = never) -> list[Outcome]:
     minutes = group[0].run.config.execution.training_timeout_minutes
     with ExitStack() as starts:
         jobs = [starts.enter_context(prepared(child.run)) for child in group]
+        starts.enter_context(data_for([child.run for child in group]))
         seconds = None if minutes is None else minutes * 60
         return launch_together(jobs, group[0].run.device, lambda place, points: give_up(group[place], points), seconds)
 
@@ -146,7 +147,7 @@ class Work:
 
     def _grouped(self, children: Group) -> Groups:
         limit = usable_memory(self.base.device) // self._workers if self._memory is None else self._memory
-        return lockstep_groups(children, require_manifest(self.base.dataset_url).tokens, limit, self._workers)
+        return lockstep_groups(children, steps.require_dataset(self.base).tokens, limit, self._workers)
 
     def _train(self, groups: Sequence[Group], give_up: GiveUp) -> None:
         """Train together; a group that fails as a whole is halved until it is known whose fault it was."""

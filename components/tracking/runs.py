@@ -128,12 +128,13 @@ class TrackedRun:
         for start in range(0, len(fresh), _PER_CALL):
             self.client.log_batch(self.run_id, params=fresh[start : start + _PER_CALL])
 
-    def log_dataset(self, manifest: Manifest, url: str) -> None:
-        """The activation dataset as the run's input; logging the same one again changes nothing."""
+    def log_dataset(self, manifest: Manifest, url: str, digest: str) -> None:
+        """The activation dataset as the run's input; logging the same one again changes nothing. digest: of all its
+        generations, where it has some."""
         names = manifest.layout.column_bytes
         schema = Schema([ColSpec(_COLUMN_TYPES.get(name, DataType.binary), name) for name in names])
         dataset = MetaDataset(
-            source=resolve_dataset_source(url), name=url.rstrip("/").rsplit("/", 1)[-1], digest=manifest.digest, schema=schema
+            source=resolve_dataset_source(url), name=url.rstrip("/").rsplit("/", 1)[-1], digest=digest, schema=schema
         )
         self.client.log_inputs(self.run_id, [_input(dataset, "training")])
 

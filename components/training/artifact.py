@@ -21,6 +21,7 @@ def put_artifact(
     writes: Sequence[Statistics],
     device: torch.device,
     tokens_per_second: float | None,
+    waiting_for_data: float | None,
     still_owned: Callable[[], None],
 ) -> TrainingRecord:
     """Put the artifact's files and then the record; the record that is there where another process was first."""
@@ -42,6 +43,7 @@ def put_artifact(
         tokens=job.steps * job.settings.batch_size,
         device=str(device),
         tokens_per_second=tokens_per_second,
+        waiting_for_data=waiting_for_data,
         curves=training.curves,
     )
     still_owned()

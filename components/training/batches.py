@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from components.activations.dataset.manifest import Manifest
+from components.activations.dataset.manifest import Manifest, require_manifest
 from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.source import Source
+from components.activations.online.folder import OnlineFolder
+from components.activations.online.reader import GenerationReader
 from components.sae.coder import Column
 from components.sae.mesh import Mesh
+from components.training.job import Training
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,45 @@ def statistics(manifest: Manifest, names: Sequence[str]) -> list[Statistics]:
     return [Statistics(Column(column.hook_point, column.d_in), column.scale, column.mean) for column in found]
 
 
+def training_manifest(job: Training, should_stop: Callable[[], bool] = lambda: False, leads: bool = True) -> Manifest:
+    """Of what a job is trained on; of generations the first one's, which is waited for."""
+    if not job.online:
+        return require_manifest(job.dataset_url)
+    folder = OnlineFolder(job.dataset_url)
+    folder.waited_for(folder.first_manifest, should_stop, leads)
+    manifest = folder.first_manifest()
+    assert manifest is not None
+    return manifest
+
+
+def open_source(
+    job: Training,
+    columns: Sequence[str],
+    device: torch.device,
+    should_stop: Callable[[], bool] = lambda: False,
+    mesh: Mesh | None = None,
+) -> ActivationReader | GenerationReader:
+    """What a job is trained on. should_stop: asked while a generation is waited for."""
+    leads = mesh is None or mesh.leads
+    manifest, cache = training_manifest(job, should_stop, leads), None if job.cache is None else job.cache.open()
+    if job.online:
+        return GenerationReader(
+            folder=OnlineFolder(job.dataset_url), manifest=manifest, columns=tuple(columns),
+            batch_size=job.settings.batch_size, seed=job.seed, device=device, cache=cache, leads=leads, should_stop=should_stop,
+        )  # fmt: skip
+    return ActivationReader(
+        url=job.dataset_url, manifest=manifest, columns=tuple(columns), batch_size=job.settings.batch_size, seed=job.seed,
+        device=device, cache=cache,
+    )  # fmt: skip
+
+
 def scaled_mean(columns: Sequence[Statistics], device: torch.device) -> Tensor:
     """`[width of all columns]`"""
     return torch.cat([torch.tensor(column.mean, device=device) * column.scale for column in columns])
 
 
 def scaled_batches(
-    reader: ActivationReader,
+    reader: Source,
     columns: Sequence[Statistics],
     start: int,
     device: torch.device,

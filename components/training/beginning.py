@@ -9,10 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from components.activations.dataset.manifest import require_manifest
-from components.activations.dataset.reader import ActivationReader
 from components.sae.coder import Coder
-from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side
+from components.training.batches import Statistics, open_source, scaled_batches, scaled_mean, side_by_side
 from components.training.job import Training
 
 SAMPLE_TOKENS = 16_384
@@ -88,17 +86,10 @@ def geometric_median(rows: Tensor, tolerance: float = 1e-10, most: int = 1_000) 
 
 
 def _sample(job: Training, reads: Sequence[Statistics], writes: Sequence[Statistics]) -> tuple[Tensor, Tensor]:
-    """The first rows of the training, scaled: what is read `[n, d_in]` and what is written `[n, d_out]`."""
+    """The first rows of the training (of its first generation, where it has those), scaled: what is read `[n, d_in]` and what
+    is written `[n, d_out]`."""
     columns = {column.column.name: column for column in (*reads, *writes)}
-    reader = ActivationReader(
-        url=job.dataset_url,
-        manifest=require_manifest(job.dataset_url),
-        columns=tuple(columns),
-        batch_size=job.settings.batch_size,
-        seed=job.seed,
-        device=_CPU,
-        cache=None if job.cache is None else job.cache.open(),
-    )
+    reader = open_source(job, tuple(columns), _CPU).first
     rows = []
     with closing(scaled_batches(reader, list(columns.values()), 0, _CPU)) as batches:
         for _ in range(-(-SAMPLE_TOKENS // job.settings.batch_size)):

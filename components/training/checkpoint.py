@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -151,3 +152,17 @@ class CheckpointWriter:
             match = _NAME.fullmatch(name)
             if match and complete and int(match[1]) < complete[0]:
                 storage.delete(storage.join(folder, name))
+
+
+class Due:
+    """Whether the time between two checkpoints is over."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = None if minutes is None else minutes * 60
+        self.begin()
+
+    def begin(self) -> None:
+        self._since = time.monotonic()
+
+    def now(self) -> bool:
+        return self._seconds is not None and time.monotonic() - self._since >= self._seconds

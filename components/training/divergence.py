@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components import storage
-from components.activations.dataset.manifest import require_manifest
-from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.source import Source
 from components.sae.coder import Progress
 from components.settings import UserError
-from components.training.batches import scaled_batches, side_by_side, statistics
+from components.training.batches import scaled_batches, side_by_side, statistics, training_manifest
 from components.training.checkpoint import CheckpointWriter, newest_checkpoint, restore_checkpoint
 from components.training.job import Training
 from components.training.step import CoderInTraining, new_coder
@@ -29,9 +28,7 @@ def divergence_folder(url: str) -> str:
     return storage.join(url, "diverged")
 
 
-def keep_divergence(
-    job: Training, training: CoderInTraining, reader: ActivationReader, error: FloatingPointError
-) -> FloatingPointError:
+def keep_divergence(job: Training, training: CoderInTraining, reader: Source, error: FloatingPointError) -> FloatingPointError:
     """Put the batch of the step and the state that it met; the error, with where they are and the last good checkpoint.
 
     The batch is read again: where the device is a GPU, a step is known to have diverged only after some more.
@@ -92,7 +89,7 @@ def replay(job: Training, device: torch.device) -> Replay:
         with safe_open(path, framework="pt") as file:
             step = json.loads(file.metadata()["state"])["step"]
         batch = {name: values.to(device) for name, values in load_file(path).items()}
-    manifest = require_manifest(job.dataset_url)
+    manifest = training_manifest(job)
     reads, writes = ([column.column for column in statistics(manifest, names)] for names in (job.reads, job.writes))
     training = new_coder(job, tuple(reads), tuple(writes), device)
     restore_checkpoint(training, folder)

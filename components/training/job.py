@@ -45,6 +45,8 @@ class Training:
     settings: TrainingSettings
     coder: SAESettings
     dataset_url: str
+    online: bool = False
+    """Whether that is the folder of generations that are made meanwhile."""
     reads: tuple[str, ...]
     """Columns of the dataset."""
     writes: tuple[str, ...]
@@ -78,6 +80,8 @@ class TrainingRecord(Record):
     device: str
     tokens_per_second: float | None
     """Of the process that ended it; None where it had nothing left to do."""
+    waiting_for_data: float | None = None
+    """Share of that process's time."""
     curves: list[Point]
 
 

@@ -16,16 +16,25 @@ from dataclasses import dataclass
 import torch
 
 from components import storage
-from components.activations.dataset.manifest import require_manifest
-from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.source import Source
+from components.activations.online.folder import WaitEnded
 from components.hardware import keep_freed_memory
 from components.progress import progress
 from components.sae.mesh import Mesh
 from components.training.artifact import put_artifact
-from components.training.batches import Statistics, scaled_batches, scaled_mean, side_by_side, statistics
+from components.training.batches import (
+    Statistics,
+    open_source,
+    scaled_batches,
+    scaled_mean,
+    side_by_side,
+    statistics,
+    training_manifest,
+)
 from components.training.beginning import begin_from_data
 from components.training.checkpoint import (
     CheckpointWriter,
+    Due,
     checkpoint_folder,
     discard_incomplete,
     newest_checkpoint,
@@ -37,6 +46,9 @@ from components.training.parallel.ranks import claimed
 from components.training.parallel.shares import take_share
 from components.training.start import load_start
 from components.training.step import CoderInTraining, new_coder, take_step
+
+_WAITS = 0.05
+"""From this share of a training's time on it is said that it waits for data."""
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +105,10 @@ def train_together(
                 claim = claims.enter_context(claimed(job.url, mesh))
                 record = read_training_record(job.url)  # of a rival, for whom the claim has waited
             if record is None:
+                try:
+                    training_manifest(job, should_stop, mesh is None or mesh.leads)
+                except WaitEnded:
+                    raise Stopped("stopped before there was anything to train on", 0) from None
                 members.append(_member(place, job, claim.check, device, mesh))
             else:
                 on_points(place, record.curves)
@@ -125,7 +141,7 @@ class _Member:
 
 
 def _member(place: int, job: Training, still_owned: Callable[[], None], device: torch.device, mesh: Mesh | None) -> _Member:
-    manifest = require_manifest(job.dataset_url)
+    manifest = training_manifest(job)
     reads, writes = statistics(manifest, job.reads), statistics(manifest, job.writes)
     columns = tuple(column.column for column in reads), tuple(column.column for column in writes)
     training = new_coder(job, *columns, device, mesh)
@@ -169,23 +185,22 @@ def _train(
     job = members[0].job
     size = job.settings.batch_size
     columns = {column.column.name: column for member in members for column in (*member.reads, *member.writes)}
-    reader = ActivationReader(
-        url=job.dataset_url,
-        manifest=require_manifest(job.dataset_url),
-        columns=tuple(columns),
-        batch_size=size,
-        seed=job.seed,
-        device=device,
-        cache=None if job.cache is None else job.cache.open(),
-    )
     mesh = members[0].training.coder.mesh
+    started, waited, going = time.monotonic(), 0.0, list(members)
+
+    def meanwhile() -> bool:
+        # The generation that is waited for may itself wait until one is given back.
+        reader.release(min(_durable(member) for member in going) * size)
+        # Several processes that hear of a stop at different moments would not meet in what they exchange.
+        return mesh is None and should_stop()
+
+    reader = open_source(job, list(columns), device, meanwhile, mesh)
     outcomes: dict[int, Outcome] = {}
     for member in members:
         if member.training.curves:
             on_points(member.place, member.training.curves)
     begin, end = min(member.training.step for member in members), max(member.job.steps for member in members)
-    started, going = time.monotonic(), list(members)
-    due = _Due(job.settings.checkpoint_minutes)
+    due = Due(job.settings.checkpoint_minutes)
     try:
         with (
             closing(scaled_batches(reader, list(columns.values()), begin * size, device, mesh)) as batches,
@@ -193,9 +208,14 @@ def _train(
         ):
             for member in [one for one in going if one.training.step == one.job.steps]:  # but for the artifact
                 going.remove(member)
-                outcomes[member.place] = _finished(member, device, 0.0)
+                outcomes[member.place] = _finished(member, device, 0.0, 0.0)
             for step in range(begin, end):
-                batch, note = next(batches), ""
+                asked, note = time.monotonic(), ""
+                try:
+                    batch = next(batches)
+                except WaitEnded:
+                    raise Stopped(_stopped(going), going[0].training.step) from None
+                waited += time.monotonic() - asked
                 for member in [one for one in going if one.training.step == step]:
                     try:
                         point = _take(member, batch, on_points)
@@ -211,11 +231,11 @@ def _train(
                         note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
                     if member.training.step == member.job.steps:
                         going.remove(member)
-                        outcomes[member.place] = _finished(member, device, time.monotonic() - started)
+                        outcomes[member.place] = _finished(member, device, time.monotonic() - started, waited)
                 advance(size, note)
                 if not going:
                     break
-                stop, save = should_stop(), due.now()
+                stop, save = should_stop(), due.now() or _lets_go(reader, going, (step + 1) * size)
                 if mesh is not None:
                     stop, save = mesh.anywhere(stop, save)
                 if stop:
@@ -228,6 +248,24 @@ def _train(
         for member in members:
             member.checkpoints.wait(member.job.settings.stop_seconds)
     return outcomes
+
+
+def _lets_go(reader: Source, going: Sequence[_Member], row: int) -> bool:
+    """Give back what of the data no coder will ask for again, whatever happens: what lies before everybody's last checkpoint.
+    Whether a checkpoint is wanted for that."""
+    end, size = reader.behind(row), going[0].job.settings.batch_size
+    if end is None:
+        return False
+    reader.release(min(_durable(member) for member in going) * size)
+    return any(max(member.started_step, member.checkpoints.begun or 0) * size < end for member in going)
+
+
+def _durable(member: _Member) -> int:
+    """The step from which the training would go on if it were killed now."""
+    mesh, complete = member.training.coder.mesh, member.checkpoints.complete
+    if complete is None:
+        return 0
+    return complete if mesh is None else newest_checkpoint(member.job.url) or 0  # that all shares have put
 
 
 def _take(
@@ -253,25 +291,17 @@ def _save(member: _Member) -> None:
         member.checkpoints.save(member.training)
 
 
-class _Due:
-    """Whether the time between two checkpoints is over."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self._seconds = None if minutes is None else minutes * 60
-        self.begin()
-
-    def begin(self) -> None:
-        self._since = time.monotonic()
-
-    def now(self) -> bool:
-        return self._seconds is not None and time.monotonic() - self._since >= self._seconds
-
-
-def _finished(member: _Member, device: torch.device, seconds: float) -> TrainingRecord:
+def _finished(member: _Member, device: torch.device, seconds: float, waited: float) -> TrainingRecord:
     job, training, mesh = member.job, member.training, member.training.coder.mesh
     training.require_finite()
     steps = job.steps - member.started_step
-    rate = steps * job.settings.batch_size / seconds if steps else None
+    rate, waiting = (steps * job.settings.batch_size / seconds, waited / seconds) if steps else (None, None)
+    if waiting is not None and waiting > _WAITS and job.online:
+        logger.warning(
+            "train: %.0f%% of its time it waited for data, as extraction is slower than training; see "
+            "execution.extraction_device, or store the activations",
+            100 * waiting,
+        )
     if mesh is not None:
         # The whole is put together from the shares' last checkpoint, in memory of the first process and of no device.
         _save(member)
@@ -284,7 +314,7 @@ def _finished(member: _Member, device: torch.device, seconds: float) -> Training
             assert restore_checkpoint(training, job.url)
     record = None
     if mesh is None or mesh.leads:
-        record = put_artifact(job, training, member.reads, member.writes, device, rate, member.still_owned)
+        record = put_artifact(job, training, member.reads, member.writes, device, rate, waiting, member.still_owned)
     if mesh is not None:
         mesh.meet()
         record = read_training_record(job.url)

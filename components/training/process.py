@@ -127,7 +127,7 @@ def _launched(
     try:
         if process.stderr is not None:
             # In this thread's context, by which Prefect knows whose log it is.
-            forward = partial(copy_context().run, _forward_log, process.stderr)
+            forward = partial(copy_context().run, forward_log, process.stderr)
             threading.Thread(target=forward, name="training-log", daemon=True).start()
         with suppress(BrokenPipeError):  # it ended at once; its exit code says more
             process.stdin.write(json.dumps(order) + "\n")
@@ -212,7 +212,7 @@ def _raise(message: dict[str, Any], code: int) -> NoReturn:
     raise RuntimeError(f"the training process ended with exit code {code} and said nothing")
 
 
-def _forward_log(stream: IO[str]) -> None:
+def forward_log(stream: IO[str]) -> None:
     """Lines `LEVEL: text` into this process's log; a line without a level belongs to the one before it."""
     level = logging.INFO
     for line in stream:

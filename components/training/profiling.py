@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from components.activations.dataset.manifest import require_manifest
-from components.activations.dataset.reader import ActivationReader
 from components.hardware import keep_freed_memory
-from components.training.batches import scaled_batches, scaled_mean, side_by_side, statistics
+from components.training.batches import open_source, scaled_batches, scaled_mean, side_by_side, statistics, training_manifest
 from components.training.beginning import begin_from_data
 from components.training.checkpoint import restore_checkpoint
 from components.training.job import Training
@@ -35,7 +33,7 @@ def profile_steps(job: Training, device: torch.device, trace: Path) -> dict[str,
     """
     keep_freed_memory()
     settings = job.settings
-    manifest = require_manifest(job.dataset_url)
+    manifest = training_manifest(job)
     reads, writes = statistics(manifest, job.reads), statistics(manifest, job.writes)
     training = new_coder(job, tuple(one.column for one in reads), tuple(one.column for one in writes), device)
     if not restore_checkpoint(training, job.url):
@@ -44,10 +42,7 @@ def profile_steps(job: Training, device: torch.device, trace: Path) -> dict[str,
         else:
             load_start(training.coder, job.start, [one.scale for one in reads], [one.scale for one in writes])
     columns = list({one.column.name: one for one in (*reads, *writes)}.values())
-    reader = ActivationReader(
-        url=job.dataset_url, manifest=manifest, columns=tuple(one.column.name for one in columns),
-        batch_size=settings.batch_size, seed=job.seed, device=device, cache=None if job.cache is None else job.cache.open(),
-    )  # fmt: skip
+    reader = open_source(job, [one.column.name for one in columns], device)
     mean, waited = scaled_mean(writes, device), 0.0
     with closing(scaled_batches(reader, columns, training.step * settings.batch_size, device)) as batches:
 

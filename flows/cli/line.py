@@ -53,14 +53,13 @@ def extract(config: Config, overrides: Overrides = None, as_json: AsJson = False
     with command(as_json) as show:
         log_to_stderr()
         from components import steps
-        from components.activations.dataset.manifest import require_manifest
 
         work = checked(config, overrides, only_data=True)
         if alone(work):
             manifest = steps.extract(work)
         else:
             _extract_on_workers(work)
-            manifest = require_manifest(work.dataset_url)
+            manifest = steps.require_dataset(work)
         show(
             {
                 "tokens": {"digest": work.token_digest, "url": work.token_url},
@@ -219,6 +218,9 @@ def _say_what_it_takes(run: Specification) -> None:
     stored, training, memory = found["activations"], found["training"], max(found["memory_bytes"].values())
     activations = f"{stored['tokens']:,} tokens of activations ({stored['bytes'] / 1e6:,.0f} MB"
     activations += ", there)" if stored["exists"] else f", {stored['peak_bytes'] / 1e6:,.0f} MB while they are shuffled)"
+    if (online := stored.get("online")) is not None:
+        most = stored["peak_bytes"] / 1e6
+        activations = f"{online['extracted_tokens']:,} tokens of activations, made meanwhile in at most {most:,.0f} MB"
     sae = f"{training['steps']:,} steps of {run.config.training.batch_size:,} tokens for {found['sae']['d_sae']:,} features"
     sae += " (there)" if found["sae"]["exists"] else f" ({training['flops']:.1e} FLOPs)"
     measured = f"{found['evaluation']['tokens']:,} tokens to measure it on"

@@ -77,6 +77,18 @@ def _add_probes(table: Any, probing: dict[str, Any]) -> None:
         table.add_row(f"{line.task}, {line.label}", shown)
 
 
+def _keeps_up(online: dict[str, Any]) -> str:
+    """Whether training waits for extraction."""
+    slower, waits = online["extraction_to_training"], online["training_waits"]
+    known = "as measured" if online["measured"] else "by operations, on devices as fast as each other"
+    if waits < 0.05:
+        return f"extraction takes {slower:.2g} times as long as training, {known}: it keeps up"
+    return (
+        f"extraction takes {slower:.2g} times as long as training, {known}: training waits for data {waits:.0%} of its time; "
+        "give execution.extraction_device a faster one, or store the activations where several trainings read them"
+    )
+
+
 def print_plan(estimate: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -89,13 +101,18 @@ def print_plan(estimate: dict[str, Any]) -> None:
     counted = "" if tokens["exact"] else "at most "
     split = f"{tokens['corpus']}: {counted}{tokens['train']:,} train, {tokens['held_out']:,} held out"
     table.add_row("tokens", state("tokens"), f"{split}\n{tokens['url']}")
+    online, each, most = stored.get("online"), stored["bytes_per_token"], stored["peak_bytes"] / 1e6
+    how = f"{stored['bytes'] / 1e6:,.0f} MB ({each} B/token; {most:,.0f} MB while shuffling)"
+    if online is not None:
+        how = (
+            f"{online['generations']:,} generations of at most {online['generation_tokens']:,}, {online['at_once']:,} "
+            f"at a time and one in the making ({each} B/token; at most {most:,.0f} MB)"
+        )
     table.add_row(
         "extract",
-        state("activations"),
-        f"{model['name']} ({model['parameters']:,} parameters) at {model['hook_point']}, {stored['tokens']:,} tokens, "
-        f"{stored['bytes'] / 1e6:,.0f} MB ({stored['bytes_per_token']} B/token; "
-        f"{stored['peak_bytes'] / 1e6:,.0f} MB while shuffling), "
-        f"{stored['flops']:.2g} FLOPs\n{stored['url']}",
+        "beside training" if online else state("activations"),
+        f"{model['name']} ({model['parameters']:,} parameters) at {model['hook_point']}, {stored['tokens']:,} tokens, {how}, "
+        f"{stored['flops']:.2g} FLOPs\n{stored['url']}" + ("" if online is None else f"\n{_keeps_up(online)}"),
     )
     table.add_row(
         "train",

@@ -212,3 +212,16 @@ def test_a_bucket_that_does_not_exist_is_one_sentence(tree: dict, tmp_path: Path
     assert "storage.root: cannot write to 's3://no-such-bucket/runs'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert "secret-" not in done.stderr
+
+
+def test_generations_on_s3_come_and_go_and_give_the_weights_of_a_local_disk(tree: dict, tmp_path: Path):
+    tree["activations"] |= {"rows_per_shard": 1_000, "mode": "online", "generation_tokens": 2_000, "disk_bytes": 10**6}
+    tree["training"]["tokens"] = 8_000
+    remote = resolve(parse_config(tree))
+    local = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))
+    assert steps.train(remote).weights_sha256 == steps.train(local).weights_sha256
+    filesystem, path = storage.resolve(remote.dataset_url)
+    left = {name.rsplit("/", 1)[-1] for name in filesystem.find(path)}
+    assert left == {"first.json", "ledger.json", "wanted.json"}
+    assert remote.dataset_manifest() == local.dataset_manifest()
+    assert storage.read_json(f"{remote.dataset_url}/ledger.json")["generations"] == 4

@@ -26,7 +26,7 @@ class Entry(Settings):
     manifest: Manifest | None
     """None where it cannot be read."""
     state: str
-    """`finished`, `unfinished`, or why it cannot be read."""
+    """`finished`, `unfinished`, `online` where it is a folder of generations, or why it cannot be read."""
     bytes: int
     """Of what is finished; scattered chunks of an unfinished one are not counted."""
 
@@ -54,6 +54,8 @@ def _entry(folder: str, name: str) -> Entry:
     try:
         manifest = read_manifest(url)
         state = "unfinished" if manifest is None else "finished"
+        if manifest is None and storage.exists(storage.join(url, "ledger.json")):  # see `components.activations.online.folder`
+            state = "online"
     except DamagedDatasetError:
         manifest, state = None, "damaged"
     except UserError:

@@ -184,7 +184,11 @@ def read_manifest(dataset: str) -> Manifest | None:
 
     Raises a UserError for another version's, and a DamagedDatasetError for what is not a manifest as it was written.
     """
-    url = manifest_url(dataset)
+    return read_manifest_file(manifest_url(dataset))
+
+
+def read_manifest_file(url: str) -> Manifest | None:
+    """`read_manifest` of a manifest's own address."""
     try:
         found = storage.fingerprint(url)
         known = _parsed.get(url)

@@ -12,7 +12,6 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 from components import storage
 from components.activations.dataset.manifest import Manifest, Shard
 from components.activations.dataset.schema import memory
+from components.activations.dataset.source import Source
 from components.activations.dataset.values import Values
 from components.storage.cache import DiskCache
 
@@ -33,16 +33,16 @@ _WINDOWS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActivationReader:
+class ActivationReader(Source):
     """Batches of some columns, aligned row by row, in the number format on disk.
 
-    Memory: four windows. Neither `threads`, `device` nor `cache` changes what is read.
+    Memory: four windows. Neither `threads`, `device` nor `cache` changes what is read. The next windows are read while this
+    one is used; each of several ranks reads every row group, of which a part has no checksum.
     """
 
     url: str
     manifest: Manifest
     columns: tuple[str, ...]
-    """Hook points, and `document`, `position` or `token` where they are wanted."""
     batch_size: int
     seed: int
     window_groups: int = WINDOW_GROUPS
@@ -54,58 +54,27 @@ class ActivationReader:
     """Where row groups of a dataset on an object store are kept."""
 
     @property
+    def first(self) -> ActivationReader:
+        return self
+
+    @property
     def tokens(self) -> int:
         return self.manifest.tokens
 
-    def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Generator[dict[str, Tensor]]:
-        """Batches from row `start` of the stream on, without end; `[batch_size, d_in]` for a hook point.
-
-        With `ranks`, each `rank` gets its slice of every batch, `[batch_size / ranks, d_in]`: the batches of all side by
-        side are those of one, and `start` counts the rows of all. Each rank reads every row group, of which a part has no
-        checksum. The next windows are read while this one is used. Raises a DamagedDatasetError that names the shard
-        where one is not what the manifest says.
-        """
-        for column in self.columns:
-            if column not in self.manifest.layout.column_bytes:
-                self.manifest.column(column)  # says which there are
-        size, rest = divmod(self.batch_size, ranks)
-        if rest or not 0 <= rank < ranks:
-            raise ValueError(f"a batch of {self.batch_size} rows has no equal slice for rank {rank} of {ranks}")
-        with closing(self._batches(start)) as batches:
-            for batch in batches:
-                yield batch if ranks == 1 else {name: rows[rank * size : (rank + 1) * size] for name, rows in batch.items()}
-
-    def _batches(self, start: int) -> Generator[dict[str, Tensor]]:
-        held: dict[str, Tensor] = {}
-        rows_held = 0
-        with closing(self._loaded(start)) as windows:
-            for window, rows in windows:
-                first = 0
-                if held:
-                    first = min(self.batch_size - rows_held, rows)
-                    held = {name: torch.cat([held[name], window[name][:first]]) for name in self.columns}
-                    rows_held += first
-                    if rows_held == self.batch_size:
-                        yield held
-                        held, rows_held = {}, 0
-                while first + self.batch_size <= rows:
-                    yield {name: window[name][first : first + self.batch_size] for name in self.columns}
-                    first += self.batch_size
-                if first < rows:
-                    held, rows_held = {name: window[name][first:].clone() for name in self.columns}, rows - first
-
-    def _loaded(self, start: int) -> Generator[tuple[dict[str, Tensor], int]]:
-        """Windows of mixed rows from row `start` on, read ahead of use."""
+    def windows(self, start: int, to_epochs_end: bool = False) -> Generator[tuple[dict[str, Tensor], int]]:
+        """Windows of mixed rows from row `start` on, read ahead of use; without end, or to that of the epoch of `start`."""
         buffers = _Buffers(min(self.window_groups * self.manifest.rows_per_group, self.tokens), self.device)
         values = Values(self.url, self.manifest, self.cache)
-        plans = self._plans(start)
+        plans = self._plans(start, to_epochs_end)
         readers = ThreadPoolExecutor(self.threads or (2 if storage.is_local(self.url) else 8), thread_name_prefix="activations")
         # A thread of its own for all that comes before reading: in the trainer's thread it would wait for the interpreter
         # lock at every window (measured: 2 to 9 ms).
         planner = ThreadPoolExecutor(1, thread_name_prefix="activations-plan")
 
-        def prepare() -> tuple[_Window, dict[str, np.ndarray], list[Future[None]], int]:
-            plan, skip = next(plans)
+        def prepare() -> tuple[_Window, dict[str, np.ndarray], list[Future[None]], int] | None:
+            plan, skip = next(plans, (None, 0))
+            if plan is None:
+                return None
             raw = {name: buffers.take(plan.rows, self.manifest.layout.column_bytes[name]) for name in self.columns}
             return plan, raw, list(self._read(readers, values, plan, raw)), skip
 
@@ -114,7 +83,10 @@ class ActivationReader:
             while True:
                 following = coming.popleft()
                 coming.append(planner.submit(prepare))
-                yield self._ready(*following.result())
+                prepared = following.result()
+                if prepared is None:
+                    return
+                yield self._ready(*prepared)
         finally:
             planner.shutdown(cancel_futures=True)
             readers.shutdown(cancel_futures=True)
@@ -140,7 +112,7 @@ class ActivationReader:
                 targets = [raw_bytes[first * width : stop * width] for first, stop in pieces]
                 yield threads.submit(values.read_into, shard, group, name, targets)
 
-    def _plans(self, start: int) -> Iterator[tuple[_Window, int]]:
+    def _plans(self, start: int, to_epochs_end: bool) -> Iterator[tuple[_Window, int]]:
         """What each window holds, and how many of its rows to skip, from row `start` on."""
         epoch = 0
         while True:
@@ -158,6 +130,8 @@ class ActivationReader:
                         start = 0
                     else:
                         start -= rows
+                if to_epochs_end:
+                    return
             epoch += 1
 
     @cached_property
