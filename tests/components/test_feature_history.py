@@ -25,10 +25,12 @@ from flows.cli import app
 
 @pytest.fixture(scope="module")
 def versions(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> list[Specification]:
-    """Versions 1 to 3, each trained longer and champion in its turn; of the first some features are explained."""
+    """What are versions 1 and 2, champions in their turn, and what would be version 3, each trained longer; of the first
+    every feature is explained."""
     tree = tiny_tree_in(tmp_path_factory.mktemp("versions"))
     Path(tree["tracking"]["gates"]).write_text("evaluation_tokens: 100\nchampion: {must_improve: false}\n")
     tree["interpretation"] = {"tokens": 700, "examples": 2, "drawn": 5, "logits": 4}
+    tree["evaluation"] = {"tokens": 900, "reference_tokens": 1_000, "baselines": []}
     runs = []
     for tokens in (14_000, 17_000, 20_000):
         tree["training"]["tokens"] = tokens
@@ -41,10 +43,11 @@ def versions(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.Temp
                 for feature in range(64)
             ]
             write_explanations(run.sae_url, run.training_record().weights_sha256, said)
-        with steps.tracked(run, {}) as tracked:
-            outcome = steps.register(run, tracked)
-        assert outcome.alias == "champion"
         runs.append(run)
+        if len(runs) < 3:
+            with steps.tracked(run, {}) as tracked:
+                outcome = steps.register(run, tracked)
+            assert outcome.alias == "champion"
     return runs
 
 
