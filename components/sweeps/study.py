@@ -16,7 +16,7 @@ from components.settings import UserError, digest
 from components.sweeps.grid import Child, child_of
 from components.sweeps.record import SweepPoint, SweepRecord
 from components.sweeps.space import OBJECTIVES, Range, StudySettings
-from components.sweeps.sweep import close, parent_run, require_one_process
+from components.sweeps.sweep import close, parent_run, require_one_process, require_one_reader
 from components.sweeps.work import GiveUp, Trainer, Work, never, one_after_another
 from components.training.job import Point
 
@@ -61,6 +61,7 @@ def study(
 ) -> tuple[str, SweepRecord]:
     """Where its record is, and the record; the rest as of `sweep`."""
     check_study(base, settings)
+    require_one_reader(base, workers)
     url, key = study_url(base, settings), study_digest(base, settings)
     steps.extract(base)
     varied = {f"space.{field}": found for field, found in settings.model_dump(mode="json")["space"].items()}

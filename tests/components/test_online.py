@@ -335,6 +335,7 @@ def test_the_dataset_of_a_generation_is_one_as_any_other(tiny_tree: dict):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_25_kills_at_random_moments_change_no_weight(tiny_tree: dict, tmp_path: Path):
     """SIGKILL and SIGTERM to `sae train`, with nobody left behind, and SIGKILL to the process that extracts."""
     steps.prepare_tokens(online(tiny_tree))
