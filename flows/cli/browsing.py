@@ -7,7 +7,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Annotated
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import typer
 
@@ -30,30 +30,35 @@ def open_(
         address = steps.browser_address(run)
         if not storage.exists(address):
             raise UserError(f"sae: {run.sae_url} has no pages of its features yet; run `sae features make {config}`")
+        root, name, *page = address.rsplit("/", 3)
         try:
-            server = ThreadingHTTPServer(("127.0.0.1", port), pages_of(address.rpartition("/")[0]))
+            server = ThreadingHTTPServer(("127.0.0.1", port), pages_of(root))
         except OSError as error:
             raise UserError(f"--port: {port} cannot be listened on: {error.strerror}; 0 takes a free one") from error
         with server, suppress(KeyboardInterrupt):
-            served = f"http://127.0.0.1:{server.server_address[1]}/"
+            served = f"http://127.0.0.1:{server.server_address[1]}/{quote('/'.join([name, *page]))}"
             terminal(stderr=True).print(f"Features of {run.sae_url}: {served}  (Ctrl-C ends it)")
             if launch:
                 typer.launch(served)
             server.serve_forever()
 
 
-def pages_of(folder: str) -> type[BaseHTTPRequestHandler]:
-    """What answers with the files under a folder, local or `s3://`, and with nothing else."""
+def pages_of(root: str) -> type[BaseHTTPRequestHandler]:
+    """What answers with the browsers of the SAEs under `root`, local or `s3://`, and with nothing else: a page links those of
+    earlier versions."""
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             from components import storage
 
-            name = unquote(urlsplit(self.path).path).lstrip("/") or "index.html"
-            if ".." in name.split("/"):
-                return self.send_error(HTTPStatus.NOT_FOUND)
+            name = unquote(urlsplit(self.path).path).lstrip("/")
+            match name.split("/"):
+                case [_, "browser", _, *_] as parts if ".." not in parts:
+                    pass
+                case _:
+                    return self.send_error(HTTPStatus.NOT_FOUND)
             try:
-                content = storage.read_bytes(storage.join(folder, name))
+                content = storage.read_bytes(storage.join(root, name))
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
                 return self.send_error(HTTPStatus.NOT_FOUND)
             self.send_response(HTTPStatus.OK)

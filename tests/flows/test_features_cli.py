@@ -47,7 +47,7 @@ def pages_are_served(config: str, index: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "500"}) as process:
         try:
             assert process.stderr is not None
-            (address,) = re.findall(r"http://(127.0.0.1:\d+)/", process.stderr.readline())
+            ((address, page),) = re.findall(r"http://(127.0.0.1:\d+)(/\S+)", process.stderr.readline())
 
             def asked(path: str) -> tuple[int, bytes]:
                 connection = http.client.HTTPConnection(address, timeout=60)
@@ -56,17 +56,15 @@ def pages_are_served(config: str, index: Path) -> None:
                     return answer.status, answer.read()
 
             script = next(index.parent.rglob("*.js"))
-            assert asked("/") == (200, index.read_bytes())
-            assert asked(f"/{script.relative_to(index.parent)}?1") == (200, script.read_bytes())
-            assert (index.parents[1] / "evaluation.json").is_file()
-            strangers = (
-                "/../evaluation.json",
-                "/%2e%2e/evaluation.json",
-                "/nothing",
-                f"//{index.parents[1]}/evaluation.json",
-                "/%00",
-            )
-            assert {asked(path)[0] for path in strangers} == {404}
+            sae, saes = index.parents[1], index.parents[2]
+            assert page == f"/{sae.name}/browser/index.html"
+            assert asked(page) == (200, index.read_bytes())
+            assert asked(f"/{script.relative_to(saes)}?1") == (200, script.read_bytes())
+            beside, up = f"{sae.name}/evaluation.json", f"{sae.name}/browser/x/../../evaluation.json"
+            assert (saes / beside).is_file()
+            absent = (f"{sae.name}/browser/nothing", "a/browser/%00")
+            strangers = (beside, up, up.replace("..", "%2e%2e"), f"/{saes}/{beside}", *absent)
+            assert {asked(f"/{path}")[0] for path in strangers} == {404}
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
