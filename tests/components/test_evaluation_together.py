@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from comparing import assert_same
 
 from components import steps, storage
 from components.evaluation import evaluate as evaluation
@@ -47,20 +48,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
     return seen, variants
 
 
-def assert_close(found, expected, path: str) -> None:
-    """Up to float32, which other batches round otherwise."""
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), path
-        for key, value in expected.items():
-            assert_close(found[key], value, f"{path}.{key}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), path
-        for number, value in enumerate(expected):
-            assert_close(found[number], value, f"{path}[{number}]")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=2e-5, abs=2e-6), path
-    else:
-        assert found == expected, path
+FLOAT32 = {"rel": 2e-5, "abs": 2e-6}
+"""Which other batches round otherwise."""
 
 
 def results(record: EvaluationRecord, run: Specification) -> dict:
@@ -76,7 +65,7 @@ def test_each_is_measured_as_alone_with_as_many_clean_passes_as_for_one(tiny_tre
     for run, found in list(zip(runs, together, strict=True))[1:3]:
         storage.delete(f"{run.sae_url}/evaluation.json")
         clean.clear()
-        assert_close(found, results(steps.evaluate(run), run), run.sae_digest)
+        assert_same(found, results(steps.evaluate(run), run), run.sae_digest, **FLOAT32)
         assert sum(clean) == for_all
     assert len({found["metrics"]["l0"] for found in together}) == 4
     assert max(variants) == 6, "as much memory as for one: an SAE and the five that it is compared with"
@@ -110,4 +99,4 @@ def test_a_crosscoder_is_measured_together_hook_point_by_hook_point(tiny_tree: d
     runs = trained(tiny_tree, "sae.k=2,4")
     together = [results(record, run) for record, run in zip(steps.evaluate_together(runs), runs, strict=True)]
     storage.delete(f"{runs[1].sae_url}/evaluation.json")
-    assert_close(together[1], results(steps.evaluate(runs[1]), runs[1]), "crosscoder")
+    assert_same(together[1], results(steps.evaluate(runs[1]), runs[1]), "crosscoder", **FLOAT32)

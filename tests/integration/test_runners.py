@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from comparing import assert_same
 from threadpoolctl import threadpool_limits
 
 from components import steps
@@ -89,21 +90,6 @@ class Comparison:
             ours, theirs = (Path(run.sae_url, "interpretation", name).read_bytes() for run in (self.plan, self.alone))
             assert ours == theirs, name
         assert Path(found["browser"]).is_file()
-
-
-def assert_same(found: Any, expected: Any, path: str) -> None:
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), path
-        for key, value in expected.items():
-            assert_same(found[key], value, f"{path}.{key}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), path
-        for number, value in enumerate(expected):
-            assert_same(found[number], value, f"{path}[{number}]")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), path
-    else:
-        assert found == expected, path
 
 
 @pytest.mark.parametrize("runner", ["threads", "ray", "dask"])
