@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from components.sae.features import SparseFeatures
+from components.sae.kernels.asked import Asked
 from components.sae.kernels.rows import uses_triton
-from components.sae.kernels.selection import strongest_of_rows
-from components.sae.kernels.sparse import Places, encoded
-
-_LIVING = -1e30
-"""The bias with which a living feature is among no dead ones."""
+from components.sae.kernels.sparse import Places
 
 if TYPE_CHECKING:
     from components.sae.coder import Coder
 
 
-def auxk_loss_of(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int) -> Tensor:
+def auxk_loss_of(
+    coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int, asked: Asked | None = None
+) -> Tensor:
     """`auxk_loss` of a coder on x `[n, d_in]`. before: pre-activations of all features; without them those of dead features
-    alone are computed, which is for where it costs nothing to ask how many they are."""
+    alone are computed. asked: how many those are."""
     if coder.mesh is not None:
         return _auxk_of_share(coder, x, before, dead, residual, k)
     k = min(k, coder.d_sae)
     if before is not None:
         return auxk_loss(before, dead, residual, coder.W_dec, k)
-    if uses_triton(x):
-        values, features = _strongest_dead(coder, x, dead, k)
-        return _loss_of(values, features, dead, residual, coder.W_dec, k)
-    places = dead.nonzero().flatten()
-    if len(places) == 0:
+    count = (asked or Asked(dead)).answer()
+    if count == 0:
         return residual.new_zeros((), dtype=torch.float32)
+    # The dead ones first: `nonzero` would ask the device once more.
+    places = torch.argsort(dead.logical_not(), stable=True)[:count] if dead.is_cuda else dead.nonzero().flatten()
     few = torch.nn.functional.linear(x, coder.W_enc.T[places], coder.read_bias(coder.b_enc)[places])
     loss = auxk_loss(few, torch.ones_like(places, dtype=torch.bool), residual, coder.W_dec[places], min(k, len(places)))
     return loss * min(1.0, len(places) / k)
@@ -52,16 +51,6 @@ def auxk_loss(pre_activations: Tensor, dead: Tensor, residual: Tensor, rows: Ten
     return _loss_of(chosen.values, chosen.indices, dead, residual, rows, k)
 
 
-def _strongest_dead(coder: Coder, x: Tensor, dead: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Pre-activations and indices, `[n, k]`, by a product of its own: how many are dead is not asked of the device."""
-    bias = coder.read_bias(coder.b_enc)
-    living = torch.where(dead, bias.detach(), torch.full_like(bias, _LIVING))
-    before, features = strongest_of_rows(x, coder.W_enc, living, None, k)
-    places = Places.of(features.flatten(), torch.arange(len(x) + 1, device=x.device) * k, coder.d_sae)
-    values = encoded(x, coder.W_enc, bias, before.flatten(), places).reshape(before.shape)
-    return torch.where(before > _LIVING / 2, values, -torch.inf), features
-
-
 def _loss_of(before: Tensor, features: Tensor, dead: Tensor, residual: Tensor, rows: Tensor, k: int) -> Tensor:
     """`auxk_loss` with these features of each token, `[n, k]` both; what is not finite is none."""
     error = residual.detach().float()
@@ -76,7 +65,10 @@ def _written(before: Tensor, kept: Tensor, indices: Tensor, rows: Tensor) -> Ten
     """By features with pre-activations before `[n, k]`, those kept alone: `[n, d_out]`."""
     values = torch.where(kept, before, torch.zeros_like(before))
     values = values + (torch.relu(values) - values).detach()
-    return SparseFeatures.of_rows(values, indices, len(rows)).decode(rows, rows.new_zeros(rows.shape[1]))
+    features = SparseFeatures.of_rows(values, indices, len(rows))
+    if uses_triton(rows):
+        features = replace(features, places=Places.of(features.indices, features.offsets, len(rows)))
+    return features.decode(rows, rows.new_zeros(rows.shape[1]))
 
 
 def _auxk_of_share(coder: Coder, x: Tensor, before: Tensor | None, dead: Tensor, residual: Tensor, k: int) -> Tensor:

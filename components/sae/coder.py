@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from components.sae.features import Features
+from components.sae.kernels.asked import Asked
 from components.sae.mesh import Mesh
 from components.sae.settings import CoderSettings
 
@@ -43,6 +44,8 @@ class Progress:
     """Of the whole training."""
     dead: Tensor | None = None
     """Which features count as dead, bool `[d_sae]`."""
+    dead_count: Asked | None = None
+    """How many those are."""
 
     def rise(self, share: float) -> float:
         """0 at the start, 1 after that share of the training, linear between."""

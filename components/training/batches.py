@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -81,11 +81,35 @@ def scaled_batches(
     gets its share of every batch."""
     rank, ranks = (0, 1) if mesh is None else (mesh.data_rank, mesh.data)
     with closing(reader.batches(start, rank, ranks)) as batches:
-        for batch in batches:
+        # Generations are not read ahead: what the next one waits for may be given back by the step in between.
+        ahead = device.type == "cuda" and isinstance(reader, ActivationReader)
+        for batch in _a_batch_ahead(batches, device) if ahead else batches:
             yield {
                 column.column.name: batch[column.column.name].to(device, non_blocking=True).float() * column.scale
                 for column in columns
             }
+
+
+def _a_batch_ahead(batches: Iterator[dict[str, Tensor]], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Batches on a GPU, the next of which is copied there while it computes with the one before."""
+    side, held = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            there = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        if held is not None:
+            yield _arrived(held[1], side)
+        # Memory of the host may be written again once nobody holds it, and one waits for no other stream then.
+        held = batch, there
+    if held is not None:
+        yield _arrived(held[1], side)
+
+
+def _arrived(batch: dict[str, Tensor], side: torch.cuda.Stream) -> dict[str, Tensor]:
+    current = torch.cuda.current_stream(side.device)
+    current.wait_stream(side)
+    for values in batch.values():
+        values.record_stream(current)
+    return batch
 
 
 def side_by_side(batch: dict[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from components.sae.architectures import architectures
 from components.sae.coder import Coder, Column, Losses, Progress
+from components.sae.kernels.asked import Asked
+from components.sae.kernels.sparse import can_be_sparse_on_gpu
 from components.sae.mesh import Mesh
 from components.training.job import Point, Training
-from components.training.parallel.gradients import averaged, clip_gradients
+from components.training.optimizer import update
+from components.training.parallel.gradients import averaged, gradient_norm
 from components.training.resampling import is_due, resample
 from components.training.schedule import learning_rate
 from components.training.settings import TrainingSettings
@@ -98,21 +101,18 @@ def take_step(
     """
     coder, optimizer = training.coder, training.optimizer
     dead = training.dead(settings)
-    progress = Progress(training.step, settings.steps, dead)
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16"):
+    progress = Progress(training.step, settings.steps, dead, Asked(dead) if can_be_sparse_on_gpu(x, coder.d_sae) else None)
+    half = settings.autocast == "bfloat16"
+    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
         losses = coder.losses(x, y, progress)
     total = losses.total
     total.backward()
     watched = torch.stack([total.detach(), losses.terms["reconstruction"].detach()])
-    (total, reconstruction), gradient_norm = clip_gradients(coder, watched, settings.clip_gradient_norm)
-    bad = ~(total.isfinite() & gradient_norm.isfinite() & (reconstruction < EXPLODED * coder.d_out))
+    (total, reconstruction), norm = gradient_norm(coder, watched)
+    bad = ~(total.isfinite() & norm.isfinite() & (reconstruction < EXPLODED * coder.d_out))
     training.diverged_at.copy_(torch.where(bad & (training.diverged_at == 0), training.step + 1, training.diverged_at))
-    optimizer.found_inf = (training.diverged_at > 0).float()  # type: ignore[attr-defined]  # as torch.amp's scaler sets it
     rate = learning_rate(settings, progress)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update(optimizer, rate, norm, settings.clip_gradient_norm, training.diverged_at > 0, half)
     coder.after_step()
     fired = losses.features.largest() > 0
     training.silent_tokens += len(x) if coder.mesh is None else len(x) * coder.mesh.data
@@ -127,7 +127,7 @@ def take_step(
     if not measured:
         return None
     point = _point(training, settings, losses, total, y, mean)
-    point |= {"gradient_norm": gradient_norm.item(), "learning_rate": rate}
+    point |= {"gradient_norm": norm.item(), "learning_rate": rate}
     training.curves.append(point)
     return point
 

@@ -18,7 +18,7 @@ from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.selection import strongest_of_batch
-from components.sae.kernels.sparse import can_be_sparse
+from components.sae.kernels.sparse import can_be_sparse, can_be_sparse_on_gpu
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -91,7 +91,7 @@ class BatchTopKSAE(Coder):
 
     def _chosen(self, x: Tensor, k: int) -> tuple[Tensor | None, SparseFeatures]:
         """Pre-activations of all features, where they are at hand, and the `n k` strongest of the batch."""
-        if not can_be_sparse(x):
+        if not can_be_sparse(x) and (self.mesh is not None or not can_be_sparse_on_gpu(x, self.d_sae)):
             before = self.pre_activations(x)
             return before, self._strongest(before, k)
         norms = self.row_norms().detach()
@@ -104,7 +104,7 @@ class BatchTopKSAE(Coder):
                 return values, places, torch.relu(values) * norms[places % self.d_sae]
 
             values, places, self._weakest_of_batch = self.mesh.strongest_of_batch(found, len(x), self.d_sae, k)
-        offsets = torch.searchsorted(places, torch.arange(len(x) + 1) * self.d_sae)
+        offsets = torch.searchsorted(places, torch.arange(len(x) + 1, device=x.device) * self.d_sae)
         return None, chosen_features(self, x, values, places % self.d_sae, offsets)
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:

@@ -12,6 +12,7 @@ from torch import Tensor
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
+from components.sae.kernels.sizes import LARGE
 from components.sae.settings import CoderSettings
 
 
@@ -65,7 +66,7 @@ class JumpReLUSAE(Coder):
     parallel = True
     Settings = JumpReLUSettings
     settings: JumpReLUSettings
-    by_feature_from = rectified.LARGE
+    by_feature_from = LARGE
     scaled_like_features = ("b_enc", "threshold")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:

@@ -13,6 +13,7 @@ from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, reconstruction_loss
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
+from components.sae.kernels.sizes import LARGE
 from components.sae.settings import CoderSettings
 
 _PROPORTIONAL, _INTEGRAL_STEPS = 2.0, 25
@@ -58,7 +59,7 @@ class ReLUSAE(Coder):
     parallel = True
     Settings = ReLUSettings
     settings: ReLUSettings
-    by_feature_from = rectified.LARGE
+    by_feature_from = LARGE
     growth: Tensor | None
     """Natural logarithm of what lambda is multiplied by in the long run, `[]`, where it aims at an L0."""
 
@@ -107,7 +108,7 @@ class ReLUSAE(Coder):
         weights = {"reconstruction": 1.0, "sparsity": coefficient}
         if self.settings.auxk_coefficient > 0 and progress.dead is not None:
             k = self.settings.auxk or max(1, self.d_out // 2)
-            terms["auxk"] = auxk_loss_of(self, x, before, progress.dead, y - y_hat, k)
+            terms["auxk"] = auxk_loss_of(self, x, before, progress.dead, y - y_hat, k, progress.dead_count)
             weights["auxk"] = self.settings.auxk_coefficient
         return Losses(terms, weights, features.detach())
 

@@ -13,9 +13,8 @@ from components.sae.auxiliary import auxk_loss_of
 from components.sae.coder import Coder, Exported, Losses, Progress, reconstruction_loss
 from components.sae.features import SparseFeatures
 from components.sae.kernels import rectified
-from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.selection import strongest_of_rows
-from components.sae.kernels.sparse import Places, can_be_sparse, encoded
+from components.sae.kernels.sparse import Places, can_be_sparse, can_be_sparse_on_gpu, encoded
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -88,7 +87,7 @@ class TopKSAE(Coder):
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         k = self.settings.k_at(progress)
-        if can_be_sparse(x) or (self.mesh is None and uses_triton(x) and not x.requires_grad):
+        if can_be_sparse(x) or (self.mesh is None and can_be_sparse_on_gpu(x, self.d_sae)):
             before, features = None, self._chosen(x, k)
         else:
             before = self.pre_activations(x)
@@ -142,6 +141,6 @@ def with_auxk(
     terms, weights = {"reconstruction": reconstruction_loss(y, y_hat)}, {"reconstruction": 1.0}
     if settings.auxk_coefficient > 0 and progress.dead is not None:
         k = settings.auxk or max(1, coder.d_out // 2)
-        terms["auxk"] = auxk_loss_of(coder, x, before, progress.dead, y - y_hat, k)
+        terms["auxk"] = auxk_loss_of(coder, x, before, progress.dead, y - y_hat, k, progress.dead_count)
         weights["auxk"] = settings.auxk_coefficient
     return Losses(terms, weights, features.detach())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from components.sae.kernels.rows import uses_triton
+from components.sae.kernels.sizes import LARGE
 from components.sae.kernels.sparse import Places, can_be_sparse, encoded, true_places
 
-LARGE = (256, 4_096)
-"""`d_in` and `d_sae` from which on a step may be sparse. Smaller ones are quick, and keep the bits that they had."""
 MANY_ENTRIES = 1 << 26
 """Of pre-activations, 256 MB, over which they are no longer held at once in an evaluation."""
 _LEAST_TOKENS = 256
@@ -32,7 +32,7 @@ def is_sparse(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
 def without_gradient(x: Tensor, W_enc: Tensor, bias: Tensor | None = None) -> bool:
     """Whether features of x are to be found by tiles because `[n, d_sae]` would be large: where no gradient is wanted. bias: as
     in `is_sparse`, where it depends on it how many there are."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) * W_enc.shape[1] <= MANY_ENTRIES:
+    if not (x.device.type == "cpu" or uses_triton(x)) or torch.is_grad_enabled() or len(x) * W_enc.shape[1] <= MANY_ENTRIES:
         return False
     return bias is None or _few(x, W_enc, bias)
 

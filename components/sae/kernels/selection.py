@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from components.sae.kernels.asked import Asked
+from components.sae.kernels.lowered import in_bfloat16
 from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.screening import Groups, Rows, exact, lowered, pays
 
@@ -29,9 +31,11 @@ def strongest_of_rows(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | N
     d_sae = W_enc.shape[1]
     k = min(k, d_sae)
     if uses_triton(x):
-        from components.sae.kernels import gpu
+        from components.sae.kernels.gpu import selection as gpu
 
-        return gpu.strongest_of_rows(x, W_enc, b_enc, norms, k)
+        half = torch.is_autocast_enabled(x.device.type)
+        rows = in_bfloat16(W_enc).T if half else W_enc.T
+        return gpu.strongest_of_rows(x.bfloat16() if half else x, rows, b_enc, norms, k)
     norms = None if norms is None else norms.clamp_min(_LEAST_NORM)
     products = _Products(x, W_enc, b_enc, norms)
     if not pays(x, d_sae, k):
@@ -82,7 +86,7 @@ def strongest_of_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor, k
     d_sae = W_enc.shape[1]
     count, most = min(k, d_sae) * len(x), min(d_sae, _CANDIDATES * k)
     products = _Products(x, W_enc, b_enc, norms.clamp_min(_LEAST_NORM))
-    found = _screened_batch(products, count, most) if pays(x, d_sae, most) else None
+    found = _screened_batch(products, count, most) if not uses_triton(x) and pays(x, d_sae, most) else None
     values, where, flat = _candidates_of_batch(products, count, most) if found is None else found
     flat = torch.relu(flat)
     chosen = flat.topk(min(count, len(flat)), sorted=False).indices
@@ -100,10 +104,10 @@ def _candidates_of_batch(products: _Products, count: int, most: int) -> _Candida
     d_sae = products.W_enc.shape[1]
     before, indices = products.strongest(slice(None), most)
     strengths = torch.relu(before) * products.norms_of(indices)
-    places = indices + d_sae * torch.arange(len(before))[:, None]
-    least = strengths.flatten().topk(count).values[-1]
+    places = indices + d_sae * torch.arange(len(before), device=before.device)[:, None]
+    least = strengths.flatten().topk(count, sorted=False).values.amin()
     full = strengths.amin(dim=1) > least
-    if most == d_sae or not bool(full.any()):
+    if most == d_sae or not Asked(full).answer():
         return before.flatten(), places.flatten(), strengths.flatten()
     values, where, flat = products.over(full.nonzero().flatten(), least)
     return (
@@ -173,10 +177,15 @@ class _Products:
             self._rows = rows if self.norms is None else rows.mul_(self.norms[:, None])
         padded = torch.cat([x, x.new_ones(len(x), 1), x.new_zeros(len(x), self._rows.shape[1] - d_in - 1)], dim=1)
         for part in padded.split(max(64, _TILE_ENTRIES // d_sae)):
-            yield part @ self._rows.T
+            if torch.is_autocast_enabled(part.device.type) and part.is_cuda:  # sums stay in float32
+                yield torch.mm(part.bfloat16(), self._rows.T.bfloat16(), out_dtype=torch.float32)
+            else:
+                yield part @ self._rows.T
 
     def strongest(self, rows: Tensor | slice, k: int) -> tuple[Tensor, Tensor]:
         """Pre-activations and indices of the k strongest features of these tokens, `[rows, k]` each."""
+        if uses_triton(self.x):
+            return strongest_of_rows(self.x[rows], self.W_enc, self.b_enc, self.norms, k)
         found = [part.topk(k, dim=1, sorted=False) for part in self._tiles(self.x[rows])]
         strengths, indices = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
         return strengths if self.norms is None else strengths / self.norms[indices], indices

@@ -8,12 +8,15 @@ matrices are weighted sums of rows, over the chosen places sorted by feature, an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from components.sae.kernels.rows import products_of_pairs, weighted_rows
+from components.sae.kernels.lowered import in_bfloat16
+from components.sae.kernels.rows import always_triton, products_of_pairs, uses_triton, weighted_rows
+from components.sae.kernels.sizes import GROUP, LARGE
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,35 @@ class Places:
     """Where each feature begins in that order, and the last one ends, int64 `[d_sae + 1]`."""
     tokens: Tensor
     """Of each place, in that order, int64 `[m]`."""
+    owners: Tensor
+    """The same in the order of `indices`."""
 
     @classmethod
     def of(cls, indices: Tensor, offsets: Tensor, d_sae: int) -> Places:
-        order = torch.argsort(indices, stable=True)
+        # Short keys are sorted in half of the time.
+        order = torch.argsort(indices.int() if indices.is_cuda else indices, stable=True)
         # Not by bincount, which waits for a GPU.
         starts = indices.new_zeros(d_sae + 1).index_add_(0, indices + 1, torch.ones_like(indices)).cumsum(0)
         numbers = torch.arange(len(offsets) - 1, device=indices.device)
         tokens = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(indices))
-        return cls(indices, offsets, order, starts, tokens[order])
+        return cls(indices, offsets, order, starts, tokens[order], tokens)
+
+    @cached_property
+    def _pieces(self) -> Any:
+        from components.sae.kernels.gpu.rows import Pieces
+
+        return Pieces.of(self.starts, len(self.indices))
+
+    def sums(self, read: Tensor, weights: Tensor) -> Tensor:
+        """On a GPU, for each feature the sum of read `[n, width]` over its tokens, times weights `[m]`: `[d_sae, width]`."""
+        from components.sae.kernels.gpu.rows import sums_of_features
+
+        return sums_of_features(self.starts, self.by_feature, self.tokens, self._pieces, read, weights)
+
+
+def _in_bfloat16(x: Tensor) -> bool:
+    """Whether products of x are in bfloat16."""
+    return uses_triton(x) and torch.is_autocast_enabled(x.device.type)
 
 
 def can_be_sparse(x: Tensor) -> bool:
@@ -46,10 +69,16 @@ def can_be_sparse(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not x.requires_grad
 
 
+def can_be_sparse_on_gpu(x: Tensor, d_sae: int) -> bool:
+    """Whether the same apply by the kernels of `gpu`, and pay: a small coder's step is over before they are all begun."""
+    large = (x.shape[1] >= LARGE[0] and d_sae >= LARGE[1]) or always_triton()
+    return uses_triton(x) and large and not x.requires_grad and d_sae % GROUP == 0
+
+
 class _Encoded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, before: Tensor, places: Places) -> Tensor:
-        context.save_for_backward(x, W_enc)
+        context.save_for_backward(x.bfloat16() if _in_bfloat16(x) else x, W_enc)
         context.places = places
         return before.clone()
 
@@ -57,6 +86,9 @@ class _Encoded(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
         x, W_enc = context.saved_tensors
         places: Places = context.places
+        if uses_triton(x):
+            bias = places.sums(x.new_ones(len(x), 1), gradient).flatten()
+            return None, places.sums(x, gradient).T, bias, None, None
         sorted_gradient = gradient[places.by_feature]
         rows = weighted_rows(places.tokens, x, places.starts, sorted_gradient)
         bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, places.indices, gradient)
@@ -72,6 +104,8 @@ def encoded(x: Tensor, W_enc: Tensor, b_enc: Tensor, before: Tensor, places: Pla
 class _Decoded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, rows: Tensor, places: Places) -> Tensor:
+        context.half = _in_bfloat16(rows)
+        rows = in_bfloat16(rows) if context.half else rows
         context.save_for_backward(values, rows)
         context.places = places
         return weighted_rows(places.indices, rows, places.offsets, values)
@@ -81,6 +115,10 @@ class _Decoded(torch.autograd.Function):
         values, rows = context.saved_tensors
         places: Places = context.places
         gradient = gradient.contiguous()
+        if uses_triton(rows):
+            gradient = gradient.bfloat16() if context.half else gradient
+            products = products_of_pairs(rows, places.indices, gradient, places.owners)
+            return products, places.sums(gradient, values), None
         sorted_values = values[places.by_feature]
         to_rows = weighted_rows(places.tokens, gradient, places.starts, sorted_values)
         to_values = torch.empty_like(values)

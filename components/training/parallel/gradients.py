@@ -11,15 +11,14 @@ from components.sae.mesh import Mesh
 from components.training.parallel.shares import feature_dimension
 
 
-def clip_gradients(coder: Coder, losses: Tensor, limit: float) -> tuple[Tensor, Tensor]:
-    """Scale gradients down to a global norm of at most `limit`; losses `[m]`, and the norm that the gradients had, `[]`.
+def gradient_norm(coder: Coder, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """losses `[m]`, and the norm of all gradients, `[]`.
 
     Where others train the same coder, losses and gradients are averaged over the shares of the batch first, and the norm is
     that of all shares of the features.
     """
-    parameters = [parameter for parameter in coder.parameters() if parameter.grad is not None]
     if coder.mesh is None:
-        return losses, torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return losses, torch.nn.utils.get_total_norm([one.grad for one in coder.parameters() if one.grad is not None])
     mesh, shared, own = coder.mesh, losses.new_zeros(()), losses.new_zeros(())
     for name, parameter in coder.named_parameters():
         if parameter.grad is None:
@@ -34,9 +33,7 @@ def clip_gradients(coder: Coder, losses: Tensor, limit: float) -> tuple[Tensor, 
     # In one exchange: the squared norm of all shares of features, and the losses of all shares of the batch.
     found = torch.cat([own[None] / mesh.data, losses / mesh.size])
     dist.all_reduce(found)
-    norm = (found[0] + shared).sqrt()
-    torch.nn.utils.clip_grads_with_norm_(coder.parameters(), limit, norm)
-    return found[1:], norm
+    return found[1:], (found[0] + shared).sqrt()
 
 
 def _average(gradient: Tensor, mesh: Mesh) -> None:
