@@ -75,9 +75,9 @@ def main() -> None:
             warm = done == 0
             tokens = torch.tensor(block.tokens).to(device).long()
             if warm:
-                measurement.add(block)
-            counted = timed("evaluation", lambda block=block: measurement.add(block))
-            x, _ = timed("clean", lambda tokens=tokens: splicer.clean(tokens))
+                measurement.add(block, text)
+            counted = timed("evaluation", lambda block=block: measurement.add(block, text))
+            x, _ = timed("clean", lambda tokens=tokens: splicer.clean({"input_ids": tokens}))
             streams = x.expand(len(variants), *x.shape).contiguous()
             timed("spliced", lambda streams=streams: splicer.spliced(streams))
             rows = x.flatten(0, 1).float()

@@ -86,7 +86,7 @@ def _by_workers(run: Specification, job: EvaluationJob) -> EvaluationRecord:
     measured = merged(
         finished(measure.map(sent, unmapped(reference.mean), unmapped(reference.exclusion), devices(name, len(spans)), spans))
     )
-    l0 = active_features(settings, measured)
+    l0 = active_features(settings, measured, job.text.predicts)
     spans = baseline_spans(settings, job.text, number)
     compared = finished(
         measure_baselines.map(sent, unmapped(reference), unmapped(l0), devices(name, len(spans)), spans) if spans else []

@@ -41,6 +41,15 @@ class ImageLayout(Record):
     counted: tuple[bool, ...]
     """False for CLS, registers, BOS and whatever else is the same for every image."""
     positions: tuple[int, ...]
+    places: tuple[int, ...] = ()
+    """Where in the sequence the image stands: its patches row by row, or the tokens that it becomes."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of `places` on the picture; None where they are no parts of it (latents of a resampler)."""
+
+    @property
+    def of_text(self) -> bool:
+        """Whether there are tokens of a prompt beside the image."""
+        return self.tokens[0] >= 0
 
     def __len__(self) -> int:
         return len(self.tokens)

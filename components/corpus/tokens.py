@@ -39,7 +39,7 @@ from components.corpus.sources import ListedSource, describe, list_corpus
 from components.corpus.tokenization import Tokenization
 from components.settings import UserError
 
-__all__ = ["PADDING", "SPECIAL", "Sequences", "prepare_tokens", "read_pieces", "read_sequences"]
+__all__ = ["PADDING", "SPECIAL", "Sequences", "joined", "prepare_tokens", "read_pieces", "read_sequences"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +109,12 @@ def read_sequences(url: str, manifest: TokenManifest, split: Split, start: int, 
         if low < high:
             blocks.append(_read_shard(storage.join(url, shard.name), shard)[low:high])
         first += shard.sequences
-    return _concatenate(blocks)
+    return joined(blocks)
 
 
 def read_pieces(url: str, manifest: TokenManifest, split: Split, pieces: Sequence[tuple[int, int]]) -> Sequences:
     """Sequences of several ranges one after the other, each as of `read_sequences`."""
-    return _concatenate([read_sequences(url, manifest, split, start, stop) for start, stop in pieces])
+    return joined([read_sequences(url, manifest, split, start, stop) for start, stop in pieces])
 
 
 def _source_entries(settings: CorpusSettings, work: Tokenization) -> tuple[SourceEntry, ...]:
@@ -168,7 +168,8 @@ def _read_shard(url: str, shard: TokenShard) -> Sequences:
     return Sequences(tokens=column("tokens"), documents=column("documents"), positions=column("positions"), images=images)
 
 
-def _concatenate(blocks: list[Sequences]) -> Sequences:
+def joined(blocks: list[Sequences]) -> Sequences:
+    """Blocks one after the other."""
     if len(blocks) == 1:
         return blocks[0]
     return Sequences(

@@ -135,22 +135,24 @@ def feature_map(x: np.ndarray, y: np.ndarray, densities: np.ndarray) -> Figure:
 
 
 def breakdown(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
-    """One line per group: cross-entropy as it is and with the SAE, explained variance, L0."""
-    figure, panels = _axes((10, 0.75 + 0.3 * len(rows)), 3, left=2.6, top=0.3, bottom=0.3)
+    """One line per group: cross-entropy as it is and with the SAE (where it was measured), explained variance, L0."""
+    losses = "ce_loss_clean" in rows[0]
+    figure, panels = _axes((10, 0.75 + 0.3 * len(rows)), 2 + losses, left=2.6, top=0.3, bottom=0.3)
     places = range(len(rows))
-    for place, row in enumerate(rows):
+    for place, row in enumerate(rows if losses else ()):
         if row["ce_loss_clean"] is not None and row["ce_loss_sae"] is not None:
             ends = (row["ce_loss_clean"], row["ce_loss_sae"])
             panels[0].plot(ends, (place, place), color=_COLOURS["muted"], linewidth=2, zorder=1)
             panels[0].scatter(ends, (place, place), c=[_COLOURS["good"], _COLOURS["accent"]], s=30, zorder=2)
-    for axes, name in zip(panels[1:], ("explained_variance", "l0"), strict=True):
+    for axes, name in zip(panels[-2:], ("explained_variance", "l0"), strict=True):
         for place, row in enumerate(rows):
             if row[name] is not None:
                 axes.barh(place, row[name], height=0.45, color=_COLOURS["accent"])
                 shown = f"{row[name]:.3f}" if abs(row[name]) < 2 else f"{row[name]:.4g}"
                 axes.annotate(shown, (max(row[name], 0), place), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.margins(x=0.16)
-    for axes, title in zip(panels, ("cross-entropy, nats", "explained variance", "L0"), strict=True):
+    titles = (*(["cross-entropy, nats"] if losses else []), "explained variance", "L0")
+    for axes, title in zip(panels, titles, strict=True):
         axes.set(title=title, ylim=(len(rows) - 0.5, -0.5))
         axes.set_yticks(places, [""] * len(rows))
         axes.grid(axis="y", visible=False)

@@ -92,7 +92,7 @@ def evaluate_together(
         return measure_saes(settings, [subjects[place] for place in places], reference.mean, excluded, span)
 
     measured = [merged(sums) for sums in passed("sae", sae_spans, saes)]
-    l0s = [active_features(settings, sums) for sums in measured]
+    l0s = [active_features(settings, sums, text.predicts) for sums in measured]
 
     def baselines(span: Span, places: list[int]) -> list[SpanSums]:
         chosen = [subjects[place] for place in places]
@@ -100,7 +100,7 @@ def evaluate_together(
 
     compared = passed("baselines", baseline_spans, baselines)
     return [
-        finish(settings, sums, merged(others) if others else None, getattr(subject.sae, "W_dec", None))
+        finish(settings, sums, merged(others) if others else None, getattr(subject.sae, "W_dec", None), text.predicts)
         for subject, sums, others in zip(subjects, measured, compared, strict=True)
     ]
 

@@ -1,14 +1,29 @@
-"""The held-out sequences of a token dataset, cut at a number of tokens."""
+"""The held-out sequences of a token dataset, cut at a number of tokens, and what a model takes for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from components.corpus.images import ImageLayout
 from components.corpus.manifest import TokenManifest
 from components.corpus.tokens import PADDING, Sequences, read_sequences
+from components.language_model.loading import ModelSource, forward_inputs
+
+Predicts = Literal["next_token", "answer", "nothing"]
+"""What the model does after the hook point: it predicts the next token of a text; it answers to an image and a prompt, to which
+there is no right answer, so that answers are compared; or it ends in states."""
+
+
+@dataclass(frozen=True)
+class Images:
+    source: ModelSource
+    layout: ImageLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +34,20 @@ class HeldOut:
     manifest: TokenManifest
     sequences: range | None = None
     """Which ones; all where it is not given."""
+    images: Images | None = None
+    """Of an image corpus, how the model sees them."""
+
+    @property
+    def predicts(self) -> Predicts:
+        if self.images is None:
+            return "next_token"
+        return "answer" if self.images.layout.of_text else "nothing"
+
+    def inputs(self, block: Sequences, device: torch.device) -> dict[str, Tensor]:
+        """What the model's forward takes for sequences of these, padded on the right."""
+        if self.images is None:
+            return {"input_ids": torch.tensor(block.tokens).to(device).long()}
+        return forward_inputs(self.images.source, block, device)
 
     @property
     def tokens(self) -> int:
@@ -35,7 +64,7 @@ class HeldOut:
             documents = np.where(counted & (running > left), PADDING, block.documents)
             whole = (documents >= 0).any(axis=1)
             if whole.any():
-                yield Sequences(tokens=block.tokens, documents=documents, positions=block.positions)[slice(int(whole.sum()))]
+                yield replace(block, documents=documents)[slice(int(whole.sum()))]
             left -= int(counted.sum())
             if left <= 0:
                 return
@@ -51,7 +80,8 @@ def right_padded(block: Sequences) -> Sequences:
         return block
     length = block.tokens.shape[1]
     order = (np.arange(length)[None] + leading[:, None]) % length
-    return Sequences(
+    return replace(
+        block,
         tokens=np.take_along_axis(block.tokens, order, axis=1),
         documents=np.take_along_axis(block.documents, order, axis=1),
         positions=np.take_along_axis(block.positions, order, axis=1),

@@ -88,7 +88,7 @@ def measure_saes(
     saes: dict[str, Variant] = {f"sae {number}": partial(counting, number) for number in range(len(subjects))}
     shared: dict[str, Variant] = {"zero": baselines.zero, "mean": baselines.constant(mean)}
     measurement = Measurement(
-        Splicer(first.model, first.point, first.reads),
+        Splicer(first.model, first.point, first.reads, to_logits=first.text.predicts != "nothing"),
         {"sae 0": saes["sae 0"], **shared, **saes},
         frozenset(saes),
         mean,
@@ -155,7 +155,7 @@ def measure_all_baselines(
             if key not in variants:
                 variants[key] = variant(name, subject, capped if name == "pca" else count)
     measurement = Measurement(
-        Splicer(first.model, first.point, first.reads, keep_neurons="neurons" in compared),
+        Splicer(first.model, first.point, first.reads, "neurons" in compared, first.text.predicts != "nothing"),
         variants,
         frozenset(variants),
         reference.mean,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from components.activations.dataset.forward import counted_tokens
 from components.activations.exclusion import NOTHING, Exclusion, sinks_warning
-from components.corpus.tokens import read_sequences
+from components.corpus.tokens import joined, read_sequences
 from components.evaluation.held_out import HeldOut, right_padded
 from components.language_model.hook_points import HookPoint, capture, parse_hook_point
 
@@ -69,13 +69,14 @@ def reference_statistics(
     count, norms, samples = 0, [], []
     total, products = torch.zeros(()), torch.zeros(())
     for start in range(0, chosen, batch_sequences):
-        blocks = [
-            right_padded(read_sequences(text.url, text.manifest, "train", number, number + 1))
-            for number in numbers[start : start + batch_sequences].tolist()
-        ]
-        ids = torch.tensor(np.concatenate([block.tokens for block in blocks])).to(device).long()
-        counted = torch.tensor(np.concatenate([counted_tokens(block, exclusion) for block in blocks])).to(device)
-        captured = capture(model, list(dict.fromkeys([point, *limits])), {"input_ids": ids})
+        block = joined(
+            [
+                right_padded(read_sequences(text.url, text.manifest, "train", number, number + 1))
+                for number in numbers[start : start + batch_sequences].tolist()
+            ]
+        )
+        counted = torch.tensor(counted_tokens(block, exclusion)).to(device)
+        captured = capture(model, list(dict.fromkeys([point, *limits])), text.inputs(block, device))
         for limited, limit in limits.items():
             wide = captured[limited].to(torch.promote_types(captured[limited].dtype, torch.float32))
             counted &= wide.norm(dim=-1) <= limit
@@ -85,7 +86,7 @@ def reference_statistics(
         norms.append(rows.norm(dim=1).cpu())
         total = total.to(rows) + rows.sum(dim=0)
         products = products.to(rows) + rows.T @ rows
-        samples.append(x[:: max(1, len(x) * chosen // (_SAMPLE_ROWS * len(blocks)))])
+        samples.append(x[:: max(1, len(x) * chosen // (_SAMPLE_ROWS * len(block)))])
     mean = total / count
     lengths = torch.cat(norms)
     sample = torch.cat(samples)[:_SAMPLE_ROWS]

@@ -22,6 +22,12 @@ _TILES = (
     ("mse", "MSE per dimension", "{:.4g}"),
     ("dead_fraction", "dead features", "{:.2%}"),
 )
+_COLUMNS = (
+    ("l0", "L0", 2), ("explained_variance", "explained variance", 4), ("loss_recovered", "loss recovered", 4),
+    ("ce_loss", "cross-entropy", 4), ("kl_divergence", "KL divergence", 4), ("mse", "MSE", 4),
+    ("cosine_similarity", "cosine", 4),
+)  # fmt: skip
+"""Of the table of baselines: metric, title, decimal places."""
 _NAMES = {
     "sae": "this SAE", "identity": "identity", "zero": "zero", "mean": "mean", "pca": "PCA",
     "random_directions": "random directions", "neurons": "the model's own basis",
@@ -44,8 +50,10 @@ def render(record: EvaluationRecord, density: np.ndarray, earlier: Sequence[Mapp
         device=record.device,
         warnings=record.warnings,
         digest=record.digest,
-        tiles=[_tile(metrics, *tile) for tile in _TILES],
-        losses=charts.svg(charts.losses(metrics)),
+        tiles=[_tile(metrics, *tile) for tile in _TILES if tile[0] in metrics],
+        losses=charts.svg(charts.losses(metrics)) if "ce_loss_sae" in metrics else "",
+        of_next_token="ce_loss_sae" in metrics,
+        columns=[column for column in _COLUMNS if not record.baselines or column[0] in record.baselines[0]],
         density=charts.svg(charts.density(density)) if density.any() else "",
         dead=int((density == 0).sum()),
         features=len(density),
@@ -85,7 +93,7 @@ def _pareto(metrics: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) ->
     panels = []
     for name, label in (("explained_variance", "explained variance"), ("loss_recovered", "loss recovered")):
         dots = [Dot(str(one["name"]), one["l0"], one[name], "muted") for one in earlier if one.get(name) is not None]
-        if metrics[name] is not None:
+        if metrics.get(name) is not None:
             dots.append(Dot("this SAE", metrics["l0"], metrics[name], "accent"))
         if dots:
             panels.append({"title": label, "chart": charts.svg(charts.scatter(dots, label))})

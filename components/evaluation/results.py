@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from components.evaluation import intervals as bootstrap
 from components.evaluation.features import feature_table
+from components.evaluation.held_out import Predicts
 from components.evaluation.metrics import Sums, Totals, number
 from components.evaluation.record import Metrics, Row
 from components.evaluation.settings import EvaluationSettings
@@ -18,11 +20,25 @@ from components.evaluation.span_totals import Measured
 from components.evaluation.token_classes import CLASSES
 from components.settings import UserError
 
+Value = TypeVar("Value")
+
 WITH_INTERVAL = (
     "explained_variance", "loss_recovered", "loss_recovered_mean", "l0", "mse", "kl_divergence",
     "ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "ce_loss_mean",
 )  # fmt: skip
 """Metrics that come with `_low` and `_high`, the bounds of their 95% confidence interval over documents."""
+_OF_NEXT_TOKEN = (
+    "ce_loss", "ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "ce_loss_mean", "loss_recovered", "loss_recovered_mean"
+)  # fmt: skip
+_LEFT_OUT: dict[Predicts, tuple[str, ...]] = {
+    "next_token": (), "answer": _OF_NEXT_TOKEN, "nothing": (*_OF_NEXT_TOKEN, "kl_divergence")
+}  # fmt: skip
+"""Metrics that do not apply are absent, and not null."""
+
+
+def applicable(row: Mapping[str, Value], predicts: Predicts) -> dict[str, Value]:
+    """Those metrics that there are where the model predicts that."""
+    return {name: value for name, value in row.items() if name not in _LEFT_OUT[predicts]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +53,10 @@ class Evaluation:
     optional: dict[str, Metrics] = field(default_factory=dict)
 
 
-def active_features(settings: EvaluationSettings, measured: Measured) -> float:
+def active_features(settings: EvaluationSettings, measured: Measured, predicts: Predicts = "next_token") -> float:
     """The SAE's L0, which the baselines are given too; a UserError where there is nothing to be found out."""
     totals = measured.totals()
-    if totals.tokens == 0 or totals.positions == 0:
+    if totals.tokens == 0 or (totals.positions == 0 and predicts != "nothing"):
         raise UserError(
             f"evaluation: no held-out token is left to measure on; raise evaluation.tokens ({settings.tokens}), or leave "
             "out fewer in activations.exclude"
@@ -48,22 +64,28 @@ def active_features(settings: EvaluationSettings, measured: Measured) -> float:
     return float(totals.of("sae")["l0"])
 
 
-def finish(settings: EvaluationSettings, measured: Measured, compared: Measured | None, decoder: Tensor | None) -> Evaluation:
+def finish(
+    settings: EvaluationSettings,
+    measured: Measured,
+    compared: Measured | None,
+    decoder: Tensor | None,
+    predicts: Predicts = "next_token",
+) -> Evaluation:
     """Everything that is said of one SAE.
 
     measured: by `measure_sae`. compared: by `measure_baselines`, None without baselines. decoder: rows `[d_sae, d_in]`.
     """
     totals, features = measured.totals(), measured.features
     assert features is not None
-    metrics: Metrics = {name: number(value) for name, value in totals.summary().items()}
+    metrics: Metrics = {name: number(value) for name, value in applicable(totals.summary(), predicts).items()}
     metrics |= _bounds(measured, metrics)
     metrics["dead_fraction"] = features.dead_fraction
     metrics["evaluation_tokens"] = int(totals.tokens)
     metrics["evaluation_documents"] = len(measured.documents)
     return Evaluation(
         metrics=metrics,
-        breakdown=_breakdown(measured),
-        baselines=[] if compared is None else _baseline_rows(settings, compared),
+        breakdown=_breakdown(measured, predicts),
+        baselines=[] if compared is None else _baseline_rows(settings, compared, predicts),
         features=feature_table(features, decoder, settings.neighbours),
     )
 
@@ -73,7 +95,7 @@ def _bounds(measured: Measured, metrics: Mapping[str, float | None]) -> dict[str
 
     def summary(table: np.ndarray, shifted: np.ndarray) -> dict[str, np.ndarray]:
         values = Totals(table, shifted, measured.variants).summary()
-        return {name: values[name] for name in WITH_INTERVAL}
+        return {name: values[name] for name in WITH_INTERVAL if name in metrics}
 
     found = bootstrap.intervals(*measured.by_document, summary)
     bounds: dict[str, float | None] = {}
@@ -83,7 +105,7 @@ def _bounds(measured: Measured, metrics: Mapping[str, float | None]) -> dict[str
     return bounds
 
 
-def _breakdown(measured: Measured) -> dict[str, list[Row]]:
+def _breakdown(measured: Measured, predicts: Predicts) -> dict[str, list[Row]]:
     """Metrics per group. The variance of every group is taken around the mean of the whole set, so that groups add up."""
     whole = measured.by_document
     centre = whole.shifted.sum(axis=0) / whole.table[:, 0].sum()
@@ -91,9 +113,10 @@ def _breakdown(measured: Measured) -> dict[str, list[Row]]:
     def rows(sums: Sums, named: Callable[[int], Row]) -> list[Row]:
         totals = Totals(*sums, measured.variants, centre)
         summary = totals.summary()
-        kept = ("ce_loss_clean", "ce_loss_sae", "loss_recovered", "explained_variance", "l0")
+        named_so = ("ce_loss_clean", "ce_loss_sae", "loss_recovered", "explained_variance", "l0")
+        kept = applicable({name: summary[name] for name in named_so}, predicts)
         return [
-            {"tokens": int(totals.tokens[group]), **{name: number(summary[name][group]) for name in kept}, **named(group)}
+            {"tokens": int(totals.tokens[group]), **{name: number(kept[name][group]) for name in kept}, **named(group)}
             for group in range(len(sums.table))
             if totals.tokens[group] > 0
         ]
@@ -106,10 +129,10 @@ def _breakdown(measured: Measured) -> dict[str, list[Row]]:
     return {"position": rows(measured.by_position, positions), "token_class": by_class}
 
 
-def _baseline_rows(settings: EvaluationSettings, compared: Measured) -> list[Row]:
+def _baseline_rows(settings: EvaluationSettings, compared: Measured, predicts: Predicts) -> list[Row]:
     """The SAE and what it is compared with, on the same tokens."""
     totals = compared.totals()
-    if totals.tokens == 0 or totals.positions == 0:
+    if totals.tokens == 0 or (totals.positions == 0 and predicts != "nothing"):
         return []
     shared = {"tokens": int(totals.tokens)}
     found = {
@@ -122,4 +145,4 @@ def _baseline_rows(settings: EvaluationSettings, compared: Measured) -> list[Row
     recovered = None if found["zero"]["loss_recovered"] is None else 1.0
     identity = {"l0": float(totals.d_in), "ce_loss": clean, "kl_divergence": 0.0, "loss_recovered": recovered}
     found["identity"] = {"name": "identity", **perfect, **identity, **shared}
-    return [found[name] for name in ("sae", *settings.baselines)]
+    return [applicable(found[name], predicts) for name in ("sae", *settings.baselines)]

@@ -58,12 +58,12 @@ class Measurement:
         self._by_position = sums(context_length.bit_length() + 1)
         self._by_class = sums(len(CLASSES)) if classes is not None else None
 
-    def add(self, block: Sequences) -> int:
-        """One batch; returns how many tokens of it were counted."""
+    def add(self, block: Sequences, text: HeldOut) -> int:
+        """One batch of the text; returns how many tokens of it were counted."""
         block = right_padded(block)
         device = self._shift.device
         tokens, owner = torch.tensor(block.tokens).to(device).long(), torch.tensor(block.documents).to(device)
-        x, clean = self.splicer.clean(tokens)
+        x, clean = self.splicer.clean(text.inputs(block, device))
         counted = torch.tensor(counted_tokens(block, self.exclusion)).to(device)
         wide = torch.promote_types(x.dtype, torch.float32)
         for point, activation in {self.splicer.point: x, **self.splicer.read}.items():
@@ -75,8 +75,8 @@ class Measurement:
             return 0
         neurons, read = self.splicer.neurons, [self.splicer.read[point][counted].to(wide) for point in self.splicer.reads]
         given = Rows(rows, torch.cat(read, dim=1) if read else rows, None if neurons is None else neurons[counted])
-        predicting = counted[:, :-1] & (owner[:, 1:] != PADDING)
-        predicts = torch.nn.functional.pad(predicting, (0, 1))[counted]
+        predicting = _predicting(text, counted, owner)
+        predicts = predicting[counted]
         exact = rows.double()
         shifted = exact - self._shift
         columns: list[Tensor] = []
@@ -84,12 +84,16 @@ class Measurement:
         for start in range(0, len(variants), self.at_once):
             some = variants[start : start + self.at_once]
             rebuilt = [variant(given) for variant, _ in some]
-            # Positions that are not counted (BOS, above all) keep their own activation in every variant.
-            spliced = x.expand(len(rebuilt), *x.shape).clone()
-            for stream, reconstruction in zip(spliced, rebuilt, strict=True):
-                stream[counted] = reconstruction.x_hat.to(x.dtype)
-            logits = self.splicer.spliced(spliced)
-            ce_clean, ce, kl = self._losses(clean, logits, tokens, predicting, [with_kl for _, with_kl in some])
+            if clean is None:
+                ce_clean = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
+                ce = kl = ce_clean.expand(len(rebuilt), *tokens.shape)
+            else:
+                # Positions that are not counted (BOS, above all) keep their own activation in every variant.
+                spliced = x.expand(len(rebuilt), *x.shape).clone()
+                for stream, reconstruction in zip(spliced, rebuilt, strict=True):
+                    stream[counted] = reconstruction.x_hat.to(x.dtype)
+                logits = self.splicer.spliced(spliced)
+                ce_clean, ce, kl = self._losses(clean, logits, tokens, predicting, [with_kl for _, with_kl in some])
             if not columns:
                 columns = [torch.ones_like(exact[:, 0]), predicts.double(), shifted.square().sum(dim=1), ce_clean[counted]]
             for reconstruction, loss, divergence in zip(rebuilt, ce, kl, strict=True):
@@ -116,12 +120,15 @@ class Measurement:
         ce = ce_clean.expand(len(logits), *tokens.shape).clone()
         kl = torch.zeros_like(ce)
         # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
+        # The last position predicts nothing, or an answer that is in no text: of that, the KL alone is looked at.
+        targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
         for row in range(len(tokens)):
-            here, others, divergences = token_losses(clean[row, :-1], logits[:, row, :-1], tokens[row, 1:], with_kl)
-            keep = predicting[row]
-            ce_clean[row, :-1] = here.double().where(keep, 0.0)
-            ce[:, row, :-1] = others.double().where(keep, 0.0)
-            kl[:, row, :-1] = divergences.double().where(keep, 0.0)
+            stop = tokens.shape[1] - 1 + int(bool(predicting[row, -1]))
+            here, others, divergences = token_losses(clean[row, :stop], logits[:, row, :stop], targets[row, :stop], with_kl)
+            keep = predicting[row, :stop]
+            ce_clean[row, :stop] = here.double().where(keep, 0.0)
+            ce[:, row, :stop] = others.double().where(keep, 0.0)
+            kl[:, row, :stop] = divergences.double().where(keep, 0.0)
         return ce_clean, ce, kl
 
     def _group(self, block: Sequences, counted: Tensor, values: Tensor, shifted: Tensor) -> None:
@@ -136,12 +143,25 @@ class Measurement:
             self._by_class.add(torch.tensor(classes).to(values.device), values, shifted)
 
 
+def _predicting(text: HeldOut, counted: Tensor, owner: Tensor) -> Tensor:
+    """Where the logits are looked at, bool `[batch, length]`: wherever the next token is text and not padding; of images with a
+    prompt at the end, too, where the answer begins."""
+    after = torch.nn.functional.pad(owner[:, 1:] != PADDING, (0, 1))
+    if text.images is None:
+        return counted & after
+    if text.predicts == "nothing":
+        return torch.zeros_like(counted)
+    within_image = torch.zeros(counted.shape[1], dtype=torch.bool, device=counted.device)
+    within_image[[place - 1 for place in text.images.layout.places if place > 0]] = True
+    return counted & ~within_image
+
+
 def measure(measurement: Measurement, text: HeldOut, span: Span, batch_sequences: int, title: str) -> SpanSums:
     """All batches of a span of the text."""
     keep_freed_memory()
     part = dataclasses.replace(text, sequences=span.sequences)
     with progress(logger, title, min(span.tokens, text.tokens), "tokens") as advance:
         for block in part.batches(span.tokens, batch_size(batch_sequences, measurement.at_once)):
-            measurement.add(block)
+            measurement.add(block, text)
             advance(int((block.documents >= 0).sum()), "")
     return measurement.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,10 +27,17 @@ class Splicer:
     the first batch and run in full.
     """
 
-    def __init__(self, model: nn.Module, point: HookPoint, reads: Sequence[HookPoint] = (), keep_neurons: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        point: HookPoint,
+        reads: Sequence[HookPoint] = (),
+        keep_neurons: bool = False,
+        to_logits: bool = True,
+    ) -> None:
         """reads: other places whose activations a clean pass keeps in `read`. keep_neurons: also keep what the MLP's last
-        matrix reads, for `mlp_out` alone."""
-        self.model, self.point, self.reads = model, point, tuple(reads)
+        matrix reads, for `mlp_out` alone. to_logits: whether the model has logits; else nothing is continued."""
+        self.model, self.point, self.reads, self.to_logits = model, point, tuple(reads), to_logits
         self._own, inner = within(model, point)
         """Of two models, the one that is continued; the other is run for what is read there."""
         self._beside = [one for one in self.reads if within(model, one)[0] is not self._own]
@@ -42,20 +49,26 @@ class Splicer:
         # The first block that a spliced batch has to go through; all of them where the hook point is in no known block.
         self._first = 0 if inner.layer is None else inner.layer + (inner.kind == "resid_post")
         self._checked = False
-        self._tokens: Tensor
+        self._inputs: Mapping[str, Tensor]
         self._stream: Tensor
         self._in_tuple = False
 
     @torch.no_grad()
-    def clean(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens `[batch, length]`, padded on the right -> activations `[batch, length, d_in]` at the hook point and
-        logits `[batch, length, vocabulary]`."""
+    def clean(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """inputs: what the model's forward takes, token ids `[batch, length]` padded on the right -> activations
+        `[batch, length, d_in]` at the hook point and logits `[batch, length, vocabulary]`, None where it has none."""
+        if not self.to_logits:
+            with self._watching(len(next(iter(inputs.values()))), ()):
+                seen_there = capture(self.model, list(dict.fromkeys([self.point, *self.reads])), inputs)
+            self.read = {point: seen_there[point] for point in self.reads}
+            return seen_there[self.point], None
         seen: list[Tensor] = []
-        with self._watching(len(tokens)):
-            logits = spliced_logits(self.model, self.point, seen.append, tokens)
+        own = [one for one in self.reads if one not in self._beside]
+        with self._watching(len(next(iter(inputs.values()))), own):
+            logits = spliced_logits(self.model, self.point, seen.append, inputs)
         if self._beside:
-            self.read |= capture(self.model, self._beside, {"input_ids": tokens})
-        self._tokens = tokens
+            self.read |= capture(self.model, self._beside, inputs)
+        self._inputs = inputs
         if not self._checked:
             self._check(seen[0], logits)
         return seen[0], logits
@@ -73,8 +86,8 @@ class Splicer:
         if self.point.kind not in ("resid_pre", "resid_post") and self._first > 0:
             stream = self._stream[rows].repeat(variants, 1, 1)
         with self._handing_on(stream):
-            tokens = self._tokens[rows].repeat(variants, 1)
-            return spliced_logits(self.model, self.point, lambda _: activations, tokens)
+            inputs = {name: given[rows].repeat(variants, *[1] * (given.ndim - 1)) for name, given in self._inputs.items()}
+            return spliced_logits(self.model, self.point, lambda _: activations, inputs)
 
     def _check(self, x: Tensor, logits: Tensor) -> None:
         """One sequence continued with its own activations must give its own logits."""
@@ -92,17 +105,17 @@ class Splicer:
             self._first = 0
 
     @contextmanager
-    def _watching(self, batch: int) -> Iterator[None]:
-        """While open, a clean pass leaves behind the stream that enters the first block to be run again, what `reads` names,
-        and neurons."""
+    def _watching(self, batch: int, reads: Sequence[HookPoint]) -> Iterator[None]:
+        """While open, a clean pass leaves behind the stream that enters the first block to be run again, what is read at
+        `reads`, and neurons."""
         handles = []
-        if self._first > 0:
+        if self._first > 0 and self.to_logits:
             handles.append(self._block(self._first - 1).register_forward_hook(self._keep_stream))
         if self.neuron_output is not None:
             handles.append(self.neuron_output.register_forward_pre_hook(self._keep_neurons))
         try:
             with ExitStack() as hooks:
-                for point in [one for one in self.reads if one not in self._beside]:
+                for point in reads:
                     hooks.enter_context(hooked(self.model, point, partial(self._keep_read, point), batch))
                 yield
         finally:

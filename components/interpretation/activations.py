@@ -45,8 +45,7 @@ class Pass:
             for block in self.text.batches(self.tokens, at_once(self.text, self.d_sae)):
                 block = right_padded(block)
                 counted = torch.tensor(counted_tokens(block, self.exclusion)).to(self.device)
-                ids = torch.tensor(block.tokens).to(self.device).long()
-                captured = capture(self.model, self.points, {"input_ids": ids})
+                captured = capture(self.model, self.points, self.text.inputs(block, self.device))
                 some = (captured[point] for point in self.points)
                 columns = [column.to(torch.promote_types(column.dtype, torch.float32)) for column in some]
                 for point, column in zip(self.points, columns, strict=True):

@@ -1,6 +1,7 @@
 """The feature browser: a folder of static files that opens from a disk, a web server or an artifact store, with no network.
 
-`index.js` has the numbers of all features; `words/*.js` what the table says of each, `blocks/*.js` all that its page shows.
+`index.js` has the numbers of all features; `words/*.js` what the table says of each, `blocks/*.js` all that its page shows;
+of an image corpus `pictures/*.jpg` are the images.
 They are scripts, since a page from a disk may load nothing else, and pieces, so that a page costs one of them whatever the
 number of features.
 """
@@ -20,6 +21,7 @@ from components.evaluation.stability import COUNTS
 from components.interpretation.described import FeatureData
 from components.interpretation.feature_data import FEATURES_PER_GROUP
 from components.interpretation.matches import gone_features
+from components.interpretation.pictures import Pictures
 
 FOLDER = "browser"
 FEATURES_PER_PIECE = 8 * FEATURES_PER_GROUP
@@ -38,6 +40,8 @@ _ESCAPES = {"\u2028": "\\u2028", "\u2029": "\\u2029", "<": "\\u003c"}
 def write_browser(sae_url: str, about: About, data: FeatureData) -> str:
     """Put the browser of a coder's feature data beside it; the address of its page. Memory: the table's words."""
     target, site = storage.join(sae_url, FOLDER), Site()
+    for document, content in data.pictures.files() if data.pictures is not None else ():
+        storage.put_bytes(content, storage.join(target, "pictures", f"{document}.jpg"))
     for first in range(0, data.d_sae, FEATURES_PER_GROUP):
         block = [data.feature(feature) for feature in range(first, min(first + FEATURES_PER_GROUP, data.d_sae))]
         for feature in block:
@@ -45,7 +49,7 @@ def write_browser(sae_url: str, about: About, data: FeatureData) -> str:
             site.add(feature.pop("row"))
         site.put_block(target, first // FEATURES_PER_GROUP, block)
     name = f"{about.name}: {about.architecture}, {about.d_sae:,} features of {about.language_model} at {about.hook_point}"
-    return site.finish(target, name, _compared(sae_url, data))
+    return site.finish(target, name, _compared(sae_url, data), data.pictures)
 
 
 class Site:
@@ -53,19 +57,19 @@ class Site:
 
     def __init__(self) -> None:
         self._numbers: dict[str, list[float]] = {name: [] for name in (*_NUMBERS, "x", "y")}
-        self._statuses, self._words = list[int](), list[list[str]]()
+        self._statuses, self._words = list[int](), list[list[Any]]()
 
     def add(self, row: dict[str, Any]) -> None:
         place = row["place"] or (np.nan, np.nan)
         for name, value in {**{name: row[name] for name in _NUMBERS}, "x": place[0], "y": place[1]}.items():
             self._numbers[name].append(np.nan if value is None else value)
         self._statuses.append(STATUSES.index(row["status"]))
-        self._words.append([row[name] for name in _WORDS])
+        self._words.append([*(row[name] for name in _WORDS), *([row["patches"]] if "patches" in row else [])])
 
     def put_block(self, target: str, number: int, block: list[dict[str, Any]]) -> None:
         _put(storage.join(target, "blocks", f"{number:05d}.js"), f"block({number}, {_json(block)});")
 
-    def finish(self, target: str, about: str, compared: dict[str, Any] | None) -> str:
+    def finish(self, target: str, about: str, compared: dict[str, Any] | None, pictures: Pictures | None = None) -> str:
         for number, first in enumerate(range(0, len(self._words), FEATURES_PER_PIECE)):
             piece = self._words[first : first + FEATURES_PER_PIECE]
             _put(storage.join(target, "words", f"{number:05d}.js"), f"words({number}, {_json(piece)});")
@@ -73,7 +77,9 @@ class Site:
         densest = np.argsort(-densities, kind="stable")[:FIRST].tolist()
         index = {
             "about": about, "count": len(self._words), "block": FEATURES_PER_GROUP, "piece": FEATURES_PER_PIECE,
-            "explained": sum(bool(words[-1]) for words in self._words), "compared": compared,
+            "pictures": pictures is not None, "grid": None if pictures is None else pictures.layout.grid,
+            "of_text": pictures is None or pictures.layout.of_text,
+            "explained": sum(bool(words[_WORDS.index("explanation")]) for words in self._words), "compared": compared,
             "columns": {name: _packed(np.array(values, "<f4")) for name, values in self._numbers.items()},
             "statuses": _packed(np.array(self._statuses, np.uint8)),
             "first": [[feature, *self._words[feature]] for feature in densest if densities[feature] > 0],

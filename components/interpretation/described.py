@@ -15,10 +15,11 @@ from components.interpretation.explanations.table import Explanation
 from components.interpretation.feature_data import FEATURES_PER_GROUP
 from components.interpretation.history import Earlier, history
 from components.interpretation.matches import MatchesRecord, matched_features
+from components.interpretation.pictures import Pictures
 from components.interpretation.record import interpretation_url
 
 WINDOW = 24
-_SHOWN_WORDS = 6
+_SHOWN_WORDS, _SHOWN_PATCHES = 6, 3
 
 Decode = Callable[[int], str]
 
@@ -26,7 +27,8 @@ Decode = Callable[[int], str]
 class FeatureData:
     """Of the coder at `sae_url`. Memory: a row per feature; the examples of `FEATURES_PER_GROUP` features at a time.
 
-    decode: the text of one token. matches, explanations: what lies there of them. earlier: see `read_history`.
+    decode: the text of one token. matches, explanations: what lies there of them. earlier: see `read_history`. pictures: of an
+    image corpus.
     """
 
     def __init__(
@@ -36,7 +38,9 @@ class FeatureData:
         matches: MatchesRecord | None = None,
         explanations: Mapping[int, Explanation] | None = None,
         earlier: Sequence[Earlier] = (),
+        pictures: Pictures | None = None,
     ) -> None:
+        self.pictures = pictures
         self.matches, self.explanations, self.earlier = matches, explanations or {}, earlier
         self._words, url = Words(decode), interpretation_url(sae_url)
         self._matches = {} if matches is None else matched_features(sae_url)
@@ -55,7 +59,9 @@ class FeatureData:
         known, examples = self._load(feature)
         likely, unlikely = self._logits(known)
         words, match, said = self._words, self._matches.get(feature), self.explanations.get(feature)
-        peaks = dict.fromkeys(words(one["tokens"][one["place"]]) for one in examples if one["kind"] == "strongest")
+        strongest = [one for one in examples if one["kind"] == "strongest"]
+        peaks = dict.fromkeys(self._peak(one) for one in strongest)
+        shown = _SHOWN_WORDS if self.pictures is None else _SHOWN_PATCHES
         columns = ("token_ids", "token_shares", "token_means", "token_largest")
         tokens = zip(*(known.get(name) or () for name in columns), strict=True)
         together = zip(*(known.get(name) or () for name in ("together", "together_shares", "together_overlaps")), strict=True)
@@ -84,7 +90,8 @@ class FeatureData:
                 "max": _short(known["max_activation"]),
                 "mean": _short(known["mean_activation"]),
                 "sequences": known["sequences"],
-                "tokens": " ".join(list(peaks)[:_SHOWN_WORDS]),
+                "tokens": (" " if self.pictures is None else " · ").join(list(peaks)[:shown]),
+                **({} if self.pictures is None else {"patches": [self._tile(one) for one in strongest[:shown]]}),
                 "logits": " ".join(word for word, _ in likely[:_SHOWN_WORDS]),
             },
         }
@@ -118,7 +125,25 @@ class FeatureData:
         pairs = [[self._words(token), _short(effect)] for token, effect in zip(ids, effects, strict=True)]
         return pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
 
+    def _peak(self, found: dict[str, Any]) -> str:
+        """What an example is an example of."""
+        if self.pictures is None or (self.pictures.layout.of_text and self.pictures.patch(found["place"]) is None):
+            return self._words(found["tokens"][found["place"]])
+        return self.pictures.where(found["document"], found["place"])
+
+    def _tile(self, found: dict[str, Any]) -> list[int]:
+        """The image of an example, and row and column of its patch, where it is one."""
+        assert self.pictures is not None
+        return [found["document"], *(self.pictures.patch(found["place"]) or ())]
+
     def _example(self, found: dict[str, Any], width: int) -> dict[str, Any]:
+        if self.pictures is not None:
+            shown = self.pictures.described(found)
+            for name in ("activations", "patches"):
+                shown[name] = [_short(value) if value else 0 for value in shown[name]]
+            shown["tokens"] = [self._words(token) for token in shown["tokens"]]
+            kept = ("kind", "quantile", "document", "position")
+            return {**{name: found[name] for name in kept}, "activation": _short(found["activation"]), **shown}
         first = max(0, found["place"] - width)
         window = slice(first, found["place"] + width + 1)
         return {

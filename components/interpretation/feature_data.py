@@ -1,7 +1,8 @@
 """Feature data: Parquet tables beside the coder, made by one pass over held-out text.
 
 `interpretation/` holds `examples.parquet` (a row per example, in the order of features, a row group for every
-`FEATURES_PER_GROUP` features), `features.parquet` (a row per feature) and, put last, `interpretation.json`.
+`FEATURES_PER_GROUP` features), `features.parquet` (a row per feature), of an image corpus `pictures.parquet` (see `pictures`)
+and, put last, `interpretation.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from components import storage
 from components.evaluation.held_out import HeldOut, right_padded
 from components.interpretation.examples import Found, bin_edges
 from components.interpretation.logits import logit_effects
+from components.interpretation.pictures import write_pictures
 from components.interpretation.record import InterpretationRecord
 from components.interpretation.seen import Seen
 from components.interpretation.settings import InterpretationSettings
@@ -43,18 +45,22 @@ def write_feature_data(
 ) -> None:
     """Put both tables and then the record under `url`. places: see `layout`."""
     found, d_sae = seen.examples.found(), len(seen.examples.firing)
-    _write_examples(storage.join(url, "examples.parquet"), found, d_sae, settings.quantiles, text, record)
+    rows = _rows(found, settings.quantiles)
+    _write_examples(storage.join(url, "examples.parquet"), found, rows, d_sae, text, record)
+    if text.images is not None:
+        write_pictures(url, text, record.requested, np.unique(rows.sequences))
     histogram = seen.examples.histogram.cpu().numpy()
     edges, counts = _histograms(histogram)
     columns: dict[str, Any] = {
         "feature": np.arange(d_sae, dtype=np.int32), "sequences": seen.examples.firing.cpu().numpy(),
         "fired": histogram.sum(axis=1), "histogram_edges": edges, "histogram": counts,
     }  # fmt: skip
-    shares = token_shares(found, TOKENS_SHOWN)
-    ends = np.searchsorted(shares.features, np.arange(d_sae + 1))
-    listed = {"token_ids": shares.ids.astype(np.int32), "token_shares": shares.shares}
-    for name, values in {**listed, "token_means": shares.means, "token_largest": shares.largest}.items():
-        columns[name] = _lists(ends, values)
+    if text.images is None or text.images.layout.of_text:  # patches are no tokens
+        shares = token_shares(found, TOKENS_SHOWN)
+        ends = np.searchsorted(shares.features, np.arange(d_sae + 1))
+        listed = {"token_ids": shares.ids.astype(np.int32), "token_shares": shares.shares}
+        for name, values in {**listed, "token_means": shares.means, "token_largest": shares.largest}.items():
+            columns[name] = _lists(ends, values)
     others, own, overlaps = seen.together.nearest(TOGETHER)
     ends = np.concatenate([[0], (others >= 0).sum(axis=1).cumsum()])
     for name, values in {"together": others, "together_shares": own, "together_overlaps": overlaps}.items():
@@ -98,8 +104,7 @@ class _Rows:
     activations: np.ndarray
 
 
-def _write_examples(url: str, found: Found, d_sae: int, quantiles: int, text: HeldOut, record: InterpretationRecord) -> None:
-    rows = _rows(found, quantiles)
+def _write_examples(url: str, found: Found, rows: _Rows, d_sae: int, text: HeldOut, record: InterpretationRecord) -> None:
     tokens, documents, positions = _texts(text, record, rows)
     length = found.length
     with storage.whole_file(url) as path, pq.ParquetWriter(path, _EXAMPLES, compression="zstd") as writer:

@@ -251,15 +251,18 @@ def capture_beside(model: nn.Module, points: Sequence[HookPoint], inputs: Mappin
 
 
 @torch.no_grad()
-def spliced_logits(model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], tokens: Tensor) -> Tensor:
+def spliced_logits(
+    model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], inputs: Tensor | Mapping[str, Tensor]
+) -> Tensor:
     """Logits `[batch, length, vocabulary]` with the activation at `point` passed through `replace`.
 
-    `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is. Of two models the one
-    that the point is in is run.
+    `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is. inputs: token ids
+    `[batch, length]`, or all that the model's forward takes. Of two models the one that the point is in is run.
     """
     model, point = within(model, point)
-    with hooked(model, point, replace, len(tokens)):
-        return model(input_ids=tokens, use_cache=False).logits
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+    with hooked(model, point, replace, len(next(iter(given.values())))):
+        return model(**given, use_cache=False).logits
 
 
 def logits_gradient(

@@ -279,7 +279,7 @@ class ModelSource:
             raise UserError(f"corpus.prompt: '{name}' reads no text; leave the prompt out")
         if prompt is not None:
             accepted = signature(self.skeleton.forward).parameters
-            return prompt_layout(self.processor_identity, self.processor, prompt, self.config.image_token_id, name, accepted)
+            return prompt_layout(self.processor_identity, self.processor, prompt, self.config, name, accepted)
         pixels = self._trial_pixels
         config = self.config.vision_config if self.family == "vision_language" else self.config
         return vision_layout(self.processor_identity, self._image_length(pixels), pixels, config.patch_size, name)

@@ -7,6 +7,7 @@ the same dataset must not depend on the machine that makes it.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +84,15 @@ def vision_layout(identity: str, length: int, pixels: Tensor, patch: int, name: 
         tokens=(-1,) * length,
         counted=tuple(position >= before for position in range(length)),
         positions=tuple(max(position - before, 0) for position in range(length)),
+        places=tuple(range(before, length)),
+        grid=(pixels.shape[-2] // patch, pixels.shape[-1] // patch),
     )
 
 
-def prompt_layout(
-    identity: str, processor: Any, prompt: str, image_token: int, name: str, accepted: Container[str]
-) -> ImageLayout:
+def prompt_layout(identity: str, processor: Any, prompt: str, config: Any, name: str, accepted: Container[str]) -> ImageLayout:
     """The layout of a prompt with one image in it. What stands before the image is the same for every image and is not
-    counted; positions are those of the tokens in the whole sequence."""
+    counted; positions are those of the tokens in the whole sequence. config: the model's."""
+    image_token = config.image_token_id
     made = []
     for image in trial_images():
         try:
@@ -115,4 +117,40 @@ def prompt_layout(
     tokens = tuple(rows[0].tolist())
     first, positions = tokens.index(image_token), tuple(range(len(tokens)))
     counted = tuple(position >= first for position in positions)
-    return ImageLayout(identity=identity, tokens=tokens, counted=counted, positions=positions)
+    places = tuple(position for position in positions if tokens[position] == image_token)
+    height, width = made[0]["pixel_values"].shape[-2:]
+    return ImageLayout(
+        identity=identity,
+        tokens=tokens,
+        counted=counted,
+        positions=positions,
+        places=places,
+        grid=_token_grid(config, len(places), height, width),
+    )
+
+
+def _token_grid(config: Any, tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of an image's tokens on the picture: its patches, or equal squares of them (Gemma 3 takes their means).
+    None where they are neither, such as the latents of a resampler."""
+    patch = getattr(config.vision_config, "patch_size", None)
+    if not isinstance(patch, int):
+        return None
+    rows, columns = height // patch, width // patch
+    side = 1
+    if getattr(config, "mm_tokens_per_image", None) == tokens:
+        side = math.isqrt(rows * columns // tokens)
+    return (rows // side, columns // side) if rows // side * (columns // side) == tokens else None
+
+
+def as_seen(image_processor: Any, images: Sequence[bytes]) -> list[Image]:
+    """The part of each picture that the model sees, in its size: pixel values turned back into colours."""
+    from PIL import Image
+
+    values = pixel_values(image_processor, images).double()
+    if getattr(image_processor, "do_normalize", False):
+        mean, std = (torch.tensor(getattr(image_processor, name)).double() for name in ("image_mean", "image_std"))
+        values = values * std[:, None, None] + mean[:, None, None]
+    if getattr(image_processor, "do_rescale", False):
+        values = values / image_processor.rescale_factor
+    colours = values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return [Image.fromarray(colour.numpy()) for colour in colours]

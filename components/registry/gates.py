@@ -13,7 +13,6 @@ from pydantic import Field, ValidationError, model_validator
 from components.settings import Settings, UserError, digest
 from components.yaml_text import YamlError, parse_yaml, read_text
 
-COMPARED = ("loss_recovered", "l0")
 ALWAYS_DEFINED = ("mse", "l0", "ce_loss_clean", "ce_loss_sae", "kl_divergence")
 """Metrics that are null only where the coder's values are not finite. (A ratio may be null for want of something to divide
 by.)"""
@@ -21,6 +20,10 @@ by.)"""
 
 OF_EXPLANATIONS = ("interpretable_share", "scored_explanations")
 """Metrics that a version has once `sae features explain` has had its features explained and scored."""
+
+
+NOT_MEASURED = "there is no such metric: it was not measured, as on images there is no loss of a next token"
+"""Said of a gate on a metric that an evaluation does not have, see `evaluation.results.applicable`."""
 
 
 class Bound(Settings):
@@ -163,7 +166,7 @@ def check_gates(
     *_set: names what they were measured on.
     """
     results = [_finite(candidate), _tokens(gates, candidate)]
-    results += [_bound(name, bound, candidate.get(name)) for name, bound in gates.bounds.items()]
+    results += [_bound(name, bound, candidate.get(name), name in candidate) for name, bound in gates.bounds.items()]
     if champion is not None:
         results += _against(gates.champion, candidate, candidate_set, champion, champion_set)
     return GateReport(
@@ -188,13 +191,13 @@ def _tokens(gates: Gates, candidate: dict[str, Any]) -> GateResult:
     return _by_distance("evaluation_tokens", missing, f"{tokens:,}", f">= {gates.evaluation_tokens:,}")
 
 
-def _bound(name: str, bound: Bound, value: Any) -> GateResult:
+def _bound(name: str, bound: Bound, value: Any, measured: bool) -> GateResult:
     required = " and ".join(
         f"{sign} {limit:g}" for sign, limit in ((">=", bound.at_least), ("<=", bound.at_most)) if limit is not None
     )
     if not _is_number(value):
         unexplained = "no explanation of its features has been scored yet; `sae features explain` has that done"
-        missing = unexplained if name in OF_EXPLANATIONS else "not defined"
+        missing = unexplained if name in OF_EXPLANATIONS else "not defined" if measured else NOT_MEASURED
         return GateResult(gate=name, passed=False, measured=missing if value is None else str(value), required=required)
     under = bound.at_least - value if bound.at_least is not None else -math.inf
     over = value - bound.at_most if bound.at_most is not None else -math.inf
@@ -211,11 +214,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def quality_of(candidate: dict[str, Any]) -> str:
+    """What is to be no lower than the champion's: of an SAE on images, which has no loss to recover, the explained variance."""
+    return "loss_recovered" if "loss_recovered" in candidate else "explained_variance"
+
+
 def margin_of(gates: ChampionGates, candidate: dict[str, Any], champion: dict[str, Any]) -> float:
-    """Half the width of the wider confidence interval of loss_recovered, capped; 0 where there is none."""
-    widths = [0.0]
+    """Half the width of the wider confidence interval of `quality_of`, capped; 0 where there is none."""
+    widths, name = [0.0], quality_of(candidate)
     for metrics in (candidate, champion):
-        low, high = metrics.get("loss_recovered_low"), metrics.get("loss_recovered_high")
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         if _is_number(low) and _is_number(high):
             widths.append((float(high) - float(low)) / 2)  # type: ignore[arg-type]
     return min(max(widths), gates.loss_recovered_margin_at_most)
@@ -230,26 +238,28 @@ def _against(
         measured = "the same" if same else f"{candidate_set}, champion {champion_set}"
         required = "the champion's held-out tokens, language model and hook point"
         results.append(GateResult(gate="champion.evaluation_set", passed=same, measured=measured, required=required))
-    unknown = [name for name in COMPARED if not (_is_number(candidate.get(name)) and _is_number(champion.get(name)))]
+    quality = quality_of(candidate)
+    unknown = [name for name in (quality, "l0") if not (_is_number(candidate.get(name)) and _is_number(champion.get(name)))]
     if unknown:
         measured = ", ".join(f"{name} {candidate.get(name)} against {champion.get(name)}" for name in unknown)
         return [*results, GateResult(gate="champion.comparable", passed=False, measured=measured, required="numbers")]
-    recovered, before = float(candidate["loss_recovered"]), float(champion["loss_recovered"])
+    found, before = float(candidate[quality]), float(champion[quality])
     l0, l0_before = float(candidate["l0"]), float(champion["l0"])
     margin = margin_of(gates, candidate, champion)
     limit = gates.l0_at_most_times * l0_before
     lowest = before - margin
     required = f">= {lowest:.5f} (champion {before:.5f}, margin {margin:.5f})"
-    results.append(_by_distance("champion.loss_recovered", lowest - recovered, f"{recovered:.5f}", required))
+    results.append(_by_distance(f"champion.{quality}", lowest - found, f"{found:.5f}", required))
     required = f"<= {limit:.4g} ({gates.l0_at_most_times:g} times {l0_before:.4g})"
     results.append(_by_distance("champion.l0", l0 - limit, f"{l0:.4g}", required))
     if gates.must_improve:
         # Only a gain beyond the margin counts as more loss recovered, so that of two versions at most one beats the other.
-        more, fewer = recovered > before + margin, abs(recovered - before) <= margin and l0 < l0_before
-        kind = "recovers more loss" if more else "recovers no less loss with fewer features" if fewer else "no improvement"
-        if recovered == before and l0 == l0_before:
+        more, fewer = found > before + margin, abs(found - before) <= margin and l0 < l0_before
+        does, what = ("recovers", "loss") if quality == "loss_recovered" else ("explains", "variance")
+        kind = f"{does} more {what}" if more else f"{does} no less {what} with fewer features" if fewer else "no improvement"
+        if found == before and l0 == l0_before:
             kind = "is equal"
-        measured = f"{kind}: loss_recovered {recovered:.5f} against {before:.5f}, l0 {l0:.4g} against {l0_before:.4g}"
-        required = "more loss recovered beyond the margin, or a smaller l0 within it"
+        measured = f"{kind}: {quality} {found:.5f} against {before:.5f}, l0 {l0:.4g} against {l0_before:.4g}"
+        required = f"more {what} {does[:-1]}ed beyond the margin, or a smaller l0 within it"
         results.append(GateResult(gate="champion.improvement", passed=more or fewer, measured=measured, required=required))
     return results

@@ -15,7 +15,7 @@ def check(run: Specification, only_data: bool = False, evaluated: bool = True, a
     """Raise a UserError for anything that would stop the run later: device, inputs, root.
 
     only_data: activations are made and nothing is trained on them, so held-out documents are as good as others.
-    evaluated: the SAE is spliced into the model, which must give next-token logits.
+    evaluated: the SAE is measured, on text spliced into the model, which must give next-token logits.
     attended: somebody waits for the answer. A run that nobody watches is as patient with an object store here as later.
     """
     config = run.config
@@ -29,16 +29,42 @@ def check(run: Specification, only_data: bool = False, evaluated: bool = True, a
     seconds = storage.PROBE_SECONDS if attended else storage.PATIENCE_SECONDS
     storage.require_writable(config.storage.root, "storage.root", seconds)
     require_online(run)
+    if evaluated and not only_data:
+        _check_measured(run)
     check_later_steps(config, run.d_sae, run.registered_model, evaluated and not only_data)
 
 
 def without_evaluation(run: Specification) -> str | None:
     """Why an SAE on this model and corpus cannot be evaluated, None where it can."""
     name, family = run.config.language_model.name, run.model.family
-    if family in ("encoder", "vision"):
-        what = "a text encoder" if family == "encoder" else "a vision transformer"
-        return f"language_model.name: '{name}' is {what} without next-token logits, on which the evaluation of an SAE rests"
-    return "corpus.source: an SAE on 'images' cannot be evaluated, there being no next token" if run.of_images else None
+    if family == "encoder":
+        return f"language_model.name: '{name}' is a text encoder without next-token logits, which an evaluation needs"
+    return None
+
+
+def require_text(run: Specification, what: str) -> None:
+    """A UserError for an SAE whose corpus is images, where something is to be done that is known of text alone."""
+    if run.of_images:
+        raise UserError(f"corpus.source: {what} text, and the corpus is 'images'; accepted is an SAE on text")
+
+
+def require_prompts(run: Specification) -> None:
+    """A UserError where the coder reads what comes of images alone."""
+    if run.of_images and not run.model.layout().of_text:
+        name = run.config.language_model.name
+        raise UserError(f"sae: '{run.hook_point}' of '{name}' reads images alone, so there is nothing that a text does there")
+
+
+def _check_measured(run: Specification) -> None:
+    """That an SAE on images is asked for nothing that reads text."""
+    evaluation, interpretation = run.config.evaluation, run.config.interpretation
+    for field, wanted in (
+        ("evaluation.probing", evaluation.probing is not None),
+        ("evaluation.absorption", evaluation.absorption is not None),
+        ("interpretation.safety", interpretation.safety),
+    ):
+        if wanted:
+            require_text(run, f"{field} reads")
 
 
 def _check_text(run: Specification) -> None:

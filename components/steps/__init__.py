@@ -28,6 +28,7 @@ from components.steps.interpretation import (
     search_features,
     show_feature,
 )
+from components.steps.modalities import multimodal
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
@@ -67,6 +68,7 @@ __all__ = [
     "measure_baselines",
     "measure_span",
     "multilingual",
+    "multimodal",
     "prepare_tokens",
     "profile",
     "register",

@@ -29,7 +29,7 @@ from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.optional import with_optional
-from components.steps.reference import reference_of
+from components.steps.reference import held_out_of, reference_of
 from components.training.job import TrainingRecord
 
 
@@ -73,7 +73,7 @@ def evaluation_job(run: Specification) -> EvaluationJob:
         source=run.model.source,  # without what is cached
         point=run.point,
         reads=run.read_points,
-        text=evaluation.HeldOut(url=run.token_url, manifest=token_manifest),
+        text=held_out_of(run, token_manifest),
         sae_url=run.sae_url,
         kept_url=run.kept_spans_url(identity.digest(run.evaluation_identity(record.weights_sha256))),
     )
@@ -94,7 +94,8 @@ def measure_span(job: EvaluationJob, mean: torch.Tensor, exclusion: Exclusion, d
     """The SAE on a span of `measurements.sae_spans`. mean, exclusion: see `measurements.measure_sae`."""
 
     def measure() -> SpanSums:
-        subject = _subject(job, device, evaluation.TokenClasses(load_tokenizer(job.source)))
+        classes = None if job.text.images else evaluation.TokenClasses(load_tokenizer(job.source))
+        subject = _subject(job, device, classes)
         return measurements.measure_sae(job.settings, subject, mean, exclusion, span)
 
     return KeptSpans(job.kept_url).sums("sae", span, measure)
@@ -117,7 +118,8 @@ def finish_evaluation(
     """The merged sums of both passes -> the evaluation record beside the SAE. reference: see `evaluation_reference`."""
     record, token_manifest = require_trained(run)
     sae = own_sae(run.sae_url, run.device)
-    found = results.finish(run.config.evaluation, measured, compared, sae.W_dec)
+    predicts = held_out_of(run, token_manifest).predicts
+    found = results.finish(run.config.evaluation, measured, compared, sae.W_dec, predicts)
     found = with_optional(run, found, sae, token_manifest)
     named, about = run.evaluation_identity(record.weights_sha256), _about(run, sae, run.sae_url, record.architecture)
     warnings = _warnings({} if reference is None else {run.writes[-1]: reference})
@@ -175,8 +177,8 @@ def measured_together(subjects: Sequence[Unmeasured], token_manifest: TokenManif
     """Evaluate SAEs whose runs differ by them alone, and write what was found."""
     run = subjects[0].run
     device, model = run.device, kept_model(run.source, run.device)
-    text = evaluation.HeldOut(url=run.token_url, manifest=token_manifest)
-    classes = evaluation.TokenClasses(load_tokenizer(run.source))
+    text = held_out_of(run, token_manifest)
+    classes = None if run.of_images else evaluation.TokenClasses(load_tokenizer(run.source))
     found: list[dict[str, evaluation.Evaluation]] = [{} for _ in subjects]
     references: dict[str, evaluation.Reference] = {}
     for number, column in enumerate(run.writes):  # of all coders but a crosscoder, one

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import torch
 
 from components import storage
-from components.evaluation.held_out import HeldOut
 from components.interpretation.described import Words
 from components.interpretation.examples import lots
 from components.interpretation.explanations.asking import Explainer
@@ -21,10 +20,12 @@ from components.interpretation.explanations.run import estimated_cost, explain_f
 from components.interpretation.explanations.settings import ExplainerSettings
 from components.interpretation.explanations.table import read_explanations, write_explanations
 from components.interpretation.record import interpretation_url
+from components.run.checks import require_text
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.interpretable import record_explanations
 from components.steps.interpretation import decode_of, held_out_pass, refresh_browser
+from components.steps.reference import held_out_of
 
 _FEATURES_AT_ONCE = 500
 
@@ -36,12 +37,13 @@ def explain(
 ) -> dict[str, Any]:
     """Explain the `chosen` features, or until `count` drawn at random of those that fire have an explanation of their own; what
     was asked before costs nothing. Writes table and browser, also where it is stopped."""
+    require_text(run, "explanations are of")
     settings = run.config.interpretation.explainer
     trained, manifest, present = run.training_record(), run.token_manifest(), run.interpretation_record()
     if trained is None or manifest is None or present is None:
         raise UserError(f"sae: there is no feature data beside {run.sae_url} yet; run `sae features make`")
     prices = _prices(settings)
-    held_out = held_out_pass(run, HeldOut(url=run.token_url, manifest=manifest))
+    held_out = held_out_pass(run, held_out_of(run, manifest))
     for feature in chosen:
         if not 0 <= feature < held_out.d_sae:
             raise UserError(f"--feature: {feature} is not accepted: there are 0 to {held_out.d_sae - 1}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from components.evaluation.held_out import HeldOut
 from components.interpretation.exports import delphi, feature_json, neuronpedia, neuronpedia_tree
+from components.run.checks import require_text
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.interpretation import feature_data, held_out_pass
+from components.steps.reference import held_out_of
 
 FORMATS = ("neuronpedia", "neuronpedia-tree", "feature-json", "delphi")
 _CREATOR, _CREATED = "sae-foundry", "2026-01-01T00:00:00.000Z"
@@ -23,6 +24,7 @@ def export_features(run: Specification, format: str, folder: Path, source_set: s
         raise UserError(f"--format: '{format}' is not accepted: there are {', '.join(FORMATS)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"DIR: '{folder}' is not accepted: it is there already; a new or empty folder is")
+    require_text(run, "these formats hold")
     data = feature_data(run)
     folder.mkdir(parents=True, exist_ok=True)
     layer = run.point.layer or 0
@@ -46,7 +48,7 @@ def export_features(run: Specification, format: str, folder: Path, source_set: s
             return {"format": format, "folder": str(folder), "features": count, "layer": layer}
     manifest = run.token_manifest()
     assert manifest is not None
-    held_out = held_out_pass(run, HeldOut(url=run.token_url, manifest=manifest))
+    held_out = held_out_pass(run, held_out_of(run, manifest))
     count = delphi.write(folder, held_out, run.point, run.source.location, run.config.corpus.title)
     return {"format": format, "folder": str(folder), "activations": count, "hookpoint": delphi.hookpoint(run.point)}
 

@@ -10,6 +10,7 @@ import torch
 
 from components.interpretation import attribution
 from components.language_model.loading import kept_model, load_encoder
+from components.run.checks import require_prompts
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import own_sae
@@ -42,6 +43,7 @@ def attribute(
 ) -> dict[str, Any]:
     """Features that after `prompt` bring the model to `token` rather than `other` (or the mean token), strongest first, see
     `attribution` for `passes`; with `ablate` also what each that fires really does, in that order, and how both agree."""
+    require_prompts(run)
     _require_trained(run)
     encoder, decode = load_encoder(run.source), decode_of(run)
     target, against = _one(encoder, token, "--token"), None if other is None else _one(encoder, other, "--other")

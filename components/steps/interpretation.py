@@ -26,16 +26,18 @@ from components.interpretation.history import read_history
 from components.interpretation.job import InterpretationJob
 from components.interpretation.layout import layout
 from components.interpretation.matches import read_matches
+from components.interpretation.pictures import Pictures
 from components.interpretation.record import InterpretationRecord, interpretation_url
 from components.interpretation.seen import Seen, include_span, keep_span
 from components.language_model.loading import LOADING, kept_model, load_encoder, load_tokenizer
 from components.run import identity
+from components.run.checks import require_prompts, require_text
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import own_sae
 from components.steps.matches import carry_over, match_with_champion
-from components.steps.reference import exclusion_of
+from components.steps.reference import exclusion_of, held_out_of
 
 
 def interpret(run: Specification) -> InterpretationRecord | None:
@@ -51,7 +53,7 @@ def interpret(run: Specification) -> InterpretationRecord | None:
         return present
     if present is None:
         storage.delete(browser_address(run))  # of other data: whoever is killed in between finds no page
-        present = _feature_tables(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
+        present = _feature_tables(run, held_out_of(run, manifest), record.weights_sha256)
     matches = match_with_champion(run, record.weights_sha256)
     carry_over(run, record.weights_sha256, matches)
     refresh_browser(run)
@@ -75,7 +77,7 @@ def interpretation_job(run: Specification) -> InterpretationJob | None:
     record, manifest, wanted = run.training_record(), run.token_manifest(), run.config.interpretation.tokens > 0
     if not wanted or record is None or manifest is None or run.evaluation_record() is None or run.interpretation_record():
         return None
-    return _job(run, HeldOut(url=run.token_url, manifest=manifest), record.weights_sha256)
+    return _job(run, held_out_of(run, manifest), record.weights_sha256)
 
 
 def interpretation_exclusion(run: Specification) -> Exclusion:
@@ -173,6 +175,8 @@ def list_features(run: Specification, sort: str, wanted: str) -> list[dict[str, 
     }
     if sort not in keys:
         raise UserError(f"--sort: '{sort}' is not accepted: there are {', '.join(keys)}")
+    if sort == "one_token" and run.of_images:
+        require_text(run, "--sort: one_token is of")
     data = feature_data(run)
     found = []
     for feature in range(data.d_sae):
@@ -205,6 +209,7 @@ def search_features(run: Specification, texts: list[str], against: list[str], li
     """Features that fire on these texts more than on the others (where there are some), the most telling first: `difference` of
     the mean largest activations, in how many `texts` and `against` each fires, and the token of each text on which it does
     most. They need no feature data."""
+    require_prompts(run)
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
     ids, decode = token_ids(run, [*texts, *against], "--text"), decode_of(run)
@@ -248,10 +253,13 @@ def feature_data(run: Specification) -> FeatureData:
     matches = read_matches(run.sae_url, record.weights_sha256)
     said = read_explanations(run.sae_url, record.weights_sha256)
     earlier = read_history(storage.join(run.config.storage.root, "saes"), run.sae_url, matches)
-    return FeatureData(run.sae_url, decode_of(run), matches, said, earlier)
+    pictures = Pictures(run.sae_url, run.model.layout()) if run.of_images else None
+    return FeatureData(run.sae_url, decode_of(run), matches, said, earlier, pictures)
 
 
 def decode_of(run: Specification) -> Decode:
-    """The text of one token."""
+    """The text of one token; a model that reads images alone has none, and needs no tokenizer."""
+    if run.of_images and not run.model.layout().of_text:
+        return lambda _: ""
     tokenizer = load_tokenizer(run.source)
     return lambda token: str(tokenizer.decode([token]))

@@ -12,7 +12,6 @@ from components.corpus.manifest import TokenManifest
 from components.evaluation import passages, probing
 from components.evaluation.absorption import absorption
 from components.evaluation.difference import scalings, summarised
-from components.evaluation.held_out import HeldOut
 from components.evaluation.meta_structure import meta_structure
 from components.evaluation.occurrences import read_occurrences
 from components.evaluation.record import Metrics
@@ -22,7 +21,7 @@ from components.language_model.loading import kept_model, load_encoder, load_tok
 from components.run.coder import of_two_models
 from components.run.specification import Specification
 from components.sae.coder import Coder
-from components.steps.reference import exclusion_of, reference_of
+from components.steps.reference import exclusion_of, held_out_of, reference_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,7 @@ def _with_absorption(run: Specification, found: Evaluation, sae: AnySAE, token_m
     if isinstance(sae, NormalizedSAE) or run.read_points:
         logger.warning("absorption: not measured, since the features do not add up to the activations that they are read from")
         return found
-    text = HeldOut(url=run.token_url, manifest=token_manifest)
+    text = held_out_of(run, token_manifest)
     reader = _reader(run, found, sae, token_manifest)
     seen = read_occurrences(reader, text, load_tokenizer(run.source), settings)
     decoder, bias = (part.detach().double().cpu().numpy() for part in (sae.W_dec, sae.b_dec))
@@ -81,7 +80,7 @@ def _with_absorption(run: Specification, found: Evaluation, sae: AnySAE, token_m
 
 
 def _with_difference(run: Specification, found: Evaluation, coder: Coder, token_manifest: TokenManifest) -> Evaluation:
-    text, model = HeldOut(url=run.token_url, manifest=token_manifest), kept_model(run.source, run.device)
+    text, model = held_out_of(run, token_manifest), kept_model(run.source, run.device)
     settings, exclusion = run.config.evaluation, exclusion_of(run, model, token_manifest)
     sums = scalings(
         coder, model, run.read_points, text, settings.tokens, exclusion, settings.batch_sequences, run.device

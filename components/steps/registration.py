@@ -92,7 +92,7 @@ def log_results(run: Specification, open_run: Any) -> Lineage:
         {
             **({} if features_map is None else {"feature_map": features_map}),
             "training": charts.training(trained.curves),
-            "cross_entropy": charts.losses(metrics),
+            **({"cross_entropy": charts.losses(metrics)} if "ce_loss_sae" in metrics else {}),
             "feature_density": charts.density(features["density"].to_numpy()),
         }
     )
@@ -163,5 +163,5 @@ def _earlier_versions(run: Specification, client: Any, measured: EvaluationRecor
         for version in earlier_metrics(client, run.registered_model)
         if version["evaluation_set"] == same
         and version["run_digest"] != run.run_digest
-        and all(version[name] is not None for name in names)
+        and all(version[name] is not None for name in names if name in measured.metrics)
     ]

@@ -8,19 +8,19 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from components import storage
-from components.evaluation import evaluate as evaluation
 from components.evaluation import saebench
 from components.evaluation.measurements import Subject
 from components.evaluation.record import EvaluationRecord
 from components.interop.coders import AnySAE, NormalizedSAE
 from components.interop.saelens import CONFIG_NAME, read_config
 from components.language_model.loading import LOADING, kept_model
+from components.run.checks import require_text
 from components.run.specification import Specification
 from components.sae.coder import Coder
 from components.settings import UserError
 from components.steps.evaluation import own_sae
 from components.steps.given import opened
-from components.steps.reference import exclusion_of, reference_of
+from components.steps.reference import exclusion_of, held_out_of, reference_of
 from components.steps.tokens import prepare_tokens
 
 FOLDER = "saebench"
@@ -28,6 +28,7 @@ FOLDER = "saebench"
 
 def require_autoencoder(run: Specification) -> None:
     """A UserError unless the coder writes what it reads."""
+    require_text(run, "--format: SAEBench's core result is of")
     if run.read_points:
         raise UserError(f"--format: SAEBench's core result is of SAEs; a coder at '{run.hook_point}' has none")
 
@@ -67,7 +68,7 @@ def _sums(run: Specification, coder: AnySAE) -> saebench.CoreSums:
     manifest, device = prepare_tokens(run), run.device
     with LOADING:
         model = kept_model(run.source, device)
-    text = evaluation.HeldOut(url=run.token_url, manifest=manifest)
+    text = held_out_of(run, manifest)
     subject = Subject(sae=coder, d_sae=coder.d_sae, model=model, point=run.point, text=text, device=device)
     return saebench.measure_core(run.config.evaluation.tokens, subject, exclusion_of(run, model, manifest))
 

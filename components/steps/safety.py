@@ -17,10 +17,12 @@ from components.interpretation.logits import logit_effects
 from components.interpretation.prompt_sets import Parallel, PromptSet, load_harmless, load_parallel, load_sets, shipped_sets
 from components.interpretation.safety import SafetyReport, SetResult
 from components.language_model.loading import kept_model
+from components.run.checks import require_prompts, require_text
 from components.run.specification import Specification
 from components.settings import UserError, digest
 from components.steps.evaluation import own_sae
 from components.steps.interpretation import decode_of, held_out_pass, token_ids, written_at
+from components.steps.reference import held_out_of
 
 CANDIDATES = 5
 """Features of each set that are measured."""
@@ -62,6 +64,7 @@ def safety_is_there(run: Specification) -> bool:
 
 def examine(run: Specification, sets: Sequence[PromptSet], count: int) -> SafetyReport:
     """Every set on the trained coder; writes nothing."""
+    require_text(run, "prompts and their contrast are")
     trained, manifest = run.training_record(), run.token_manifest()
     if trained is None or manifest is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
@@ -77,7 +80,7 @@ def examine(run: Specification, sets: Sequence[PromptSet], count: int) -> Safety
     features = sorted({one.feature for some in found.values() for one in some})
     quiet, _ = search.largest(model, points, sae, token_ids(run, harmless.texts, "harmless"), bos, run.device)
     length = int(np.median([len(one) for some in ids.values() for one in some]))
-    passages = _in_passages(run, HeldOut(url=run.token_url, manifest=manifest), features, length)
+    passages = _in_passages(run, held_out_of(run, manifest), features, length)
     explanations, likely = read_explanations(run.sae_url, trained.weights_sha256), _likely(run, model, sae, features)
     decode, ps = decode_of(run), safety.corrected(found)
     results = []
@@ -127,6 +130,7 @@ def examine(run: Specification, sets: Sequence[PromptSet], count: int) -> Safety
 def multilingual(run: Specification, name: str | None, limit: int) -> dict[str, Any]:
     """Features that fire on a meaning in every language and not on other meanings: chosen in every second language, measured
     in the others."""
+    require_prompts(run)
     if run.training_record() is None:
         raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
     parallel = load_parallel(name, "--prompts")

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from components import storage
-from components.evaluation.held_out import HeldOut
 from components.interpretation import steered_model
 from components.interpretation.logits import logit_effects
 from components.interpretation.prompt_sets import load_harmless
 from components.interpretation.steering import Edit, Kind, Where, continued, edited, steered
 from components.language_model.loading import kept_model, load_encoder, load_tokenizer
+from components.run.checks import require_prompts, require_text
 from components.run.specification import Specification
 from components.settings import UserError
 from components.steps.evaluation import own_sae
 from components.steps.interpretation import decode_of, held_out_pass, token_ids, written_at
+from components.steps.reference import held_out_of
 
 _UNRELATED_SEQUENCES, _UNRELATED_TOKENS = 16, 1 << 15
 _LIKELY = 10
@@ -39,6 +40,7 @@ def steer(
 ) -> dict[str, Any]:
     """What the model writes after the prompt as it is, and with a feature held at `scale` times its largest activation, with
     that added to it, or scaled. positions: all, prompt, new, or numbers. save: where to put the model that adds it."""
+    require_prompts(run)
     model, sae, largest = _feature(run, feature)
     encoder, decode = load_encoder(run.source), decode_of(run)
     room = run.model.longest_text or run.config.corpus.context_length
@@ -98,6 +100,7 @@ def steering_effect(run: Specification, feature: int, scales: Sequence[float], t
     """What holding a feature at multiples of its largest activation does: on `texts` (harmless ones that ship where none are
     given) to the ten tokens that it makes likely and to all others, and to the next token of unrelated text, which is of the
     held-out corpus and does not make it fire (None where there is no such sequence)."""
+    require_text(run, "the effect is measured on")
     model, sae, largest = _feature(run, feature)
     coder, longest = written_at(run, sae), longest_of(run)
     some = list(texts) or list(load_harmless().texts)
@@ -152,7 +155,7 @@ def _unrelated(run: Specification, feature: int) -> list[tuple[Tensor, Tensor]]:
     `_UNRELATED_SEQUENCES` of the first `_UNRELATED_TOKENS` tokens."""
     manifest = run.token_manifest()
     assert manifest is not None
-    text = HeldOut(url=run.token_url, manifest=manifest)
+    text = held_out_of(run, manifest)
     found = list[tuple[Tensor, Tensor]]()
     looked_at = replace(held_out_pass(run, text), tokens=_UNRELATED_TOKENS)
     for batch in looked_at.batches():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +52,53 @@ def safety(
         run = checked(config, overrides)
         report = steps.safety_report(run, chosen or steps.safety_sets(run), candidates)
         show({**report.model_dump(mode="json"), "page": steps.safety_page(run)}, _print_report)
+
+
+def multimodal(
+    config: Config,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", help="A file with a text on each line; else harmless ones that ship.")
+    ] = None,
+    densest: Annotated[
+        float, typer.Option("--densest", help="Of features that fire on a larger share of either's tokens, none.", min=0, max=1)
+    ] = 0.2,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find features of a vision-language model that fire on held-out images and on texts."""
+    with command(as_json) as show:
+        from components import steps
+        from components.settings import UserError
+        from components.yaml_text import read_text
+
+        try:
+            lines = [] if texts is None else [line for line in read_text(texts).splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--texts: '{texts}' cannot be read as text; a file with a text on each line is accepted"
+            ) from error
+        show(steps.multimodal(checked(config, overrides), lines, densest, limit), _print_multimodal)
+
+
+def _print_multimodal(result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("feature", "alike", "of image tokens", "largest", "on", "of text tokens", "largest", "on")
+    for row in result["features"]:
+        image, text = row["images"], row["texts"]
+        table.add_row(
+            str(row["feature"]), f"{row['alike']:.2f}", f"{image['share']:.2%}", f"{image['largest']:.3g}",
+            Text(printable(image["where"])), f"{text['share']:.2%}", f"{text['largest']:.3g}", Text(printable(text["token"])),
+        )  # fmt: skip
+    console = terminal()
+    console.print(table)
+    console.print(
+        f"Of {result['firing']:,} features that fire on {result['image_tokens']:,} tokens of images or "
+        f"{result['text_tokens']:,} of text, {result['on_both']:,} fire on both; shown are those on at most "
+        f"{result['densest']:.0%} of either."
+    )
 
 
 def multilingual(

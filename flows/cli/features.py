@@ -220,11 +220,14 @@ def _print_list(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     alone = any("one_token" in row for row in result["features"])
-    table = Table("feature", "density", "largest", *(["on one token"] if alone else []), "fires most on", "makes likely")
+    logits = any(row["logits"] for row in result["features"])
+    named = (*(["on one token"] if alone else []), "fires most on", *(["makes likely"] if logits else []))
+    table = Table("feature", "density", "largest", *named)
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['density']:.4%}", f"{row['max']:.3g}")
         share = [f"{row['one_token']:.0%}"] if alone else []
-        table.add_row(*numbers, *share, Text(printable(row["tokens"])), Text(printable(row["logits"])))
+        likely = [Text(printable(row["logits"]))] if logits else []
+        table.add_row(*numbers, *share, Text(printable(row["tokens"])), *likely)
     terminal().print(table)
 
 
@@ -247,7 +250,8 @@ def _print_feature(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console, row = terminal(), result["row"]
-    console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of tokens, in {row['sequences']:,} sequences")
+    units = ("patches", "images") if any("name" in one for one in result["examples"]) else ("tokens", "sequences")
+    console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of {units[0]}, in {row['sequences']:,} {units[1]}")
     if said := result["explained"]:
         scores = ", ".join(f"{name} {said[name]:.2f}" for name in _SCORES if said[name] is not None)
         origin = (
@@ -258,7 +262,7 @@ def _print_feature(result: dict[str, Any]) -> None:
         console.print(
             Text(f"explained as: {printable(said['explanation'])} ({'; '.join(part for part in (scores, origin) if part)})")
         )
-    for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")):
+    for title, key in (("makes likely", "likely"), ("makes unlikely", "unlikely")) if result["likely"] else ():
         console.print(Text(f"{title}: " + "  ".join(printable(word) for word, _ in result[key])))
     console.print("nearest: " + ", ".join(f"{other} ({cosine:.2f})" for other, cosine in result["neighbours"]))
     if match := result["match"]:
@@ -269,6 +273,9 @@ def _print_feature(result: dict[str, Any]) -> None:
     for example in result["examples"]:
         kind = "strongest" if example["quantile"] < 0 else f"group {example['quantile'] + 1}"
         line = Text(f"{example['activation']:>8.3g} {kind:<10} ", style="dim")
+        if "name" in example:
+            where = f", patch ({', '.join(map(str, example['patch']))})" if example["patch"] else ""
+            line.append(f"image {example['document']} ({printable(example['name'])}){where} ", style="not dim")
         for token, activation in zip(example["tokens"], example["activations"], strict=True):
             line.append(printable(token), style="bold black on yellow" if activation > 0 else "not dim")
         console.print(line)

@@ -18,6 +18,8 @@ def print_summary(summary: dict[str, Any], config: str, root: str) -> None:
         "explained_variance", "l0", "loss_recovered", "dead_fraction", "ce_loss_clean", "ce_loss_sae", "ce_loss_mean",
         "ce_loss_zero", "kl_divergence", "evaluation_tokens",
     ):  # fmt: skip
+        if name not in metrics:
+            continue
         value = metrics[name]
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value is not None else "-")
     _add_probes(table, summary["optional"].get("probing", {}))

@@ -56,7 +56,7 @@ def test_continuing_from_the_hook_point_gives_the_logits_of_whole_passes(name: s
     model, point = model_of(name), HookPoint(kind, layer)
     tokens = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(1))
     splicer = Splicer(model, point)
-    x, clean = splicer.clean(tokens)
+    x, clean = splicer.clean({"input_ids": tokens})
     torch.testing.assert_close(clean, model(tokens).logits)
     others = torch.stack([x.flip(-1), torch.zeros_like(x), x + 1])
     expected = torch.stack([spliced_logits(model, point, lambda _, other=other: other, tokens) for other in others])
@@ -73,7 +73,7 @@ def test_blocks_below_the_hook_point_run_once(monkeypatch: pytest.MonkeyPatch):
     splicer = Splicer(model, HookPoint("resid_post", 1))
     tokens = torch.zeros(2, 5, dtype=torch.long)
     for _ in range(3):
-        x, _ = splicer.clean(tokens)
+        x, _ = splicer.clean({"input_ids": tokens})
         splicer.spliced(x[None])
     assert runs == [3, 3, 7]  # the last one also in the check of the first batch
 
@@ -87,7 +87,7 @@ def test_a_model_that_carries_more_than_the_stream_is_run_in_full():
     point = HookPoint("resid_post", 1)
     tokens = torch.randint(50, (3, 7))
     splicer = Splicer(model, point)
-    x, _ = splicer.clean(tokens)
+    x, _ = splicer.clean({"input_ids": tokens})
     expected = spliced_logits(model, point, lambda _: 2 * x, tokens)
     torch.testing.assert_close(splicer.spliced(2 * x[None])[0], expected)
 
@@ -232,7 +232,7 @@ def test_random_directions_take_the_largest_and_the_best_scale(rows: torch.Tenso
 def test_all_neurons_together_are_the_mlp_and_few_of_them_are_the_strongest(name: str, reference: Reference):
     model, point = model_of(name), HookPoint("mlp_out", 1)
     splicer = Splicer(model, point, keep_neurons=True)
-    x, _ = splicer.clean(torch.randint(50, (2, 9)))
+    x, _ = splicer.clean({"input_ids": torch.randint(50, (2, 9))})
     given = Rows(x.flatten(0, 1), x.flatten(0, 1), splicer.neurons.flatten(0, 1))
     output = mlp_output(model, point)
     whole = baselines.neurons(reference, output, 10**6)(given)

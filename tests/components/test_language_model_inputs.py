@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from seeing import IMAGE, SIZES, WORDS, draw_pictures, save_llava, save_vit, tree, words_tokenizer
 from transformers import (
     AutoProcessor,
     BertConfig,
@@ -21,13 +21,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
@@ -44,9 +38,6 @@ from components.run.specification import Specification, resolve
 from components.settings import UserError
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
-IMAGE = {"image_size": 32, "patch_size": 8}
-WORDS = "the sparse feature of a model fires where tokens in residual stream point along its decoder row".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,69 +50,17 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fourteen images of different sizes and formats, a copy of one, a broken one and a file that is none."""
-    folder = tmp_path_factory.mktemp("pictures")
-    generator = np.random.default_rng(0)
-    for number in range(14):
-        size = tuple(generator.integers(20, 70, 2)) + ((3,) if number % 3 else ())
-        image = Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8))
-        image.save(folder / f"{number:02d}{('.png', '.jpg')[number % 2]}")
-    (folder / "copy.png").write_bytes((folder / "00.png").read_bytes())
-    (folder / "broken.jpg").write_bytes((folder / "01.jpg").read_bytes()[:200])
-    (folder / "notes.txt").write_text("not an image")
-    return folder
-
-
-def words_tokenizer(special: list[str], **roles: str) -> PreTrainedTokenizerFast:
-    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=special[0], **roles)
-
-
-def tree(tmp_path: Path, model: Path, corpus: dict[str, Any], points: list[str]) -> dict[str, Any]:
-    return {
-        "name": "tiny",
-        "device": "cpu",
-        "storage": {"root": str(tmp_path / "root")},
-        "corpus": {"held_out_fraction": 0.3, "train_tokens": 10_000, "held_out_tokens": 10_000, **corpus},
-        "language_model": {"name": str(model), "batch_sequences": 4},
-        "activations": {"hook_points": points, "dtype": "float32", "rows_per_shard": 64, "sequences_per_chunk": 5},
-        "sae": {"d_sae": 32},
-        "training": {"tokens": 500, "batch_size": 50, "checkpoint_tokens": 500, "log_tokens": 100},
-    }
+    return draw_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**SIZES, **IMAGE)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return save_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava")
-    torch.manual_seed(0)
-    tokenizer = words_tokenizer(["<unk>", "<s>", "</s>"], bos_token="<s>", eos_token="</s>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**SIZES, **IMAGE),
-        text_config=LlamaConfig(**{**SIZES, "hidden_size": 20}, vocab_size=len(tokenizer), num_key_value_heads=2),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
+    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 @pytest.fixture(scope="module")
@@ -308,10 +247,8 @@ def test_padding_changes_nothing_that_an_encoder_computes(bert: Path, tmp_path: 
     assert not {2, 3} & set(table["token"].to_pylist())  # CLS and SEP
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_an_sae_trains_where_none_can_be_evaluated(kind: str, request: pytest.FixtureRequest, pictures: Path, tmp_path: Path):
-    corpus = {"source": "images", "paths": [str(pictures)]} if kind == "vit" else text_corpus(tmp_path)
-    plan = resolve(parse_config(tree(tmp_path, request.getfixturevalue(kind), corpus, ["resid_post.0", "attn_out.1"])))
+def test_an_sae_trains_where_none_can_be_evaluated(bert: Path, tmp_path: Path):
+    plan = resolve(parse_config(tree(tmp_path, bert, text_corpus(tmp_path), ["resid_post.0", "attn_out.1"])))
     check(plan, evaluated=False)
     assert estimate(plan)["activations"]["bytes_per_token"] == 16 + 2 * 16 * 4
     steps.extract(plan)

@@ -40,9 +40,21 @@ function versions() {
         cell(status), cell(nearest === null ? "-" : make("a", {href: `#${nearest}`}, String(nearest))), cell(number(cosine))))))));
 }
 
+// A patch with its neighbours, cut out of the picture by a background, or all of it.
+function tile([image, row, column]) {
+  const found = make("i", {className: "tile"}), [rows, columns] = DATA.grid || [1, 1];
+  const part = (place, all) => all > 3 ? 100 * Math.max(0, Math.min(1, (place - 1) / (all - 3))) : 50;
+  found.style.backgroundImage = `url(pictures/${image}.jpg)`;
+  if (row === undefined) return found;
+  found.style.backgroundSize = `${100 * Math.max(1, columns / 3)}% ${100 * Math.max(1, rows / 3)}%`;
+  found.style.backgroundPosition = `${part(column, columns)}% ${part(row, rows)}%`;
+  return found;
+}
+
 function row(id) {
   const said = texts[id] || ["…", "…", "…"];
   const cells = COLUMNS.slice(1).map(([name]) => name === "explanation" ? make("td", {className: "words-cell said-of"}, shown(said[2]))
+    : name === "tokens" && said[3] ? make("td", {className: "words-cell tiles", title: shown(said[0])}, ...said[3].map(tile))
     : WORDS.includes(name) ? make("td", {className: "words-cell"}, make("code", {}, shown(said[WORDS.indexOf(name)])))
     : make("td", {className: "number"}, number(DATA[name][id])));
   return make("tr", {}, make("td", {className: "number"}, make("a", {href: `#${id}`}, String(id))), ...cells);
@@ -93,7 +105,7 @@ function list() {
   });
   main.replaceChildren(
     make("div", {className: "controls"},
-      make("input", {type: "search", placeholder: "a token, a word, or a feature's number", ariaLabel: "search", value: state.query,
+      make("input", {type: "search", placeholder: DATA.of_text ? "a token, a word, or a feature's number" : "a picture's name, or a feature's number", ariaLabel: "search", value: state.query,
         oninput: (event) => { state.query = event.target.value; state.page = 0; fill(); }}),
       make("label", {}, make("input", {type: "checkbox", checked: state.living,
         onchange: (event) => { state.living = event.target.checked; fill(); }}), " only those that fire"),
@@ -112,6 +124,7 @@ function route() {
 }
 
 function begin() {
+  if (!DATA.of_text) COLUMNS.splice(COLUMNS.findIndex(([name]) => name === "logits"), 1);
   if (DATA.explained) COLUMNS.splice(1, 0, ["score", "score"], ["explanation", "explanation"]);
   document.getElementById("about").textContent = shown(DATA.about);
   if (DATA.compared) document.querySelector("nav").append(" · ", make("a", {href: "#versions"}, "Versions"));

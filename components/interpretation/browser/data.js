@@ -5,7 +5,7 @@ const DATA = {};
 const STATUSES = ["", "persisted", "split", "new"];
 const pieces = {words: new Map(), blocks: new Map()};
 const waiting = {words: new Map(), blocks: new Map()};
-const texts = [];  // of features: [tokens, logits, explanation]
+const texts = [];  // of features: [tokens, logits, explanation], and of images the patches, each [image, row, column]
 const lower = [];
 
 function unpacked(text, Kind) {
@@ -23,7 +23,7 @@ function index(given) {
 
 function say(feature, said) {
   texts[feature] = said;
-  lower[feature] = said.join(" ").toLowerCase();
+  lower[feature] = said.slice(0, 3).join(" ").toLowerCase();
 }
 
 function words(number, some) {

@@ -52,7 +52,7 @@ function tell(event) {
   tip.hidden = token === null;
   if (!token) return;
   if (!tip.isConnected) document.body.append(tip);
-  tip.textContent = `${token.textContent.trim() || "space"}: ${token.dataset.value}`;
+  tip.textContent = `${token.dataset.name || token.textContent.trim() || "space"}: ${token.dataset.value}`;
   const edge = token.getBoundingClientRect();
   tip.style.left = `${Math.max(4, Math.min(edge.left, innerWidth - tip.offsetWidth - 8))}px`;
   tip.style.top = `${edge.top > 40 ? edge.top - tip.offsetHeight - 4 : edge.bottom + 4}px`;
@@ -60,9 +60,29 @@ function tell(event) {
 for (const kind of ["pointerover", "click"]) document.addEventListener(kind, tell);
 addEventListener("scroll", () => { tip.hidden = true; }, {passive: true});
 
+// A picture as the model sees it: the darker a patch, the less the feature fires there; where it does, it has a frame.
+function picture(found, largest) {
+  const cells = found.patches.map((value, place) => {
+    const strength = Math.min(1, value / largest);
+    const cell = make("b", {className: place === found.cell ? "peak" : value > 0 ? "fires" : ""});
+    cell.dataset.value = number(value);
+    cell.dataset.name = `row ${Math.floor(place / DATA.grid[1])}, column ${place % DATA.grid[1]}`;
+    cell.style.backgroundColor = `rgb(0 0 0 / ${Math.round(62 * (1 - strength))}%)`;
+    return cell;
+  });
+  const grid = make("div", {className: "patches"}, ...cells);
+  if (DATA.grid) grid.style.gridTemplate = `repeat(${DATA.grid[0]}, 1fr) / repeat(${DATA.grid[1]}, 1fr)`;
+  return make("div", {className: "picture"}, make("img", {src: `pictures/${found.document}.jpg`, alt: shown(found.name), loading: "lazy"}), grid);
+}
+
+function place(found) {
+  if (!DATA.pictures) return `document ${found.document}, token ${found.position}`;
+  return `image ${found.document}, ${found.patch ? `patch (${found.patch.join(", ")})` : `token ${found.position}`}`;
+}
+
 function example(found, largest) {
-  const line = make("div", {className: "example", dir: "auto"},
-    make("small", {}, `${number(found.activation)} · document ${found.document}, token ${found.position}`));
+  const line = make("div", {className: "example", dir: "auto"}, make("small", {title: found.name || ""}, `${number(found.activation)} · ${place(found)}`));
+  if (DATA.pictures) line.append(picture(found, largest));
   found.tokens.forEach((token, place) => {
     const strength = found.activations[place] / largest;
     const part = make("b", {className: place === found.peak ? "peak" : ""}, shown(token));
@@ -73,10 +93,12 @@ function example(found, largest) {
   return line;
 }
 
+const unit = () => DATA.pictures && !DATA.of_text ? "patches" : "tokens";
+
 function histogram(edges, counts) {
   const most = Math.max(...counts);
   const bars = counts.map((count, place) => {
-    const bar = make("i", {title: `${number(edges[place])} to ${number(edges[place + 1])}: ${count.toLocaleString()} tokens`});
+    const bar = make("i", {title: `${number(edges[place])} to ${number(edges[place + 1])}: ${count.toLocaleString()} ${unit()}`});
     bar.style.height = count === 0 ? "0" : `max(1px, ${100 * count / most}%)`;
     return bar;
   });
@@ -93,9 +115,11 @@ function quantiles(examples, largest) {
     const values = some.map((one) => one.activation);
     const title = place === 0 ? "strongest" : place === all.length - 1 ? "weakest" : "next";
     return make("details", {open: true}, make("summary", {}, `${title} group: ${number(Math.min(...values))} to ${number(Math.max(...values))}`),
-      ...some.map((one) => example(one, largest)));
+      gallery(some, largest));
   });
 }
+
+const gallery = (some, largest) => make("div", {className: DATA.pictures ? "pictures" : ""}, ...some.map((one) => example(one, largest)));
 
 const listed = (title, pairs) => make("section", {className: "words"}, make("h2", {}, title),
   ...pairs.map(([token, value]) => make("span", {}, make("code", {}, shown(token)), number(value))));
@@ -110,7 +134,7 @@ function tokens(rows) {
 function together(rows) {
   return make("section", {className: "words"}, make("h2", {}, "Fires together with"),
     ...rows.map(([other, share]) => make("span", {}, make("a", {href: `#${other}`}, texts[other] ? `${other} ` : String(other),
-      ...(texts[other] ? [make("code", {}, shown(texts[other][0].slice(0, 18)))] : [])), `on ${percent(share)}`)));
+      ...(!texts[other] ? [] : texts[other][3] ? texts[other][3].map(tile) : [make("code", {}, shown(texts[other][0].slice(0, 18)))])), `on ${percent(share)}`)));
 }
 
 async function feature(id) {
@@ -131,13 +155,13 @@ async function feature(id) {
   const largest = DATA.max[id];
   const kind = (title, name) => {
     const some = found.examples.filter((one) => one.kind === name);
-    return make("section", {}, make("h2", {}, title), ...(some.length ? some.map((one) => example(one, largest)) : [make("p", {}, "none")]));
+    return make("section", {}, make("h2", {}, title), some.length ? gallery(some, largest) : make("p", {}, "none"));
   };
   const near = found.neighbours.flatMap(([other, cosine]) => [make("a", {href: `#${other}`}, String(other)), ` (${number(cosine)})  `]);
   const beside = [["‹ previous", id - 1], ["next ›", id + 1]].filter(([, other]) => other >= 0 && other < DATA.count);
   main.replaceChildren(
     make("h2", {}, `Feature ${id}`),
-    make("p", {className: "faint"}, `fires on ${number(100 * DATA.density[id])}% of tokens, in ${found.sequences.toLocaleString()} sequences; `
+    make("p", {className: "faint"}, `fires on ${number(100 * DATA.density[id])}% of ${unit()}, in ${found.sequences.toLocaleString()} ${DATA.pictures ? "images" : "sequences"}; `
       + `largest ${number(largest)}, mean ${number(DATA.mean[id])}`),
     make("p", {}, ...beside.flatMap(([title, other]) => [make("a", {href: `#${other}`}, title), " · "]), ...(near.length ? ["nearest: ", ...near] : [])),
     ...explained(found.explained), ...matched(found.match),
@@ -147,7 +171,7 @@ async function feature(id) {
     ...past(found.history),
     ...(found.histogram.counts.length ? [histogram(found.histogram.edges, found.histogram.counts)] : []),
     kind("Where it fires most", "strongest"),
-    make("h2", {}, "Drawn at random from all tokens on which it fires, by strength"),
+    make("h2", {}, `Drawn at random from all ${unit()} on which it fires, by strength`),
     ...quantiles(found.examples.filter((one) => one.kind === "sample"), largest));
   main.focus({preventScroll: true});
   scrollTo(0, 0);
