@@ -2,7 +2,8 @@
 
 Starts a Prefect server of its own, runs the quickstart in an empty folder, starts MLflow on what came of it, and looks at
 the pages in headless Chromium (`chromium` on PATH), waiting for what each must show. Minutes; `prefect-form` alone needs no
-run. `mlflow-compare` and `mlflow-charts` are of three small runs. The sweep's pictures and matplotlib's are not made here.
+run. `mlflow-compare` and `mlflow-charts` are of three small runs, `images-feature` is of the model that `vision.py` makes. The
+sweep's pictures and matplotlib's are not made here.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ CHROMIUM = [
 ]  # fmt: skip
 PATIENCE_SECONDS = 180
 THREE = ["mlflow-compare", "mlflow-charts"]
+IMAGES = "images-feature"
 SMALL = ["corpus.train_tokens=200_000", "training.tokens=400_000", "evaluation.tokens=20_000", "interpretation.tokens=10_000"]
 
 
@@ -63,7 +65,9 @@ def main(names: list[str]) -> None:
         scratch = Path(stack.enter_context(TemporaryDirectory(prefix="sae-pictures-")))
         environment = stack.enter_context(_prefect(scratch))
         shots = {"prefect-form": _form(environment)}
-        if not names or set(names) - {"prefect-form", *THREE}:
+        if not names or IMAGES in names:
+            shots[IMAGES] = _of_images(environment, scratch / "images")
+        if not names or set(names) - {"prefect-form", IMAGES, *THREE}:
             shots |= _of_a_run(environment, scratch, stack)
         if not names or set(names) & set(THREE):
             shots |= _of_three_runs(environment, scratch, stack)
@@ -117,6 +121,20 @@ def _of_three_runs(environment: dict[str, str], scratch: Path, stack: ExitStack)
             CLOSE_ASSISTANT + SOME_CHARTS,
         ),
     }
+
+
+def _of_images(environment: dict[str, str], folder: Path) -> Shot:
+    """Of the features that fire on at most a twentieth of the patches, and in many images, the one that fires most."""
+    subprocess.run([sys.executable, DOCS / "vision.py", folder], env=environment, check=True)
+    done = subprocess.run(
+        [BIN / "sae", "run", "images.yaml", "--json"], env=environment, cwd=folder, check=True, stdout=subprocess.PIPE
+    )
+    sae = folder / json.loads(done.stdout)["paths"]["sae"]
+    listing = [BIN / "sae", "features", "list", "images.yaml", "--json", "--limit", "1000"]
+    found = subprocess.run(listing, env=environment, cwd=folder, check=True, stdout=subprocess.PIPE)
+    rows = [row for row in json.loads(found.stdout)["features"] if row["density"] <= 0.05 and row["sequences"] >= 150]
+    chosen = max(rows, key=lambda row: row["max"])["feature"]
+    return Shot(f"file://{sae}/browser/index.html#{chosen}", "Where it fires most", 1100, 1320)
 
 
 def _run(environment: dict[str, str], folder: Path, *changed: str) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from components.corpus.manifest import TokenManifest
 from components.corpus.tokens import PADDING, Sequences, read_sequences
 from components.language_model.loading import ModelSource, forward_inputs
 
-Predicts = Literal["next_token", "answer", "nothing"]
-"""What the model does after the hook point: it predicts the next token of a text; it answers to an image and a prompt, to which
-there is no right answer, so that answers are compared; or it ends in states."""
+Predicts = Literal["next_token", "answer", "classes", "nothing"]
+"""What the model does after the hook point: it predicts the next token of a text; it answers to an image and a prompt, or gives
+each image a class, of which none is known to be right, so that they are compared; or it ends in states."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class HeldOut:
     def predicts(self) -> Predicts:
         if self.images is None:
             return "next_token"
-        return "answer" if self.images.layout.of_text else "nothing"
+        if self.images.layout.of_text:
+            return "answer"
+        return "classes" if self.images.source.classifies else "nothing"
 
     def inputs(self, block: Sequences, device: torch.device) -> dict[str, Tensor]:
         """What the model's forward takes for sequences of these, padded on the right."""

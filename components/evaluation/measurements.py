@@ -53,6 +53,11 @@ class Subject:
     """Of the model's tokenizer; no breakdown by class without it."""
     reads: tuple[HookPoint, ...] = ()
     """What the SAE reads, side by side; nothing where that is `point`."""
+    head: nn.Module | None = None
+    """The image classifier that `model` is the body of."""
+
+    def splicer(self, keep_neurons: bool = False) -> Splicer:
+        return Splicer(self.model, self.point, self.reads, keep_neurons, self.text.predicts != "nothing", self.head)
 
     def reconstructed(self, x: Tensor) -> tuple[Features, Tensor]:
         with torch.no_grad():
@@ -88,7 +93,7 @@ def measure_saes(
     saes: dict[str, Variant] = {f"sae {number}": partial(counting, number) for number in range(len(subjects))}
     shared: dict[str, Variant] = {"zero": baselines.zero, "mean": baselines.constant(mean)}
     measurement = Measurement(
-        Splicer(first.model, first.point, first.reads, to_logits=first.text.predicts != "nothing"),
+        first.splicer(),
         {"sae 0": saes["sae 0"], **shared, **saes},
         frozenset(saes),
         mean,
@@ -155,7 +160,7 @@ def measure_all_baselines(
             if key not in variants:
                 variants[key] = variant(name, subject, capped if name == "pca" else count)
     measurement = Measurement(
-        Splicer(first.model, first.point, first.reads, "neurons" in compared, first.text.predicts != "nothing"),
+        first.splicer(keep_neurons="neurons" in compared),
         variants,
         frozenset(variants),
         reference.mean,

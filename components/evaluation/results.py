@@ -31,7 +31,7 @@ _OF_NEXT_TOKEN = (
     "ce_loss", "ce_loss_clean", "ce_loss_sae", "ce_loss_zero", "ce_loss_mean", "loss_recovered", "loss_recovered_mean"
 )  # fmt: skip
 _LEFT_OUT: dict[Predicts, tuple[str, ...]] = {
-    "next_token": (), "answer": _OF_NEXT_TOKEN, "nothing": (*_OF_NEXT_TOKEN, "kl_divergence")
+    "next_token": (), "answer": _OF_NEXT_TOKEN, "classes": _OF_NEXT_TOKEN, "nothing": (*_OF_NEXT_TOKEN, "kl_divergence")
 }  # fmt: skip
 """Metrics that do not apply are absent, and not null."""
 

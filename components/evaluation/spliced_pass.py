@@ -119,6 +119,11 @@ class Measurement:
         ce_clean = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         ce = ce_clean.expand(len(logits), *tokens.shape).clone()
         kl = torch.zeros_like(ce)
+        if clean.shape[1] < tokens.shape[1]:  # of an image as a whole
+            rows = predicting.any(dim=1)
+            targets = tokens.new_zeros(int(rows.sum()))
+            kl[:, predicting] = token_losses(clean[rows, 0], logits[:, rows, 0], targets, with_kl)[2].double()
+            return ce_clean, ce, kl
         # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
         # The last position predicts nothing, or an answer that is in no text: of that, the KL alone is looked at.
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
@@ -145,12 +150,14 @@ class Measurement:
 
 def _predicting(text: HeldOut, counted: Tensor, owner: Tensor) -> Tensor:
     """Where the logits are looked at, bool `[batch, length]`: wherever the next token is text and not padding; of images with a
-    prompt at the end, too, where the answer begins."""
+    prompt at the end, too, where the answer begins; of images with classes once, at the first patch that counts."""
     after = torch.nn.functional.pad(owner[:, 1:] != PADDING, (0, 1))
     if text.images is None:
         return counted & after
     if text.predicts == "nothing":
         return torch.zeros_like(counted)
+    if text.predicts == "classes":
+        return counted & (counted.cumsum(dim=1) == 1)
     within_image = torch.zeros(counted.shape[1], dtype=torch.bool, device=counted.device)
     within_image[[place - 1 for place in text.images.layout.places if place > 0]] = True
     return counted & ~within_image

@@ -34,9 +34,12 @@ class Splicer:
         reads: Sequence[HookPoint] = (),
         keep_neurons: bool = False,
         to_logits: bool = True,
+        head: nn.Module | None = None,
     ) -> None:
         """reads: other places whose activations a clean pass keeps in `read`. keep_neurons: also keep what the MLP's last
-        matrix reads, for `mlp_out` alone. to_logits: whether the model has logits; else nothing is continued."""
+        matrix reads, for `mlp_out` alone. to_logits: whether the model has logits; else nothing is continued. head: see
+        `spliced_logits`."""
+        self.head = head
         self.model, self.point, self.reads, self.to_logits = model, point, tuple(reads), to_logits
         self._own, inner = within(model, point)
         """Of two models, the one that is continued; the other is run for what is read there."""
@@ -65,7 +68,7 @@ class Splicer:
         seen: list[Tensor] = []
         own = [one for one in self.reads if one not in self._beside]
         with self._watching(len(next(iter(inputs.values()))), own):
-            logits = spliced_logits(self.model, self.point, seen.append, inputs)
+            logits = spliced_logits(self.model, self.point, seen.append, inputs, self.head)
         if self._beside:
             self.read |= capture(self.model, self._beside, inputs)
         self._inputs = inputs
@@ -77,9 +80,8 @@ class Splicer:
     def spliced(self, activations: Tensor) -> Tensor:
         """activations `[variants, batch, length, d_in]` in place of those of the last clean pass -> logits
         `[variants, batch, length, vocabulary]`, computed as one larger batch."""
-        variants, batch, length, _ = activations.shape
-        logits = self._continued(activations.flatten(0, 1), variants, slice(None))
-        return logits.reshape(variants, batch, length, -1)
+        variants, batch = activations.shape[:2]
+        return self._continued(activations.flatten(0, 1), variants, slice(None)).unflatten(0, (variants, batch))
 
     def _continued(self, activations: Tensor, variants: int, rows: slice) -> Tensor:
         stream = activations
@@ -87,7 +89,7 @@ class Splicer:
             stream = self._stream[rows].repeat(variants, 1, 1)
         with self._handing_on(stream):
             inputs = {name: given[rows].repeat(variants, *[1] * (given.ndim - 1)) for name, given in self._inputs.items()}
-            return spliced_logits(self.model, self.point, lambda _: activations, inputs)
+            return spliced_logits(self.model, self.point, lambda _: activations, inputs, self.head)
 
     def _check(self, x: Tensor, logits: Tensor) -> None:
         """One sequence continued with its own activations must give its own logits."""

@@ -65,12 +65,24 @@ def model_config(config: Any) -> Any:
     return config.vision_config if family_of(config) == "vision" and hasattr(config, "vision_config") else config
 
 
-def model_class(config: Any) -> Any:
-    """The transformers class that loads it. Encoders are loaded without a head, which no hook point needs."""
+def model_class(config: Any, with_head: bool = False) -> Any:
+    """The transformers class that loads it. Encoders are loaded without a head, which no hook point needs, but for
+    `with_head`, see `classifies`."""
     import transformers
 
+    if with_head:
+        return transformers.AutoModelForImageClassification
     name = {"causal": "AutoModelForCausalLM", "vision_language": "AutoModelForImageTextToText"}
     return getattr(transformers, name.get(family_of(config), "AutoModel"))
+
+
+def classifies(config: Any) -> bool:
+    """Whether a vision transformer was saved with a head that tells classes of images."""
+    from transformers.models.auto import modeling_auto as auto
+
+    known = auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(getattr(config, "model_type", ""))
+    first = known[0] if isinstance(known, (tuple, list)) else known
+    return family_of(config) == "vision" and first is not None and (getattr(config, "architectures", None) or [""])[0] == first
 
 
 def vision_tower(model: nn.Module) -> nn.Module | None:

@@ -252,17 +252,22 @@ def capture_beside(model: nn.Module, points: Sequence[HookPoint], inputs: Mappin
 
 @torch.no_grad()
 def spliced_logits(
-    model: nn.Module, point: HookPoint, replace: Callable[[Tensor], Tensor | None], inputs: Tensor | Mapping[str, Tensor]
+    model: nn.Module,
+    point: HookPoint,
+    replace: Callable[[Tensor], Tensor | None],
+    inputs: Tensor | Mapping[str, Tensor],
+    head: nn.Module | None = None,
 ) -> Tensor:
     """Logits `[batch, length, vocabulary]` with the activation at `point` passed through `replace`.
 
     `replace` gets `[batch, length, d_in]` and gives the same shape back, or None to leave it as it is. inputs: token ids
-    `[batch, length]`, or all that the model's forward takes. Of two models the one that the point is in is run.
+    `[batch, length]`, or all that the model's forward takes. Of two models the one that the point is in is run. head: an image
+    classifier that the model is the body of; its logits are `[batch, 1, classes]`.
     """
     model, point = within(model, point)
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
     with hooked(model, point, replace, len(next(iter(given.values())))):
-        return model(**given, use_cache=False).logits
+        return model(**given, use_cache=False).logits if head is None else head(**given).logits[:, None]
 
 
 def logits_gradient(

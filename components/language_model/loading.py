@@ -80,7 +80,7 @@ def load_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # a table of the weights that are not needed, such as an encoder's head
         try:
-            model, loaded = model_class(source.config).from_pretrained(
+            model, loaded = model_class(source.config, source.with_head).from_pretrained(
                 source.location,
                 config=deepcopy(source.config),
                 revision=source.commit,
@@ -124,7 +124,7 @@ def kept_model(source: ModelSource, device: torch.device) -> torch.nn.Module:
     Each thread has modules of its own: a hook that one thread puts on them is not called in another's forward pass.
     """
     global _kept
-    key = f"{source.settings.model_dump_json()} {source.location} {source.commit} {device}"
+    key = f"{source.settings.model_dump_json()} {source.location} {source.commit} {device} {source.with_head}"
     with LOADING:
         if _kept is None or _kept.key != key:
             _kept = None  # two would not fit

@@ -20,6 +20,7 @@ from components.corpus.images import ImageLayout
 from components.language_model.architectures import (
     Family,
     TwoModels,
+    classifies,
     family_of,
     model_class,
     model_config,
@@ -63,6 +64,8 @@ class ModelSource:
     commit: str | None
     second: ModelSource | None = None
     """A model that reads the same tokens; all but `skeleton`, `widths`, `slug`, `identity`, `longest_text` is of the first."""
+    with_head: bool = False
+    """Whether the head of an image classifier is loaded as well."""
 
     @cached_property
     def alone(self) -> ModelSource:
@@ -103,6 +106,10 @@ class ModelSource:
     @property
     def family(self) -> Family:
         return family_of(self.config)
+
+    @property
+    def classifies(self) -> bool:
+        return classifies(self.config)
 
     @property
     def layers(self) -> int:

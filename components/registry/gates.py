@@ -214,14 +214,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def quality_of(candidate: dict[str, Any]) -> str:
-    """What is to be no lower than the champion's: of an SAE on images, which has no loss to recover, the explained variance."""
-    return "loss_recovered" if "loss_recovered" in candidate else "explained_variance"
+def quality_of(candidate: dict[str, Any], champion: dict[str, Any]) -> str:
+    """What is to be no lower than the champion's: of SAEs on images, which have no loss to recover, the explained variance."""
+    return "loss_recovered" if "loss_recovered" in {**candidate, **champion} else "explained_variance"
 
 
 def margin_of(gates: ChampionGates, candidate: dict[str, Any], champion: dict[str, Any]) -> float:
     """Half the width of the wider confidence interval of `quality_of`, capped; 0 where there is none."""
-    widths, name = [0.0], quality_of(candidate)
+    widths, name = [0.0], quality_of(candidate, champion)
     for metrics in (candidate, champion):
         low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
         if _is_number(low) and _is_number(high):
@@ -238,7 +238,7 @@ def _against(
         measured = "the same" if same else f"{candidate_set}, champion {champion_set}"
         required = "the champion's held-out tokens, language model and hook point"
         results.append(GateResult(gate="champion.evaluation_set", passed=same, measured=measured, required=required))
-    quality = quality_of(candidate)
+    quality = quality_of(candidate, champion)
     unknown = [name for name in (quality, "l0") if not (_is_number(candidate.get(name)) and _is_number(champion.get(name)))]
     if unknown:
         measured = ", ".join(f"{name} {candidate.get(name)} against {champion.get(name)}" for name in unknown)

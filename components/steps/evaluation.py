@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from components import storage
 from components.activations.dataset.forward import resolve_exclusion
@@ -23,7 +25,7 @@ from components.evaluation.span_totals import Measured, SpanSums
 from components.interop.coders import AnySAE
 from components.interop.saelens import CONFIG_NAME, WEIGHTS_NAME, load_saelens
 from components.language_model.hook_points import parse_hook_point
-from components.language_model.loading import LOADING, kept_model, load_tokenizer
+from components.language_model.loading import LOADING, ModelSource, kept_model, load_tokenizer
 from components.run import identity
 from components.run.specification import Specification
 from components.sae.coder import Coder
@@ -145,10 +147,22 @@ def own_sae(url: str, device: torch.device) -> AnySAE:
 
 def _subject(job: EvaluationJob, device: torch.device, classes: evaluation.TokenClasses | None = None) -> measurements.Subject:
     with LOADING:  # the SAE too: torch's default type is another meanwhile
-        sae, model = own_sae(job.sae_url, device), kept_model(job.source, device)
+        sae = own_sae(job.sae_url, device)
+        model, head = _model_and_head(job.source, device, job.text)
     return measurements.Subject(
-        sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes, reads=job.reads
-    )
+        sae=sae, d_sae=sae.d_sae, model=model, point=job.point, text=job.text, device=device, classes=classes, reads=job.reads,
+        head=head,
+    )  # fmt: skip
+
+
+def _model_and_head(source: ModelSource, device: torch.device, text: evaluation.HeldOut) -> tuple[nn.Module, nn.Module | None]:
+    """The model that hook points are named in; and the image classifier of which it is the body, where it is one."""
+    if text.predicts != "classes":
+        return kept_model(source, device), None
+    head = kept_model(dataclasses.replace(source, with_head=True), device)
+    body = head.base_model
+    assert isinstance(body, nn.Module)
+    return body, head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +190,8 @@ class Unmeasured:
 def measured_together(subjects: Sequence[Unmeasured], token_manifest: TokenManifest) -> list[EvaluationRecord]:
     """Evaluate SAEs whose runs differ by them alone, and write what was found."""
     run = subjects[0].run
-    device, model = run.device, kept_model(run.source, run.device)
-    text = held_out_of(run, token_manifest)
+    device, text = run.device, held_out_of(run, token_manifest)
+    model, head = _model_and_head(run.source, device, text)
     classes = None if run.of_images else evaluation.TokenClasses(load_tokenizer(run.source))
     found: list[dict[str, evaluation.Evaluation]] = [{} for _ in subjects]
     references: dict[str, evaluation.Reference] = {}
@@ -189,6 +203,7 @@ def measured_together(subjects: Sequence[Unmeasured], token_manifest: TokenManif
             evaluation.Subject(
                 sae=OneColumn(sae, number) if several and isinstance(sae, Coder) else sae,
                 d_sae=sae.d_sae, model=model, point=point, text=text, device=device, classes=classes, reads=run.read_points,
+                head=head,
             )
             for sae in saes
         ]  # fmt: skip

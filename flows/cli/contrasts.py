@@ -88,10 +88,10 @@ def _print_multimodal(result: dict[str, Any]) -> None:
     table = Table("feature", "alike", "of image tokens", "largest", "on", "of text tokens", "largest", "on")
     for row in result["features"]:
         image, text = row["images"], row["texts"]
-        table.add_row(
-            str(row["feature"]), f"{row['alike']:.2f}", f"{image['share']:.2%}", f"{image['largest']:.3g}",
-            Text(printable(image["where"])), f"{text['share']:.2%}", f"{text['largest']:.3g}", Text(printable(text["token"])),
-        )  # fmt: skip
+        where = f"image {image['image']}" + (f" {tuple(image['patch'])}" if image["patch"] else "")
+        of_image = (f"{image['share']:.2%}", f"{image['largest']:.3g}", where)
+        of_text = (f"{text['share']:.2%}", f"{text['largest']:.3g}", Text(printable(text["token"])))
+        table.add_row(str(row["feature"]), f"{row['alike']:.2f}", *of_image, *of_text)
     console = terminal()
     console.print(table)
     console.print(

@@ -250,7 +250,9 @@ def _print_feature(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console, row = terminal(), result["row"]
-    units = ("patches", "images") if any("name" in one for one in result["examples"]) else ("tokens", "sequences")
+    of_images = any("name" in one for one in result["examples"])
+    of_text = not of_images or any(one["tokens"] for one in result["examples"])
+    units = "tokens" if of_text else "patches", "images" if of_images else "sequences"
     console.print(f"feature {row['feature']}: fires on {row['density']:.4%} of {units[0]}, in {row['sequences']:,} {units[1]}")
     if said := result["explained"]:
         scores = ", ".join(f"{name} {said[name]:.2f}" for name in _SCORES if said[name] is not None)

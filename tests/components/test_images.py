@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from seeing import draw_pictures, save_llava, save_vit, tree
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTImageProcessorPil, ViTModel
+from transformers import AutoProcessor, LlavaForConditionalGeneration, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from components import steps
 from components.corpus.tokens import read_sequences
@@ -113,16 +113,61 @@ def test_what_is_measured_on_held_out_patches_is_that_of_the_whole_matrix(of_vit
     assert low < high  # resampled by image
     density = pq.read_table(Path(of_vit.sae_url) / "features.parquet")["density"].to_numpy()
     assert density == pytest.approx(fires.mean(dim=0).numpy())
-    assert not [name for name in metrics if "loss" in name or "kl" in name]  # absent, and not null
+    assert not [name for name in metrics if "loss" in name]  # absent, and not null
     by_name = {row["name"]: row for row in record.baselines}
     assert set(by_name["sae"]) == {
-        "name", "mse", "normalized_mse", "explained_variance", "l0", "cosine_similarity", "norm_ratio", "tokens"
+        "name", "mse", "normalized_mse", "explained_variance", "l0", "cosine_similarity", "norm_ratio", "tokens",
+        "kl_divergence",
     }  # fmt: skip
     assert by_name["zero"]["mse"] == pytest.approx(float(rows[:70].square().mean()), rel=1e-5)
     assert by_name["identity"]["explained_variance"] == 1.0
     page = (Path(of_vit.sae_url) / "report.html").read_text()
     assert "held-out patches of <b>6</b> images" in page
     assert "cross-entropy" not in page
+
+
+def test_a_classifier_is_measured_by_how_its_classes_change(of_vit: Specification):
+    x, _, counted = vit_states(of_vit)
+    _, written = features_of(of_vit, x)
+    manifest, location = of_vit.token_manifest(), of_vit.config.language_model.name
+    block = read_sequences(of_vit.token_url, manifest, "held_out", 0, manifest.splits["held_out"].sequences)
+    processor, model = (
+        ViTImageProcessorPil.from_pretrained(location),
+        ViTForImageClassification.from_pretrained(location).eval(),
+    )
+    expected = []
+    for number in np.flatnonzero(counted.any(axis=1)):
+        with Image.open(io.BytesIO(block.images[number])) as picture:
+            pixels = processor(images=[picture.convert("RGB")], return_tensors="pt")["pixel_values"]
+
+        def spliced(_module, _arguments, output, number=number):
+            states = (output[0] if isinstance(output, tuple) else output).clone()
+            states[0, 1:][torch.from_numpy(counted[number])] = written[number][torch.from_numpy(counted[number])]
+            return (states, *output[1:]) if isinstance(output, tuple) else states
+
+        with torch.no_grad():
+            clean = model(pixels).logits[0].double().log_softmax(-1)
+            handle = next(layer for name, layer in model.named_modules() if name.endswith("layers.1")).register_forward_hook(
+                spliced
+            )
+            other = model(pixels).logits[0].double().log_softmax(-1)
+            handle.remove()
+        expected.append(float((clean.exp() * (clean - other)).sum()))
+    found = of_vit.evaluation_record()
+    assert len(expected) == 6
+    assert found.metrics["kl_divergence"] == pytest.approx(np.mean(expected), rel=1e-3)
+    assert found.metrics["kl_divergence"] > 1e-7
+
+
+@pytest.mark.parametrize("point", ["vision.resid_post.1"])
+def test_a_tower_without_a_head_has_no_divergence(point: str, folder: Path, tmp_path: Path):
+    run = trained(configured(folder, tmp_path, "llava", point))
+    metrics = steps.evaluate(run).metrics
+    assert metrics["explained_variance"] is not None
+    assert not [name for name in metrics if "loss" in name or "kl" in name]
+    assert steps.interpret(run).living > 0
+    with pytest.raises(UserError, match="reads images alone"):
+        steps.multilingual(run, None, 5)
 
 
 def test_spans_of_images_add_up_to_the_whole(of_vit: Specification, monkeypatch: pytest.MonkeyPatch):

@@ -85,6 +85,30 @@ def test_other_held_out_tokens_do_not_compare():
     assert [result.gate for result in report.results if not result.passed] == ["champion.evaluation_set"]
 
 
+def seen(explained: float, l0: float = 10.0) -> dict:
+    """Metrics of an SAE on images."""
+    bounds = {"explained_variance_low": explained - 0.005, "explained_variance_high": explained + 0.005}
+    return {"explained_variance": explained, **bounds, "l0": l0, "dead_fraction": 0.01, "evaluation_tokens": 100_000}
+
+
+def test_on_images_explained_variance_is_compared_and_a_gate_on_the_loss_says_that_there_is_none():
+    report = checked(seen(0.9))
+    assert [row.gate for row in report.results if not row.passed] == ["loss_recovered"]
+    assert "there is no such metric" in report.reason
+    own = Gates(bounds={"explained_variance": {"at_least": 0.5}})
+    for candidate, champion, failed in (
+        (seen(0.9), None, []),
+        (seen(0.92), seen(0.9), []),
+        (seen(0.9, 9.0), seen(0.9), []),
+        (seen(0.902), seen(0.9), ["champion.improvement"]),
+        (seen(0.89, 9.0), seen(0.9), ["champion.explained_variance", "champion.improvement"]),
+        (seen(0.99), metrics(), ["champion.comparable"]),  # one on text is another thing
+    ):
+        report = checked(candidate, champion, gates=own)
+        assert [row.gate for row in report.results if not row.passed] == failed
+    assert "explains more variance" in checked(seen(0.92), seen(0.9), gates=own).reason
+
+
 def test_of_two_versions_at_most_one_beats_the_other():
     values = [(recovered, l0) for recovered in (0.88, 0.895, 0.899, 0.9, 0.903, 0.92) for l0 in (9.0, 9.9, 10.0, 10.3, 12.0)]
     gates = load_gates(None)
