@@ -170,6 +170,30 @@ def test_a_tower_without_a_head_has_no_divergence(point: str, folder: Path, tmp_
         steps.multilingual(run, None, 5)
 
 
+def test_a_transcoder_on_images_is_measured_where_it_writes(folder: Path, tmp_path: Path):
+    config = configured(folder, tmp_path, "vit", "mlp_in.1")
+    config["activations"]["hook_points"] = ["mlp_in.1", "mlp_out.1"]
+    config["training"] |= {"hook_point": "mlp_in.1", "target": "mlp_out.1"}
+    run = trained(config)
+    metrics = steps.evaluate(run).metrics
+    manifest, location = run.token_manifest(), run.config.language_model.name
+    block = read_sequences(run.token_url, manifest, "held_out", 0, manifest.splits["held_out"].sequences)
+    processor, model = ViTImageProcessorPil.from_pretrained(location), ViTModel.from_pretrained(location).eval()
+    mlp = next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp"))
+    seen: list[torch.Tensor] = []
+    mlp.register_forward_hook(lambda _module, arguments, output: seen.extend((arguments[0], output)))
+    pictures = [Image.open(io.BytesIO(content)).convert("RGB") for content in block.images]
+    with torch.no_grad():
+        model(processor(images=pictures, return_tensors="pt")["pixel_values"])
+    read, there = (part[:, 1:].reshape(-1, 16)[:90] for part in seen)
+    with torch.no_grad():
+        _, written = steps.evaluation.own_sae(run.sae_url, CPU).reconstruct(read)
+    error, variance = (there - written).double().square().sum(), (there - there.mean(dim=0)).double().square().sum()
+    assert metrics["explained_variance"] == pytest.approx(float(1 - error / variance), rel=1e-4)
+    assert metrics["kl_divergence"] > 0
+    assert steps.interpret(run).living > 0
+
+
 def test_spans_of_images_add_up_to_the_whole(of_vit: Specification, monkeypatch: pytest.MonkeyPatch):
     whole = of_vit.evaluation_record()
     monkeypatch.setattr(kept, "TOKENS", 20)
