@@ -54,6 +54,13 @@ class ImageLayout(Record):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def patch(self, place: int) -> tuple[int, int] | None:
+        """Row and column on the picture of a place in the sequence, from 0; None for one that is no part of the picture."""
+        if self.grid is None or place not in self.places:
+            return None
+        row, column = divmod(self.places.index(place), self.grid[1])
+        return row, column
+
 
 def prepare_images(
     settings: CorpusSettings,
@@ -80,7 +87,7 @@ def prepare_images(
     unreadable: list[str] = []
     with DocumentTable(url, _DOCUMENT_SCHEMA) as table:
         for name, content in _read_images(settings, files, seed):
-            size = _size(content)
+            size = size_of(content)
             if size is None:
                 unreadable.append(name)
                 continue
@@ -187,7 +194,7 @@ def _read_parquet(url: str, column: str) -> Iterator[tuple[str, bytes]]:
             number += 1
 
 
-def _size(content: bytes) -> tuple[int, int] | None:
+def size_of(content: bytes) -> tuple[int, int] | None:
     """Width and height in pixels of an image that decodes to its end, else None."""
     from PIL import Image
 

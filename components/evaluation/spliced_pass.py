@@ -127,8 +127,8 @@ class Measurement:
         # Sequence by sequence: one vocabulary of float32 per position is what takes memory, and what should stay in cache.
         # The last position predicts nothing, or an answer that is in no text: of that, the KL alone is looked at.
         targets = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+        stop = tokens.shape[1] - 1 + bool(predicting[:, -1].any())
         for row in range(len(tokens)):
-            stop = tokens.shape[1] - 1 + int(bool(predicting[row, -1]))
             here, others, divergences = token_losses(clean[row, :stop], logits[:, row, :stop], targets[row, :stop], with_kl)
             keep = predicting[row, :stop]
             ce_clean[row, :stop] = here.double().where(keep, 0.0)

@@ -82,11 +82,8 @@ class Pictures:
                 yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
 
     def patch(self, place: int) -> tuple[int, int] | None:
-        """Row and column on the picture of a place in the sequence, from 0; None for one that is no part of the picture."""
-        if self.layout.grid is None or place not in self.layout.places:
-            return None
-        row, column = divmod(self.layout.places.index(place), self.layout.grid[1])
-        return row, column
+        """See `ImageLayout.patch`."""
+        return self.layout.patch(place)
 
     def where(self, document: int, place: int) -> str:
         """Image and patch in words: `cat.png (2, 3)`; of an image without a picture, its id."""

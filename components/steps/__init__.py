@@ -28,7 +28,7 @@ from components.steps.interpretation import (
     search_features,
     show_feature,
 )
-from components.steps.modalities import multimodal
+from components.steps.modalities import multimodal, search_pictures
 from components.steps.outcome import comparison, finished_run, is_news, run_address, summary
 from components.steps.registration import log_results, register, require_evaluated, tracked
 from components.steps.saebench import require_autoencoder, write_saebench
@@ -84,6 +84,7 @@ __all__ = [
     "search_direction",
     "search_explanations",
     "search_features",
+    "search_pictures",
     "show_feature",
     "steer",
     "steering_effect",

@@ -1,17 +1,70 @@
-"""Coder of a vision-language model -> which of its features fire on images and on text."""
+"""Coder of a model that sees -> which of its features fire on pictures of one's own, and on images and on text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from components.corpus import tokens as corpus
+from components.corpus.images import size_of
+from components.corpus.tokens import SPECIAL
 from components.interpretation import modalities, search
 from components.interpretation.pictures import Pictures
 from components.interpretation.prompt_sets import load_harmless
+from components.language_model.hook_points import capture_beside
+from components.language_model.loading import forward_inputs, kept_model
 from components.run.specification import Specification
 from components.settings import UserError
+from components.steps.evaluation import own_sae
 from components.steps.interpretation import decode_of, held_out_pass, token_ids
 from components.steps.reference import held_out_of
+
+
+def search_pictures(run: Specification, pictures: Sequence[Path], against: Sequence[Path], limit: int) -> list[dict[str, Any]]:
+    """As `search_features`, of pictures in place of texts; `patches` are row and column (or the place in the sequence, for what
+    is no part of the picture) where a feature fires most in each picture in which it does."""
+    if not run.of_images:
+        raise UserError(f"--image: the SAE reads '{run.config.corpus.source}'; accepted is one whose corpus is images")
+    if run.training_record() is None:
+        raise UserError(f"sae: the artifact {run.sae_url} is not there yet; run `sae train` first")
+    layout, model, sae = run.model.layout(), kept_model(run.source, run.device), own_sae(run.sae_url, run.device)
+    counted = np.array(layout.counted)
+    places = np.flatnonzero(counted).tolist()
+
+    @torch.no_grad()
+    def firing(file: Path) -> Tensor:
+        """Of the tokens that count, `[n, d_sae]`."""
+        content = file.read_bytes() if file.is_file() else b""
+        if size_of(content) is None:
+            raise UserError(f"--image: '{file}' cannot be read as an image")
+        row = corpus.Sequences(
+            tokens=np.array([layout.tokens]), documents=np.where(counted, 0, SPECIAL)[None],
+            positions=np.array([layout.positions]), images=(content,),
+        )  # fmt: skip
+        x = capture_beside(model, run.read_points or (run.point,), forward_inputs(run.source, row, run.device))[0, counted]
+        return sae.encode(x.to(torch.promote_types(x.dtype, torch.float32))).dense().float().cpu()
+
+    ours, theirs = [firing(one) for one in pictures], [firing(one) for one in against]
+    difference, rows = search.contrast(ours, theirs), []
+    for feature in difference.argsort(descending=True, stable=True)[:limit].tolist():
+        if difference[feature] <= 0:
+            break
+        peaks = [places[int(one[:, feature].argmax())] for one in ours if one[:, feature].max() > 0]
+        rows.append(
+            {
+                "feature": feature,
+                "difference": float(f"{difference[feature]:.4g}"),
+                "pictures": len(peaks),
+                "against": sum(bool(one[:, feature].max() > 0) for one in theirs),
+                "patches": [layout.patch(place) or place for place in peaks],
+            }
+        )
+    return rows
 
 
 def multimodal(run: Specification, texts: Sequence[str], densest: float, limit: int) -> dict[str, Any]:

@@ -72,6 +72,12 @@ def search(
     config: Config,
     texts: Annotated[list[str] | None, typer.Option("--text", help="A text that they should fire on. Repeatable.")] = None,
     against: Annotated[list[str] | None, typer.Option("--against", help="A text that they should not. Repeatable.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="A picture on which they should fire. Repeatable.")
+    ] = None,
+    against_images: Annotated[
+        list[Path] | None, typer.Option("--against-image", help="A picture on which they should not. Repeatable.")
+    ] = None,
     explanation: Annotated[
         str | None, typer.Option("--explanation", help="Words of what was said of them (`sae features explain`).")
     ] = None,
@@ -82,17 +88,19 @@ def search(
     limit: Annotated[int, typer.Option("--limit", min=1)] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`), by `--explanation` or by
-    `--direction`."""
+    """Find features by what they fire on (`--text "raise ValueError(x)" --against "return x"`, `--image cat.png`), by
+    `--explanation` or by `--direction`."""
     with command(as_json) as show:
         from components import steps
         from components.settings import UserError
 
-        if [bool(texts), explanation is not None, direction is not None].count(True) != 1:
-            raise UserError("--text, --explanation or --direction: one of them is needed")
+        if [bool(texts), bool(images), explanation is not None, direction is not None].count(True) != 1:
+            raise UserError("--text, --image, --explanation or --direction: one of them is needed")
         run = checked(config, overrides)
         if explanation is not None:
             show({"features": steps.search_explanations(run, explanation, limit)}, _print_explained)
+        elif images:
+            show({"features": steps.search_pictures(run, images, against_images or [], limit)}, _print_seen)
         elif direction is not None:
             show({"features": steps.search_direction(run, direction, limit)}, print_tree)
         else:
@@ -183,6 +191,16 @@ def _print_found(result: dict[str, Any]) -> None:
     for row in result["features"]:
         numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["texts"]), str(row["against"]))
         table.add_row(*numbers, Text("  ".join(map(printable, row["tokens"]))))
+    terminal().print(table)
+
+
+def _print_seen(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("feature", "difference", "fires on", "of the others", "most on patch")
+    for row in result["features"]:
+        numbers = (str(row["feature"]), f"{row['difference']:.3g}", str(row["pictures"]), str(row["against"]))
+        table.add_row(*numbers, "  ".join(map(str, row["patches"])))
     terminal().print(table)
 
 

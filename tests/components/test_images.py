@@ -285,6 +285,30 @@ def test_the_browser_has_the_pictures_and_where_on_them_a_feature_fires(of_vit: 
     )
 
 
+def test_pictures_of_ones_own_find_features(of_vit: Specification, tmp_path: Path):
+    x, _, _ = vit_states(of_vit)
+    features = features_of(of_vit, x)[0]  # of held-out images, [n, 16, d_sae]
+    manifest = of_vit.token_manifest()
+    block = read_sequences(of_vit.token_url, manifest, "held_out", 0, manifest.splits["held_out"].sequences)
+    files = [tmp_path / f"{number}.img" for number in range(4)]
+    for file, content in zip(files, block.images, strict=False):
+        file.write_bytes(content)
+    largest = features[:4].amax(dim=1)
+    difference = largest[:2].mean(dim=0) - largest[2:].mean(dim=0)
+    found = steps.search_pictures(of_vit, files[:2], files[2:], 5)
+    assert len(found) == 5
+    expected = difference.sort(descending=True).values[:5].tolist()
+    assert [row["difference"] for row in found] == pytest.approx(expected, rel=1e-3)
+    for row in found:
+        feature = row["feature"]
+        firing = [number for number in range(2) if largest[number, feature] > 0]
+        assert (row["pictures"], row["against"]) == (len(firing), int((largest[2:, feature] > 0).sum()))
+        assert row["patches"] == [divmod(int(features[number, :, feature].argmax()), 4) for number in firing]
+    (tmp_path / "none.png").write_text("no image")
+    with pytest.raises(UserError, match=r"--image: .*none\.png' cannot be read as an image"):
+        steps.search_pictures(of_vit, [tmp_path / "none.png"], [], 5)
+
+
 def test_what_reads_text_is_refused_in_one_sentence(of_vit: Specification, tmp_path: Path, folder: Path):
     refused = (
         lambda: steps.search_features(of_vit, ["the"], [], 5),
