@@ -112,6 +112,14 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def written(sections: dict[str, list[Row]], out: Path) -> str:
+    text = "\n".join(f"## {name}\n\n{table(rows)}" for name, rows in sections.items())
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(sections, indent=1))
+    (out / "gpu.md").write_text(text)
+    return text
+
+
 def missing(*names: str) -> str:
     """Of these modules, those that this Python does not have."""
     return ", ".join(name for name in names if importlib.util.find_spec(name) is None)
@@ -144,16 +152,13 @@ def main() -> int:
             free = torch.cuda.mem_get_info(device)[0]
             some = shapes if free > 30e9 else shapes[:1]
             sections["steps"] = [row for shape in some for row in steps(device, shape, peak["bfloat16"], arguments.peers)]
+        written(sections, arguments.out)
         if absent := missing("pydantic", "pyarrow", "transformers"):
             sections["continued"] = [{"continued": "not run", "why": f"this Python has no {absent}"}]
         else:
             sections["continued"] = continued(device)
         sections["quickstart"] = [quickstart(BUDGET_SECONDS - (time.monotonic() - started))]
-    text = "\n".join(f"## {name}\n\n{table(rows)}" for name, rows in sections.items())
-    print(text)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "gpu.json").write_text(json.dumps(sections, indent=1))
-    (arguments.out / "gpu.md").write_text(text)
+    print(written(sections, arguments.out))
     return 0 if all(row.get("passed", True) for rows in sections.values() for row in rows) else 1
 
 

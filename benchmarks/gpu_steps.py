@@ -133,7 +133,7 @@ def continued(device: torch.device) -> list[Row]:
     """A training on the quickstart's activations that is stopped at five random steps and goes on each time, against one that
     is not: the weights, bit for bit. The second coder's by the Triton kernels."""
     found = []
-    for architecture, more in (("batchtopk", []), ("topk", ["sae.d_sae=16384", "training.autocast=bfloat16"])):
+    for architecture, more in (("batchtopk", []), ("topk", ["sae.expansion_factor=128", "training.autocast=bfloat16"])):
         os.environ["SAE_TRITON"] = "1" if more else ""
         settings = [f"device={device}", "training.tokens=300000", f"sae.architecture={architecture}", *more]
         digests = [_trained(device, settings, times) for times in (0, 5)]
