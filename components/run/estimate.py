@@ -136,7 +136,8 @@ def training_memory(run: Specification, stored: int) -> tuple[int, int]:
     read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
     # weights, gradients and Adam's two moments; features and their gradients
     ranks = run.config.execution.training
-    coder = 16 * parameters(run) // ranks.feature_parallel + 12 * run.config.training.batch_size * run.d_sae // ranks.size
+    micro_batch = run.config.training.micro_batch
+    coder = 16 * parameters(run) // ranks.feature_parallel + 12 * micro_batch * run.d_sae // ranks.size
     return coder, reader_bytes(run.config.activations, stored, read_width)
 
 

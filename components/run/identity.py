@@ -64,7 +64,7 @@ TRAINING = Fields(
         "tokens", "batch_size", "learning_rate", "learning_rate_warmup", "learning_rate_decay", "adam_betas",
         "clip_gradient_norm", "autocast", "dead_after_tokens",
     ),
-    later=("dead_after_share",),
+    later=("dead_after_share", "gradient_accumulation_steps"),
     resolved=("hook_point", "target", "crosscoder", "start_from"),
     without_effect=("checkpoint_tokens", "checkpoint_minutes", "checkpoints_kept", "stop_seconds", "log_tokens"),
 )  # fmt: skip
