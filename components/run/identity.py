@@ -55,7 +55,7 @@ CORPUS = Fields(
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
 ACTIVATIONS = Fields(
     always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
-    later=("exclude", "mode", "generation_tokens"),
+    later=("exclude", "mode", "generation_tokens", "generations_mixed"),
     resolved=("hook_points",),
     without_effect=("sequences_per_chunk", "shuffle_workers", "disk_bytes"),
 )
