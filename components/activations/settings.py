@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from components.settings import Settings
 
-GENERATIONS_MIXED = 4
+GENERATIONS_MIXED = 8
 
 
 class ExcludeSettings(Settings):
@@ -39,7 +39,7 @@ class ActivationSettings(Settings):
 
     generations_mixed: int | None = Field(default=None, ge=1, le=64)
     """Of `online`: so many generations are read side by side, so that a batch is of the text of all of them: with one alone,
-    what is learned last leans towards the last one's text. 4 where it is not given."""
+    what is learned last leans towards the last one's text. 8 where it is not given."""
 
     disk_bytes: int | None = Field(default=None, ge=1)
     """Of `online`: what the generations may take under the storage root at any moment, what is being shuffled included; it does
