@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     result: dict[str, Any] = {"load": os.getloadavg()[0], "stored": [], "online": []}
-    for seed in range(options.seeds):
-        for name, generation in (("stored", 0), ("online", options.generation)):
+    for name, generation in (("online", options.generation), ("stored", 0)):
+        for seed in range(options.seeds):
             mixed = (f"activations.generations_mixed={options.mixed}",) if generation else ()
             fields = (f"seed={seed}", f"training.tokens={options.tokens}", *mixed)
             run = configured("quickstart", options.out, options.tokens, generation, options.disk, *fields)
