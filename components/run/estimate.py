@@ -142,8 +142,8 @@ def training_memory(run: Specification, stored: int) -> tuple[int, int]:
 
 
 def reader_bytes(settings: ActivationSettings, stored: int, width: int) -> int:
-    """Of the reader's four windows, and two in which generations are mixed, each of which is read in windows of its own. width: of
-    what is read, all columns together."""
+    """Of the reader's four windows, and two in which generations are mixed, each of which is read in windows of its own.
+    width: of what is read, all columns together."""
     mixed = settings.generations_mixed or 1
     groups = 4 * mixed * max(1, WINDOW_GROUPS // mixed) + 2 * WINDOW_GROUPS * (mixed > 1)
     return min(4 * stored, groups * settings.rows_per_group) * width * DTYPES[settings.dtype].itemsize
