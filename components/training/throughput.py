@@ -14,7 +14,7 @@ from components.sae.coder import Coder
 from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.sparse import can_be_sparse
 
-PEAK_AFTER_SECONDS = 10.0
+PEAK_AFTER_SECONDS = 20.0
 """Of training: before, it is not worth the time to measure the device's peak."""
 _PEAK_SIZE = {"cpu": 1_024, "cuda": 8_192}
 """Of the square product by which the peak of a device is measured."""

@@ -59,10 +59,10 @@ def test_how_fast_a_training_goes_is_told_since_the_last_time(monkeypatch: pytes
     now[0], speed.tokens, speed.waited = 104.0, 200, 1.0
     assert speed.since(0, 300) == {"tokens_per_second": 50.0, "waiting_for_data": 0.25, "seconds_left": 6.0}
     assert speed.since(0, 300) == {}
-    now[0], speed.tokens = 112.0, 1_000
+    now[0], speed.tokens = 124.0, 1_800
     for _ in range(16):
         speed.took(coder, x)
     found = speed.since(0, 0)
-    assert found["mfu"] == pytest.approx(16 * 50 * 10 * 24 * 80 / 8.0 / peak_flops(CPU, False))
-    assert (found["tokens_per_second"], found["waiting_for_data"]) == (100.0, 0.0)
+    assert found["mfu"] == pytest.approx(16 * 50 * 10 * 24 * 80 / 20.0 / peak_flops(CPU, False))
+    assert (found["tokens_per_second"], found["waiting_for_data"]) == (80.0, 0.0)
     assert said({"loss": 1.0, "l0": 2.0, "dead_fraction": 0.0, **found, "mfu": 0.41}).endswith("waits 0%, mfu 41%")
