@@ -1,6 +1,6 @@
 """Training while the language model runs, against training from disk: `python benchmarks/online.py --out FOLDER`.
 
-`loss`: for each seed the quickstart's coder from disk, and online with two generations on the disk at a time, both evaluated
+`loss`: for each seed the quickstart's coder from disk, and online with `--mixed` generations read side by side, both evaluated
 on the same held-out text. `wait`: a coder that takes longer than its activations, and how much of its time it waits for them.
 While a training is online, the bytes under its folder are summed every 10 ms. Prints one JSON object.
 """
@@ -81,6 +81,7 @@ def measured(run: Specification) -> dict[str, float]:
 def configured(name: str, out: Path, tokens: int, generation: int, disk: int, *more: str) -> Specification:
     online = [] if not generation else [
         "activations.mode=online", f"activations.generation_tokens={generation}", f"activations.disk_bytes={disk}",
+        f"activations.rows_per_shard={generation}",
     ]  # fmt: skip
     fields = [f"storage.root={out}", "device=cpu", f"corpus.train_tokens={tokens}", *MEASURED, *online, *more]
     return resolve(load_config(name, fields))
@@ -90,21 +91,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--generation", type=int, default=250_000)
+    parser.add_argument("--generation", type=int, default=80_000)
+    parser.add_argument("--mixed", type=int, default=8)
     parser.add_argument("--disk", type=int, default=230_000_000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     result: dict[str, Any] = {"load": os.getloadavg()[0], "stored": [], "online": []}
-    for seed in range(options.seeds):
-        for name, generation in (("stored", 0), ("online", options.generation)):
-            fields = (f"seed={seed}", f"training.tokens={options.tokens}")
+    for name, generation in (("online", options.generation), ("stored", 0)):
+        for seed in range(options.seeds):
+            mixed = (f"activations.generations_mixed={options.mixed}",) if generation else ()
+            fields = (f"seed={seed}", f"training.tokens={options.tokens}", *mixed)
             run = configured("quickstart", options.out, options.tokens, generation, options.disk, *fields)
             result[name].append({"seed": seed, **trained(run), **measured(run)})
             print(json.dumps(result[name][-1]), flush=True)
     for name in ("stored", "online"):
         losses = [found["loss"] for found in result[name]]
         result[f"{name}_loss"] = {"mean": mean(losses), "spread": stdev(losses) if len(losses) > 1 else None}
-    slow = ("sae.expansion_factor=64", "training.tokens=200_000", "activations.rows_per_shard=50_000")
+    slow = ("sae.expansion_factor=64", "training.tokens=200_000", "activations.generations_mixed=2")
     result["wait"] = trained(configured("paper", options.out, 200_000, 50_000, options.disk, *slow))
     result["load_after"] = os.getloadavg()[0]
     print(json.dumps(result, indent=2))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from components.settings import Settings
+
+GENERATIONS_MIXED = 8
 
 
 class ExcludeSettings(Settings):
@@ -33,7 +35,11 @@ class ActivationSettings(Settings):
     the one before it is trained on, and deleted after use; see `generation_tokens` and `disk_bytes`."""
 
     generation_tokens: int | None = Field(default=None, ge=1)
-    """Of `online`: the most tokens in a generation, within which they are mixed; some million are usual."""
+    """Of `online`: the most tokens in a generation; some million are usual."""
+
+    generations_mixed: int | None = Field(default=None, ge=1, le=64)
+    """Of `online`: so many generations are read side by side, so that a batch is of the text of all of them: with one alone,
+    what is learned last leans towards the last one's text. 8 where it is not given."""
 
     disk_bytes: int | None = Field(default=None, ge=1)
     """Of `online`: what the generations may take under the storage root at any moment, what is being shuffled included; it does
@@ -60,9 +66,16 @@ class ActivationSettings(Settings):
     shuffle_workers: int = Field(default=2, ge=1)
     """Shards shuffled at the same time in one process, each in its own memory; it does not change the result."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _generations_are_mixed(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("mode") == "online" and given.get("generations_mixed") is None:
+            return {**given, "generations_mixed": GENERATIONS_MIXED}
+        return given
+
     @model_validator(mode="after")
     def _generations_are_of_online(self) -> Self:
-        for name in ("generation_tokens", "disk_bytes"):
+        for name in ("generation_tokens", "generations_mixed", "disk_bytes"):
             value = getattr(self, name)
             if self.mode == "stored" and value is not None:
                 raise ValueError(

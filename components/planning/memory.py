@@ -72,11 +72,13 @@ class Memory(Record):
 
 def rank_memory(shape: Shape, on_gpu: bool, ranks: int = 1) -> Memory:
     """Of a rank that has its share of the features, and its share of each batch where several share those."""
-    batch = -(-shape.batch_size // shape.data_parallel)
+    whole = -(-shape.batch_size // shape.data_parallel)
+    batch = -(-whole // shape.gradient_accumulation_steps)
     n = -(-shape.d_sae // ranks)
     own = (shape.d_in + shape.d_out + 1) * n + shape.shared
     sparse = shape.architecture in SPARSE and not on_gpu
-    tokens = 4 * batch * (2 * shape.d_in + 4 * shape.d_out)
+    # of what is read and written the whole batch is there, of what is computed from it a micro-batch
+    tokens = 4 * (whole * (shape.d_in + shape.d_out) + batch * (shape.d_in + 3 * shape.d_out))
     if sparse:
         features = ENTRY * batch * min(shape.k or 0, n)
         # the encoder beside its bias, as one operand; a tile of products

@@ -145,7 +145,8 @@ def _too_large(shape: Shape, place: Place, ranks: int, peak: int, needed: int) -
     smaller = shape.batch_size
     while smaller > 1 and rank_memory(shape.model_copy(update={"batch_size": smaller}), True, ranks).peak > limit:
         smaller //= 2
-    batch = f", or training.batch_size {smaller:,}" if smaller > 1 else ""
+    parts = shape.batch_size // smaller * shape.gradient_accumulation_steps
+    batch = f", or training.gradient_accumulation_steps {parts:,}, or training.batch_size {smaller:,}" if smaller > 1 else ""
     return (
         f"ranks: a rank of {ranks} would take {_gb(peak)}, of {_gb(limit)} that a {place.gpu} gives: use at least {needed:,} "
         f"ranks, or sae.d_sae of about {fits:,} (it is {shape.d_sae:,}){batch}"

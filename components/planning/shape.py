@@ -41,6 +41,7 @@ class Shape(Record):
     k: int | None
     skip: bool
     batch_size: int
+    gradient_accumulation_steps: int
     steps: int
     autocast: str
     reader: int
@@ -144,6 +145,7 @@ def _shape(
         k=getattr(config.sae, "k", None),
         skip=config.sae.skip,
         batch_size=config.training.batch_size,
+        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         steps=config.training.steps,
         autocast=config.training.autocast,
         reader=reader_bytes(config.activations, stored, sum(widths[name] for name in {*reads, *writes})),

@@ -136,13 +136,17 @@ def training_memory(run: Specification, stored: int) -> tuple[int, int]:
     read_width = sum(run.widths[name] for name in {*run.reads, *run.writes})
     # weights, gradients and Adam's two moments; features and their gradients
     ranks = run.config.execution.training
-    coder = 16 * parameters(run) // ranks.feature_parallel + 12 * run.config.training.batch_size * run.d_sae // ranks.size
+    micro_batch = run.config.training.micro_batch
+    coder = 16 * parameters(run) // ranks.feature_parallel + 12 * micro_batch * run.d_sae // ranks.size
     return coder, reader_bytes(run.config.activations, stored, read_width)
 
 
 def reader_bytes(settings: ActivationSettings, stored: int, width: int) -> int:
-    """Of the reader's four windows. width: of what is read, all columns together."""
-    return 4 * min(stored, WINDOW_GROUPS * settings.rows_per_group) * width * DTYPES[settings.dtype].itemsize
+    """Of the reader's four windows, and two in which generations are mixed, each of which is read in windows of its own.
+    width: of what is read, all columns together."""
+    mixed = settings.generations_mixed or 1
+    groups = 4 * mixed * max(1, WINDOW_GROUPS // mixed) + 2 * WINDOW_GROUPS * (mixed > 1)
+    return min(4 * stored, groups * settings.rows_per_group) * width * DTYPES[settings.dtype].itemsize
 
 
 def dense_flops(run: Specification) -> int:

@@ -55,7 +55,7 @@ CORPUS = Fields(
 IMAGES = Fields(always=("held_out_fraction", "train_tokens", "held_out_tokens"))
 ACTIVATIONS = Fields(
     always=("split", "dtype", "compression", "rows_per_shard", "rows_per_group"),
-    later=("exclude", "mode", "generation_tokens"),
+    later=("exclude", "mode", "generation_tokens", "generations_mixed"),
     resolved=("hook_points",),
     without_effect=("sequences_per_chunk", "shuffle_workers", "disk_bytes"),
 )
@@ -64,7 +64,7 @@ TRAINING = Fields(
         "tokens", "batch_size", "learning_rate", "learning_rate_warmup", "learning_rate_decay", "adam_betas",
         "clip_gradient_norm", "autocast", "dead_after_tokens",
     ),
-    later=("dead_after_share",),
+    later=("dead_after_share", "gradient_accumulation_steps"),
     resolved=("hook_point", "target", "crosscoder", "start_from"),
     without_effect=("checkpoint_tokens", "checkpoint_minutes", "checkpoints_kept", "stop_seconds", "log_tokens"),
 )  # fmt: skip

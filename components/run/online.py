@@ -91,10 +91,10 @@ def require_online(run: Specification) -> None:
     if found is None:
         sequences = -(-config.corpus.train_tokens // max(1, context - 1))  # a BOS does not count
         largest = min(sequences, tokens // context)
-        require_space(settings, layout, largest, context, several=sequences > largest)
+        require_space(settings, layout, largest, context, -(-sequences // largest))
     else:
         known = cut(found.splits["train"], found.context_length, tokens)
-        require_space(settings, layout, known.largest, found.context_length, several=known.count > 1)
+        require_space(settings, layout, known.largest, found.context_length, known.count)
 
 
 @contextmanager

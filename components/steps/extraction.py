@@ -32,7 +32,7 @@ def extracted(run: Specification, tokens: TokenManifest, manifest: Manifest) -> 
     """To be called with what `extraction_of` came to."""
     if run.config.activations.mode == "online":
         folder = OnlineFolder(run.dataset_url)
-        folder.begin(production_of(run, tokens).count)
+        folder.begin(production_of(run, tokens).count, run.config.activations.generations_mixed or 1)
         folder.enter(0, manifest)
     return manifest
 

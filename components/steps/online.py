@@ -41,7 +41,7 @@ def data_for(runs: Sequence[Specification], again: bool = False) -> Iterator[Non
         if _trained(runs) and not again:  # by a rival, for whom the claim has waited
             yield
             return
-        folder.begin(production_of(run, tokens).count)
+        folder.begin(production_of(run, tokens).count, run.config.activations.generations_mixed or 1)
         size = run.config.training.batch_size
         step = min(newest_checkpoint(one.sae_url) or 0 for one in runs if again or one.training_record() is None)
         rows = max(one.config.training.steps for one in runs) * size

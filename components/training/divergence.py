@@ -19,7 +19,7 @@ from components.settings import UserError
 from components.training.batches import scaled_batches, side_by_side, statistics, training_manifest
 from components.training.checkpoint import CheckpointWriter, newest_checkpoint, restore_checkpoint
 from components.training.job import Training
-from components.training.step import CoderInTraining, new_coder
+from components.training.step import CoderInTraining, backward, new_coder
 
 _BATCH = "batch.safetensors"
 
@@ -95,9 +95,7 @@ def replay(job: Training, device: torch.device) -> Replay:
     restore_checkpoint(training, folder)
     x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
     progress = Progress(step - 1, job.steps, training.dead(job.settings))
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=job.settings.autocast == "bfloat16"):
-        losses = training.coder.losses(x, y, progress)
-    losses.total.backward()
+    losses = backward(training.coder, job.settings, x, y, progress)
     found = Replay(
         step=step,
         terms={name: losses.weights.get(name, 0.0) * term.item() for name, term in losses.terms.items()},

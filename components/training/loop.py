@@ -46,6 +46,7 @@ from components.training.parallel.ranks import claimed
 from components.training.parallel.shares import take_share
 from components.training.start import load_start
 from components.training.step import CoderInTraining, new_coder, take_step
+from components.training.throughput import Throughput, said
 
 _WAITS = 0.05
 """From this share of a training's time on it is said that it waits for data."""
@@ -186,7 +187,8 @@ def _train(
     size = job.settings.batch_size
     columns = {column.column.name: column for member in members for column in (*member.reads, *member.writes)}
     mesh = members[0].training.coder.mesh
-    started, waited, going = time.monotonic(), 0.0, list(members)
+    started, going = time.monotonic(), list(members)
+    speed = Throughput(device, job.settings.autocast == "bfloat16")
 
     def meanwhile() -> bool:
         # The generation that is waited for may itself wait until one is given back.
@@ -215,10 +217,11 @@ def _train(
                     batch = next(batches)
                 except WaitEnded:
                     raise Stopped(_stopped(going), going[0].training.step) from None
-                waited += time.monotonic() - asked
+                speed.waited += time.monotonic() - asked
+                speed.tokens += size
                 for member in [one for one in going if one.training.step == step]:
                     try:
-                        point = _take(member, batch, on_points)
+                        point = _take(member, batch, speed, on_points)
                     except FloatingPointError as error:
                         going.remove(member)
                         outcomes[member.place] = keep_divergence(member.job, member.training, reader, error)
@@ -228,10 +231,10 @@ def _train(
                         outcomes[member.place] = pruned
                         continue
                     if point is not None:
-                        note = f"loss {point['loss']:.2f}, l0 {point['l0']:.1f}, dead {point['dead_fraction']:.3f}"
+                        note = said(point)
                     if member.training.step == member.job.steps:
                         going.remove(member)
-                        outcomes[member.place] = _finished(member, device, time.monotonic() - started, waited)
+                        outcomes[member.place] = _finished(member, device, time.monotonic() - started, speed.waited)
                 advance(size, note)
                 if not going:
                     break
@@ -269,14 +272,18 @@ def _durable(member: _Member) -> int:
 
 
 def _take(
-    member: _Member, batch: dict[str, torch.Tensor], on_points: Callable[[int, list[Point]], bool | None]
+    member: _Member, batch: dict[str, torch.Tensor], speed: Throughput, on_points: Callable[[int, list[Point]], bool | None]
 ) -> Point | None:
-    """One step of one coder, and what of it is due: a point, a checkpoint. Raises `Pruned` where it is given up."""
+    """One step of one coder, and what of it is due: a point, with how fast it goes; a checkpoint. Raises `Pruned` where it is
+    given up."""
     job, training = member.job, member.training
     following = training.step + 1
     measured = following % member.log_steps == 0 or following == job.steps
     x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
     point = take_step(training, job.settings, x, y, member.mean, measured)
+    speed.took(training.coder, x)
+    if point is not None:
+        point = point | speed.since(member.place, (job.steps - training.step) * job.settings.batch_size)
     if point is not None and on_points(member.place, [point]) and training.step < job.steps:
         raise Pruned(f"given up after {point['tokens']:,.0f} of {job.steps * job.settings.batch_size:,} tokens")
     if training.step < job.steps and training.step % member.checkpoint_steps == 0:

@@ -17,19 +17,17 @@ from components.training.checkpoint import restore_checkpoint
 from components.training.job import Training
 from components.training.start import load_start
 from components.training.step import new_coder, take_step
+from components.training.throughput import peak_flops, synchronise, token_flops
 
 _WARM, _TIMED, _TRACED = 3, 10, 5
 _SHOWN = 12
-_PEAK_SIZE = {"cpu": 1_536, "cuda": 8_192}
-"""Of the square product by which the peak of a device is measured."""
 
 
 def profile_steps(job: Training, device: torch.device, trace: Path) -> dict[str, Any]:
     """Take steps from where the training is, its last checkpoint or its start, and forget them; the trace, for
     chrome://tracing or Perfetto, is put at `trace`.
 
-    `of_peak` is the arithmetic of a dense step (three products forward and back, each for encoder and decoder) over the
-    measured peak of the device: what a sparse step leaves out counts as done.
+    `of_peak` is the arithmetic of a step, see `token_flops`, over the measured peak of the device.
     """
     keep_freed_memory()
     settings = job.settings
@@ -43,36 +41,35 @@ def profile_steps(job: Training, device: torch.device, trace: Path) -> dict[str,
             load_start(training.coder, job.start, [one.scale for one in reads], [one.scale for one in writes])
     columns = list({one.column.name: one for one in (*reads, *writes)}.values())
     reader = open_source(job, [one.column.name for one in columns], device)
-    mean, waited = scaled_mean(writes, device), 0.0
+    mean, waited, flops = scaled_mean(writes, device), 0.0, 0.0
     with closing(scaled_batches(reader, columns, training.step * settings.batch_size, device)) as batches:
 
         def step() -> None:
-            nonlocal waited
+            nonlocal waited, flops
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            take_step(training, settings, side_by_side(batch, job.reads), side_by_side(batch, job.writes), mean, measured=False)
+            x = side_by_side(batch, job.reads)
+            flops = len(x) * token_flops(training.coder, x)
+            take_step(training, settings, x, side_by_side(batch, job.writes), mean, measured=False)
 
         for _ in range(_WARM):
             step()
-        _synchronise(device)
+        synchronise(device)
         waited, started = 0.0, time.perf_counter()
         for _ in range(_TIMED):
             step()
-        _synchronise(device)
+        synchronise(device)
         seconds = (time.perf_counter() - started) / _TIMED
         waiting = waited / _TIMED
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities) as found:
             for _ in range(_TRACED):
                 step()
-            _synchronise(device)
+            synchronise(device)
     trace.parent.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(trace))
-    half = settings.autocast == "bfloat16"
-    peak = _peak(device, torch.bfloat16 if half else torch.float32)
-    coder = training.coder
-    flops = 6.0 * settings.batch_size * coder.d_sae * (coder.d_in + coder.d_out)
+    peak = peak_flops(device, settings.autocast == "bfloat16")
     return {
         "device": str(device),
         "seconds_per_step": seconds,
@@ -93,22 +90,3 @@ def _operations(found: profile, device: torch.device) -> dict[str, str]:
     shown = {key: taken for taken, key in rows[:_SHOWN]}
     shown["everything else"] = sum(taken for taken, _ in rows[_SHOWN:])
     return {key: f"{taken / _TRACED / 1e3:.2f} ms, {taken / total:.1%}" for key, taken in shown.items()}
-
-
-def _peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs in a second of one square product, the best of five."""
-    size = _PEAK_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        _synchronise(device)
-        started = time.perf_counter()
-        torch.mm(a, b)
-        _synchronise(device)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

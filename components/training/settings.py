@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from components.bounds import LONGEST_SECONDS
 from components.settings import Settings
@@ -54,6 +54,12 @@ class TrainingSettings(Settings):
     batch_size: int = Field(default=1024, ge=1)
     """Tokens in a step."""
 
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches of equal size that a batch is taken in, one after the other: their gradients are averaged before the
+    optimizer's step, and features are in memory of one of them at a time. Losses that are means over tokens are those of the
+    whole batch up to rounding; what a coder ranks or relates within a batch (BatchTopK's choice, the unit of AuxK, an L0 that
+    is aimed at) is that of each micro-batch."""
+
     learning_rate: float = Field(default=1e-3, gt=0)
     """Adam's step size, constant until the decay (the paper: 5e-5 at its scale)."""
 
@@ -94,6 +100,20 @@ class TrainingSettings(Settings):
 
     log_tokens: int = Field(default=20_000, ge=1)
     """Tokens between two points of the training curves; it does not change the result."""
+
+    @model_validator(mode="after")
+    def _micro_batches_are_equal(self) -> Self:
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"training.gradient_accumulation_steps: a batch of {self.batch_size} tokens (training.batch_size) has no "
+                f"{self.gradient_accumulation_steps} equal parts; accepted is what divides it"
+            )
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens whose features are in memory at once, of all processes."""
+        return self.batch_size // self.gradient_accumulation_steps
 
     @property
     def dead_after(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from components.sae.architectures import architectures
-from components.sae.coder import Coder, Column, Losses, Progress
+from components.sae.coder import Coder, Column, Progress
 from components.sae.kernels.asked import Asked
 from components.sae.kernels.sparse import can_be_sparse_on_gpu
 from components.sae.mesh import Mesh
@@ -91,6 +92,59 @@ def new_coder(
     return CoderInTraining(coder, optimizer, silent, diverged, job.seed)
 
 
+@dataclass(frozen=True)
+class BatchLosses:
+    """Of a whole batch, detached: means over its micro-batches."""
+
+    total: Tensor
+    terms: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    fired: Tensor
+    """Which features did, bool `[d_sae]`."""
+    l0: Tensor | None
+    """Where it was asked for."""
+
+
+def backward(
+    coder: Coder, settings: TrainingSettings, x: Tensor, y: Tensor, progress: Progress, measured: bool = False
+) -> BatchLosses:
+    """The loss of a batch, x `[n, d_in]` and y `[n, d_out]`, in `gradient_accumulation_steps` equal parts, and its gradient in
+    the parameters' `grad`. measured: with `l0`."""
+    parts: list[BatchLosses] = []
+    count = settings.gradient_accumulation_steps
+    size = len(x) // count
+    for some, written in zip(x.split(size), y.split(size), strict=True):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=settings.autocast == "bfloat16"):
+            losses = coder.losses(some, written, progress)
+        total = losses.total
+        (total if count == 1 else total / count).backward()
+        parts.append(
+            BatchLosses(
+                total=total.detach(),
+                terms={name: term.detach() for name, term in losses.terms.items()},
+                weights=losses.weights,
+                fired=losses.features.largest() > 0,
+                l0=losses.features.active().float().mean() if measured else None,
+            )
+        )
+        del losses, total  # what the next part needs
+    return parts[0] if len(parts) == 1 else _together(parts)
+
+
+def _together(parts: list[BatchLosses]) -> BatchLosses:
+    def mean(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).mean(dim=0)
+
+    first, l0 = parts[0], [part.l0 for part in parts if part.l0 is not None]
+    return BatchLosses(
+        total=mean([part.total for part in parts]),
+        terms={name: mean([part.terms[name] for part in parts]) for name in first.terms},
+        weights={name: sum(part.weights[name] for part in parts) / len(parts) for name in first.weights},
+        fired=torch.stack([part.fired for part in parts]).any(dim=0),
+        l0=mean(l0) if l0 else None,
+    )
+
+
 def take_step(
     training: CoderInTraining, settings: TrainingSettings, x: Tensor, y: Tensor, mean: Tensor, measured: bool
 ) -> Point | None:
@@ -102,19 +156,15 @@ def take_step(
     coder, optimizer = training.coder, training.optimizer
     dead = training.dead(settings)
     progress = Progress(training.step, settings.steps, dead, Asked(dead) if can_be_sparse_on_gpu(x, coder.d_sae) else None)
-    half = settings.autocast == "bfloat16"
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
-        losses = coder.losses(x, y, progress)
-    total = losses.total
-    total.backward()
-    watched = torch.stack([total.detach(), losses.terms["reconstruction"].detach()])
+    losses = backward(coder, settings, x, y, progress, measured)
+    watched = torch.stack([losses.total, losses.terms["reconstruction"]])
     (total, reconstruction), norm = gradient_norm(coder, watched)
     bad = ~(total.isfinite() & norm.isfinite() & (reconstruction < EXPLODED * coder.d_out))
     training.diverged_at.copy_(torch.where(bad & (training.diverged_at == 0), training.step + 1, training.diverged_at))
     rate = learning_rate(settings, progress)
-    update(optimizer, rate, norm, settings.clip_gradient_norm, training.diverged_at > 0, half)
+    update(optimizer, rate, norm, settings.clip_gradient_norm, training.diverged_at > 0, settings.autocast == "bfloat16")
     coder.after_step()
-    fired = losses.features.largest() > 0
+    fired = losses.fired
     training.silent_tokens += len(x) if coder.mesh is None else len(x) * coder.mesh.data
     training.silent_tokens.masked_fill_(fired if coder.mesh is None else coder.mesh.any(fired), 0)
     training.step += 1
@@ -124,20 +174,21 @@ def take_step(
         training.silent_tokens.masked_fill_(dead, 0)
     if measured or x.device.type == "cpu":  # where the device is the CPU, asking waits for nothing
         training.require_finite()
-    if not measured:
+    if losses.l0 is None:
         return None
-    point = _point(training, settings, losses, total, y, mean)
+    point = _point(training, settings, losses, losses.l0, total, y, mean)
     point |= {"gradient_norm": norm.item(), "learning_rate": rate}
     training.curves.append(point)
     return point
 
 
 def _point(
-    training: CoderInTraining, settings: TrainingSettings, losses: Losses, total: Tensor, y: Tensor, mean: Tensor
-) -> Point:
+    training: CoderInTraining, settings: TrainingSettings, losses: BatchLosses, l0: Tensor, total: Tensor, y: Tensor,
+    mean: Tensor,
+) -> Point:  # fmt: skip
     shares = {
         "variance": (y - mean).square().sum(dim=1).mean(),
-        "l0": losses.features.active().float().mean(),
+        "l0": l0,
         "dead_fraction": training.dead(settings).float().mean(),
     }
     found = averaged(shares | dict(losses.terms), ("l0",), training.coder.mesh)

@@ -39,10 +39,12 @@ SAES: dict[str, dict[str, Any]] = {
 }
 
 
-def planned(tree: dict, sae: dict[str, Any], steps: int = 50, execution: Mapping[str, Any] | None = None) -> Specification:
+def planned(
+    tree: dict, sae: dict[str, Any], steps: int = 50, execution: Mapping[str, Any] | None = None, parts: int = 1
+) -> Specification:
     training = {
         "tokens": steps * 128, "batch_size": 128, "learning_rate": 3e-3, "checkpoint_tokens": 3_000, "log_tokens": 128,
-        "dead_after_tokens": 1_000,
+        "dead_after_tokens": 1_000, "gradient_accumulation_steps": parts,
     }  # fmt: skip
     return resolve(parse_config({**tree, "sae": {"d_sae": 128, **sae}, "training": training, "execution": execution or {}}))
 

@@ -27,6 +27,7 @@ from components.activations.online.folder import Failure, OnlineFolder, Wanted
 from components.activations.online.production import cut
 from components.activations.online.reader import GenerationReader
 from components.activations.online.space import Space
+from components.activations.online.stream import stretches
 from components.corpus.manifest import TokenShard, TokenSplit
 from components.corpus.tokens import read_sequences
 from components.run.checks import check
@@ -39,11 +40,13 @@ from components.training.process import CONTINUE
 POINT = "resid_post.1"
 NAMES = ("document", "position", POINT)
 GENERATION = 2_000
+MIXED = 2
 
 
 def online(tree: dict, disk_bytes: int = 10**9, generation_tokens: int = GENERATION, **training) -> Specification:
     activations = {**tree["activations"], "rows_per_shard": 1_000, "rows_per_group": 256, "sequences_per_chunk": 16}
-    activations |= {"mode": "online", "generation_tokens": generation_tokens, "disk_bytes": disk_bytes}
+    activations |= {"mode": "online", "generation_tokens": generation_tokens, "generations_mixed": MIXED}
+    activations["disk_bytes"] = disk_bytes
     return resolve(parse_config({**tree, "activations": activations, "training": {**tree["training"], **training}}))
 
 
@@ -76,7 +79,7 @@ def made_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def least(run: Specification) -> int:
     """The smallest `disk_bytes` that is accepted."""
     found = space(run)
-    return found.making + found.kept
+    return found.making + MIXED * found.kept
 
 
 def space(run: Specification) -> Space:
@@ -136,6 +139,70 @@ def test_generations_follow_each_other_as_if_each_were_read_alone(tiny_tree: dic
     for epoch in range(3):
         found = rows_of({name: stream[name][epoch * split.tokens : (epoch + 1) * split.tokens] for name in NAMES})
         assert np.array_equal(found[:, np.lexsort(found)], known[:, np.lexsort(known)])
+
+
+@pytest.mark.parametrize("mixed", [2, 3, 9])
+def test_of_mixed_generations_every_token_is_read_once_in_each_pass_from_any_row_on(tiny_tree: dict, mixed: int):
+    run = online(tiny_tree, generation_tokens=1_000)
+    tokens = steps.prepare_tokens(run)
+    folder, count, rows = OnlineFolder(run.dataset_url), production_of(run, tokens).count, tokens.splits["train"].tokens
+    assert count > 6
+    folder.begin(count, mixed)
+    folder.want(Wanted(training="", first=0, rows=2 * rows))
+    production_of(run, tokens).run()
+    reader = GenerationReader(
+        folder=folder, manifest=folder.first_manifest(), columns=NAMES, batch_size=rows // 10, seed=0, leads=False
+    )
+    size = reader.batch_size
+    with closing(reader.batches()) as batches:
+        read = [next(batches) for _ in range(21)]
+    for start in (1, 3, 9, 10, 17):
+        with closing(reader.batches(start * size)) as batches:
+            for batch in read[start : start + 3]:
+                again = next(batches)
+                assert all(torch.equal(again[name], batch[name]) for name in NAMES)
+    stream = {name: torch.cat([batch[name] for batch in read]) for name in NAMES}
+    held = read_sequences(run.token_url, tokens, "train", 0, tokens.splits["train"].sequences)
+    counted = held.documents >= 0
+    known = np.stack([held.documents[counted], held.positions[counted]])
+    passes = [rows_of({name: values[first : first + rows] for name, values in stream.items()}) for first in (0, rows)]
+    for found in passes:
+        assert np.array_equal(found[:, np.lexsort(found)], known[:, np.lexsort(known)])
+    assert not np.array_equal(*passes)
+    # In the middle of a pass a batch is of about equal parts of `mixed` generations.
+    home = {}
+    for number in range(count):
+        manifest = require_manifest(folder.generation_url(number))
+        whole = ActivationReader(
+            url=folder.generation_url(number), manifest=manifest, columns=NAMES, batch_size=manifest.tokens, seed=0
+        )
+        with closing(whole.batches()) as batches:
+            home |= {tuple(row): number for row in rows_of(next(batches)).T.tolist()}
+    middle = rows_of({name: values[rows // 2 : rows // 2 + 250] for name, values in stream.items()})
+    shares = np.bincount([home[tuple(row)] for row in middle.T.tolist()], minlength=count)
+    assert (shares > 0).sum() >= min(mixed, count)
+    # The place from which on generations are needed is never after the first that is read.
+    for start in range(0, 2 * rows, 97):
+        first = home[tuple(rows_of({name: values[start : start + 1] for name, values in stream.items()})[:, 0].tolist())]
+        assert folder.place_of(start) <= first + count * (start // rows)
+
+
+@pytest.mark.parametrize(("generations", "mixed"), [(1, 1), (1, 4), (5, 1), (5, 2), (5, 5), (3, 8), (12, 4)])
+def test_the_stretches_of_a_pass_hold_each_row_of_each_generation_once(generations: int, mixed: int):
+    rows = [100 + 7 * number for number in range(generations)]
+    taken: list[tuple[int, int]] = []
+    for stretch in stretches(generations, mixed, rows.__getitem__):
+        if stretch.before >= 2 * sum(rows):
+            break
+        assert stretch.before == len(taken)
+        assert len(stretch.parts) <= mixed
+        assert [part.place for part in stretch.parts] == sorted(part.place for part in stretch.parts)
+        for part in stretch.parts:
+            taken += [(part.place, row) for row in range(part.first, part.stop)]
+            assert part.ends == (part.stop == rows[part.place % generations])
+    assert len(taken) == 2 * sum(rows)
+    assert set(taken) == {(place, row) for place in range(2 * generations) for row in range(rows[place % generations])}
+    assert {place for place, _ in taken[: sum(rows)]} == set(range(generations))
 
 
 class Killed(Exception):
@@ -211,10 +278,10 @@ def test_the_disk_never_holds_more_than_it_may(tiny_tree: dict):
     finally:
         ended.set()
         sampler.join()
-    assert counts[0] == 2
-    # The row count of a generation times the bytes of a row, twice: what was seen is about what there was.
+    assert counts[0] == MIXED + 1
+    # The row count of a generation times the bytes of a row: what was seen is about what there was.
     rows = 6_000 / 4
-    assert 2 * rows * run.extraction(run.token_manifest()).layout.row_bytes < most[0] <= bound
+    assert (MIXED + 1) * rows * run.extraction(run.token_manifest()).layout.row_bytes < most[0] <= bound
 
 
 @pytest.mark.usefixtures("made_here")
@@ -236,10 +303,15 @@ def test_what_counts_and_by_what_it_is_scaled_is_found_once_and_holds_for_all_ge
 
 def test_a_process_that_makes_them_and_is_killed_ends_the_training_which_says_so(tiny_tree: dict):
     steps.prepare_tokens(online(tiny_tree))
-    run = online(tiny_tree, disk_bytes=least(online(tiny_tree)), tokens=1_000_000)
+    short = {"checkpoint_tokens": 500, "log_tokens": 1_000}
+    run = online(tiny_tree, disk_bytes=least(online(tiny_tree)), tokens=1_000_000, **short)
 
     def producers() -> list[psutil.Process]:
-        return [one for one in psutil.Process().children(recursive=True) if "components.run.online" in one.cmdline()]
+        found = []
+        for one in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # or a zombie
+                found += [one] * ("components.run.online" in one.cmdline())
+        return found
 
     def kill(points: list[dict]) -> None:
         for producer in producers():

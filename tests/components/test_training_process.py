@@ -50,7 +50,12 @@ def test_a_launched_training_gives_the_bytes_and_the_points_of_one_in_this_proce
     seen: list[dict] = []
     launched = launch(work_of(plan), CPU, seen.extend)
     assert storage.read_bytes(f"{plan.sae_url}/sae_weights.safetensors") == weights
-    assert launched.curves == record.curves == seen
+    speeds = {"tokens_per_second", "waiting_for_data", "seconds_left"}
+    assert launched.curves == record.curves
+    assert [{name: value for name, value in point.items() if name not in speeds} for point in seen] == record.curves
+    assert all(speeds <= set(point) for point in seen)
+    assert seen[-1]["seconds_left"] == 0
+    assert all(point["tokens_per_second"] > 0 and 0 <= point["waiting_for_data"] <= 1 for point in seen)
 
 
 def test_a_training_that_takes_too_long_is_stopped_leaves_a_checkpoint_and_can_be_continued(

@@ -38,7 +38,8 @@ def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPath
     jobs = extracted({name: planned(tree, sae, steps=200) for name, sae in SAES.items()})
     # As on a GPU, where pre-activations of all features are at hand.
     dense = {f"{name}-dense": replace(jobs[name], url=f"{jobs[name].url}-dense") for name in ("batchtopk", "topk")}
-    return jobs | dense
+    parts = planned(tree, {**SAES["topk"], "auxk_coefficient": 0.0}, steps=200, parts=4)
+    return jobs | dense | {"topk-in-parts": parts.training()}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def found(jobs: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*SAES, "batchtopk-dense", "topk-dense"])
+@pytest.mark.parametrize("name", [*SAES, "batchtopk-dense", "topk-dense", "topk-in-parts"])
 def test_two_processes_come_to_the_losses_and_weights_of_one(
     jobs: dict[str, Training], found: dict[str, Any], name: str, layout: str
 ):

@@ -215,7 +215,7 @@ def test_a_bucket_that_does_not_exist_is_one_sentence(tree: dict, tmp_path: Path
 
 
 def test_generations_on_s3_come_and_go_and_give_the_weights_of_a_local_disk(tree: dict, tmp_path: Path):
-    tree["activations"] |= {"rows_per_shard": 1_000, "mode": "online", "generation_tokens": 2_000, "disk_bytes": 10**6}
+    tree["activations"] |= {"rows_per_shard": 1_000, "mode": "online", "generation_tokens": 2_000, "disk_bytes": 2 * 10**6}
     tree["training"]["tokens"] = 8_000
     remote = resolve(parse_config(tree))
     local = resolve(parse_config({**tree, "storage": {"root": str(tmp_path / "local")}}))

@@ -1,10 +1,10 @@
 """The folder of an online dataset: where its generations come and go, and what stays of them.
 
 `generation-00000/` ... are activation datasets as any other, each of sequences of its own. What is read is a stream
-of them, in order and again from the first one on: place `p` of the stream is generation `p % count`. Beside them lie
-`first.json`, the manifest of the first generation as it was, whose means and scales hold for all of them; `ledger.json`, how
-many rows each had that was there; `wanted.json`, from which place on they are needed, by the training that reads them; and
-`failure.json`, why no more of them are made.
+of them, in order and again from the first one on, some of them side by side (see `stream`): place `p` is generation
+`p % count`. Beside them lie `first.json`, the manifest of the first generation as it was, whose means and scales hold for all
+of them; `ledger.json`, how many rows each had that was there; `wanted.json`, from which place on they are needed, by the
+training that reads them; and `failure.json`, why no more of them are made.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 
 from components import storage
 from components.activations.dataset.manifest import Manifest, read_manifest_file
+from components.activations.online.stream import Stretch, portions, stretches
 from components.records import put_record, read_record
 from components.settings import Record, UserError
 
@@ -42,6 +44,8 @@ class Entry(Record):
 class Ledger(Record):
     generations: int
     """How many there are in all."""
+    mixed: int = 1
+    """How many are read side by side."""
     entries: tuple[Entry, ...] = ()
     """Of those that were there already: the first ones."""
 
@@ -105,10 +109,10 @@ class OnlineFolder:
     def ledger(self) -> Ledger | None:
         return read_record(Ledger, self._at("ledger"), _REMEDY)
 
-    def begin(self, generations: int) -> None:
+    def begin(self, generations: int, mixed: int = 1) -> None:
         """Put the ledger, unless it is there."""
         if self.ledger() is None:
-            put_record(Ledger(generations=generations), self._at("ledger"))
+            put_record(Ledger(generations=generations, mixed=mixed), self._at("ledger"))
 
     def enter(self, number: int, manifest: Manifest, seconds: float | None = None) -> str | None:
         """Note a generation that is there; a sentence where it was there before and has other bytes now.
@@ -151,27 +155,23 @@ class OnlineFolder:
     def failure(self) -> Failure | None:
         return read_record(Failure, self._at("failure"), _REMEDY)
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(rows before it, rows in it) of the places of the stream, one after the other, as far as the ledger goes: all of them
-        without end, once every generation was there."""
-        ledger, before = self.ledger(), 0
-        if ledger is None:
-            return
-        while True:
-            for entry in ledger.entries:
-                yield before, entry.rows
-                before += entry.rows
-            if len(ledger.entries) < ledger.generations:
-                return
+    def stretches(self) -> Iterator[Stretch]:
+        """Of the stream, one after the other, as far as the ledger goes: without end, once every generation was there."""
+        ledger = self.ledger()
+        if ledger is not None:
+            known = dict(enumerate(entry.rows for entry in ledger.entries))
+            yield from stretches(ledger.generations, ledger.mixed, known.get)
 
     def place_of(self, row: int) -> int:
-        """The place in the stream that holds a row; where that is not known yet, the first of which nothing is known."""
-        place = 0
-        for before, rows in self.places():
-            if row < before + rows:
-                return place
-            place += 1
-        return place
+        """The first place in the stream that is needed from a row on. What holds the row need not be known yet."""
+        ledger, passed = self.ledger(), 0
+        if ledger is None:
+            return 0
+        for stretch in self.stretches():
+            if row < stretch.end:
+                break
+            passed += 1
+        return next(islice(portions(ledger.generations, ledger.mixed), passed, None))[0][0]
 
     def waited_for(self, found: Callable[[], object], should_stop: Callable[[], bool], hears: bool = True) -> None:
         """Wait until `found` gives something. Raises what kept it from being made where it `hears`, and WaitEnded where it

@@ -121,10 +121,12 @@ class Production:
     def _ended(self, wanted: Wanted, place: int) -> bool:
         """Whether the training ends before this place of the stream."""
         known = 0
-        for number, (before, rows) in enumerate(self.folder.places()):
-            if number == place or before >= wanted.rows:
-                return before >= wanted.rows
-            known = before + rows
+        for stretch in self.folder.stretches():
+            if stretch.before >= wanted.rows:
+                return True
+            if stretch.parts[-1].place == place:
+                return False
+            known = stretch.end
         return known >= wanted.rows
 
 
@@ -135,6 +137,6 @@ def production(folder: OnlineFolder, work: Callable[[int], Extraction], whole: E
     assert settings.disk_bytes is not None
     context = whole.token_manifest.context_length
     found = cut(whole.split, context, settings.generation_tokens)
-    require_space(settings, whole.layout, found.largest, context, several=found.count > 1)
+    require_space(settings, whole.layout, found.largest, context, found.count)
     space = generation_space(settings, whole.layout, found.largest, context)
     return Production(folder, work, found.count, space, settings.disk_bytes, device)

@@ -40,14 +40,17 @@ def generation_space(settings: ActivationSettings, layout: Layout, sequences: in
     return Space(kept=values + beside, making=2 * values + 2 * beside + tables + plan.largest)
 
 
-def require_space(settings: ActivationSettings, layout: Layout, sequences: int, context_length: int, several: bool) -> None:
-    """A UserError where `disk_bytes` does not hold a generation in the making, beside another if there are `several`."""
+def require_space(settings: ActivationSettings, layout: Layout, sequences: int, context_length: int, count: int) -> None:
+    """A UserError where `disk_bytes` does not hold a generation in the making, beside those of all `count` that are read."""
     space = generation_space(settings, layout, sequences, context_length)
-    needed = space.making + several * space.kept
+    beside = min(settings.generations_mixed or 1, count - 1)
+    needed = space.making + beside * space.kept
     assert settings.disk_bytes is not None
     if settings.disk_bytes < needed:
+        read = f" beside {beside} that are read ({space.kept:,} each)" if beside else ""
+        fewer = " or generations_mixed" if beside > 1 else ""
         raise UserError(
             f"activations.disk_bytes: {settings.disk_bytes:,} do not hold a generation of {sequences * context_length:,} "
-            f"tokens while it is shuffled ({space.making:,}){f' beside one that is read ({space.kept:,})' if several else ''}: "
-            f"give at least {needed:,}, or lower activations.generation_tokens"
+            f"tokens while it is shuffled ({space.making:,}){read}: give at least {needed:,}, or lower "
+            f"activations.generation_tokens{fewer}"
         )

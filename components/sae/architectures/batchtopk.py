@@ -53,7 +53,8 @@ class BatchTopKSAE(Coder):
     def __init__(self, *arguments: object, **named: object) -> None:
         super().__init__(*arguments, **named)  # type: ignore[arg-type]
         self.register_buffer("weakest", torch.full((), -1.0))
-        self._weakest_of_batch: Tensor | None = None
+        self._weakest: list[Tensor] = []
+        """Of each batch since the last step."""
 
     def encode(self, x: Tensor) -> Features:
         x, norms = x.reshape(-1, self.d_in), self.row_norms()
@@ -77,14 +78,15 @@ class BatchTopKSAE(Coder):
                 places = strongest(k)
                 chosen = lengths[places]
                 weakest = torch.where(chosen > 0, chosen, torch.inf).amin()
-                self._weakest_of_batch = torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
+                weakest = torch.where(weakest.isfinite(), weakest, torch.zeros_like(weakest))
             else:
 
                 def found(count: int) -> tuple[Tensor, Tensor, Tensor]:
                     places = strongest(count)
                     return places, places, lengths[places]
 
-                places, _, self._weakest_of_batch = self.mesh.strongest_of_batch(found, len(before), self.d_sae, k)
+                places, _, weakest = self.mesh.strongest_of_batch(found, len(before), self.d_sae, k)
+            self._weakest.append(weakest)
             starts = torch.arange(len(before) + 1, device=before.device) * self.d_sae
         values = torch.relu(before.flatten()[places])
         return SparseFeatures(values, places % self.d_sae, torch.searchsorted(places, starts), self.d_sae)
@@ -96,14 +98,15 @@ class BatchTopKSAE(Coder):
             return before, self._strongest(before, k)
         norms = self.row_norms().detach()
         if self.mesh is None:
-            values, places, self._weakest_of_batch = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
+            values, places, weakest = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, k)
         else:
 
             def found(count: int) -> tuple[Tensor, Tensor, Tensor]:
                 values, places, _ = strongest_of_batch(x, self.W_enc, self.read_bias(self.b_enc), norms, count)
                 return values, places, torch.relu(values) * norms[places % self.d_sae]
 
-            values, places, self._weakest_of_batch = self.mesh.strongest_of_batch(found, len(x), self.d_sae, k)
+            values, places, weakest = self.mesh.strongest_of_batch(found, len(x), self.d_sae, k)
+        self._weakest.append(weakest)
         offsets = torch.searchsorted(places, torch.arange(len(x) + 1, device=x.device) * self.d_sae)
         return None, chosen_features(self, x, values, places % self.d_sae, offsets)
 
@@ -113,11 +116,12 @@ class BatchTopKSAE(Coder):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        if self._weakest_of_batch is None:
+        if not self._weakest:
             return
-        found, kept = self._weakest_of_batch.to(self.weakest.dtype), self.settings.threshold_decay
+        found = self._weakest[0] if len(self._weakest) == 1 else torch.stack(self._weakest).mean()
+        found, kept = found.to(self.weakest.dtype), self.settings.threshold_decay
         self.weakest.copy_(torch.where(self.weakest < 0, found, kept * self.weakest + (1 - kept) * found))
-        self._weakest_of_batch = None
+        self._weakest = []
 
     def exported(self) -> Exported:
         """As JumpReLU: `f_i > t / ||W_dec_i||`, where t is `weakest`."""

@@ -54,6 +54,11 @@ def require_parallel(ranks: RankSettings, training: TrainingSettings, coder: Cod
             f"execution.training.data_parallel: a batch of {training.batch_size} tokens (training.batch_size) has no equal "
             f"shares for {ranks.data_parallel} processes"
         )
+    if training.gradient_accumulation_steps > 1 and ranks.data_parallel > 1:
+        raise UserError(
+            f"training.gradient_accumulation_steps: {training.gradient_accumulation_steps} is accepted with "
+            "execution.training.data_parallel 1, whose processes take parts of a batch already; give one of the two"
+        )
     if d_sae % ranks.feature_parallel:
         raise UserError(
             f"execution.training.feature_parallel: {d_sae} features have no equal shares for {ranks.feature_parallel} processes"
