@@ -13,10 +13,10 @@ from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, 
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.sizes import LARGE
-from components.sae.settings import CoderSettings
+from components.sae.settings import CoderSettings, FromTokens
 
 
-class JumpReLUSettings(CoderSettings):
+class JumpReLUSettings(FromTokens):
     version = 2  # of 1, decoder rows began random and a third as long, the bias at zero, and up to 38% of the features died
 
     decides = (
@@ -27,17 +27,6 @@ class JumpReLUSettings(CoderSettings):
 
     architecture: Literal["jumprelu"] = "jumprelu"
     """A learned threshold for each feature (Rajamanoharan et al. 2024)."""
-
-    decoder_init_norm: float = Field(default=0.3, gt=0)
-    """Norm of each decoder row at the start."""
-
-    decoder_bias_init: Literal["zeros", "mean", "geometric_median"] = "mean"
-    """Where new weights put the decoder bias: at zero, or at the mean or the geometric median of what is written (the median
-    of the first tokens that are trained on). Elsewhere than at zero, features begin by reading the distance from that point."""
-
-    decoder_token_share: float = Field(default=0.5, ge=0, le=1)
-    """Of the direction in which each decoder row of new weights begins: the weight of a token's, as it lies from the decoder
-    bias, drawn from the first that are trained on; the rest is random. 0 is random alone."""
 
     sparsity: Literal["tanh", "target_l0", "l0"] = "tanh"
     """`tanh`: `lambda sum_i tanh(c f_i ||W_dec_i||)` (Anthropic, January 2025). `target_l0`: `lambda (L0 / target - 1)^2`.
