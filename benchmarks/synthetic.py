@@ -1,9 +1,9 @@
 """Do our coders find features that are known to be there? `python benchmarks/synthetic.py --help`.
 
-Activations are sums of true features. Some fire a hundred times more often than others, a few hidden causes make many of
-them fire together, and a part of them are trees in which a child fires only with its parent and never with a sibling: what
-real features are taken to be, and what plain dictionaries are known to get wrong (as in arXiv 2602.14687). All architectures
-read the same batches, in lockstep. Prints one JSON object a line.
+Activations are sums of true features. Some fire far more often than others, a few hidden causes make many of them fire
+together, and a part of them are trees in which a child fires only with its parent and never with a sibling: what real features
+are taken to be, and what plain dictionaries are known to get wrong (as in arXiv 2602.14687). All architectures read the same
+batches, in lockstep. Prints one JSON object a line.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from components.training.settings import TrainingSettings
 from components.training.step import CoderInTraining, new_coder, take_step
 
 CHILDREN, CHILD_PROBABILITY = 4, 0.2
-"""Of every inner node of a tree; that of each child, given its parent."""
+"""Of every inner node of a tree; that of each child, given its parent, where the tree decides it."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,14 @@ class World:
 
     d_in: int = 256
     features: int = 1_024
-    trees: int = 16
+    trees: int = 32
     mean_l0: float = 12.0
     """Features that fire on a token, on average."""
     zipf: float = 0.5
-    """The i-th of roots and free features fires with a probability in proportion to `i^-zipf`."""
+    """The i-th feature fires with a probability in proportion to `i^-zipf`."""
+    deep: bool = False
+    """Trees of three levels, whose children fire with `CHILD_PROBABILITY` of their parent's: below a root it falls with every
+    level, whatever Zipf's law says. Else of two levels, in which a child is as frequent as Zipf's law has some feature."""
     causes: int = 25
     """Rank of the correlation of what makes features fire."""
     cause_share: float = 0.1
@@ -59,6 +63,8 @@ class World:
     """Unit rows, `[features, d_in]`."""
     probability: Tensor = field(init=False)
     """With which each fires on a token, `[features]`."""
+    _chances: tuple[Tensor, ...] = field(init=False)
+    """Per inner level those of children, given their parents, `[nodes, CHILDREN]`, cumulative over siblings."""
     _loadings: Tensor = field(init=False)
     _cuts: Tensor = field(init=False)
     _mean: Tensor = field(init=False)
@@ -68,24 +74,16 @@ class World:
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         found = torch.nn.functional.normalize(torch.randn(self.features, self.d_in, generator=generator), dim=1)
-        children, grandchildren = self.trees * CHILDREN, self.trees * CHILDREN**2
-        alone = self.features - children - grandchildren  # roots among them
-        odds = torch.arange(1, alone + 1, dtype=torch.float64) ** -self.zipf
-        odds = odds[torch.randperm(alone, generator=generator)]
-        # Roots are drawn from the more frequent half, so that their grandchildren fire at all.
-        frequent = odds.argsort(descending=True)[: alone // 2]
-        roots = frequent[torch.randperm(len(frequent), generator=generator)[: self.trees]]
-        others = torch.ones(alone, dtype=torch.bool).index_fill(0, roots, False)
-        root_odds = odds[roots]
-        child_odds = (CHILD_PROBABILITY * root_odds).repeat_interleave(CHILDREN)
-        grandchild_odds = (CHILD_PROBABILITY * child_odds).repeat_interleave(CHILDREN)
-        every = torch.cat([root_odds, child_odds, grandchild_odds, odds[others]])
-        probability = every * (self.mean_l0 / every.sum())
+        levels = (self._deep_trees if self.deep else self._trees)(generator)
+        chances = tuple(below.reshape(-1, CHILDREN) / above[:, None] for above, below in pairwise(levels[:-1]))
+        probability = torch.cat(levels)
+        probability *= self.mean_l0 / probability.sum()
         loadings = torch.nn.functional.normalize(torch.randn(self.features, self.causes, generator=generator), dim=1)
         mean = torch.nn.functional.normalize(torch.randn(self.d_in, generator=generator), dim=0)
         for name, value in {
             "directions": found,
             "probability": probability.float(),
+            "_chances": tuple(given.cumsum(dim=1).float() for given in chances),
             "_loadings": math.sqrt(self.cause_share) * loadings,
             "_cuts": torch.special.ndtri(probability).float(),
             "_mean": mean * self.offset * math.sqrt(self.mean_l0),
@@ -95,18 +93,41 @@ class World:
         x, _ = self.tokens(16_384, torch.Generator().manual_seed(self.seed + 1))
         object.__setattr__(self, "scale", math.sqrt(self.d_in / x.square().sum(dim=1).mean().item()))
 
+    def _trees(self, generator: torch.Generator) -> list[Tensor]:
+        """Odds of roots, of their children, and of the rest: all of Zipf's law, dealt out."""
+        odds = torch.arange(1, self.features + 1, dtype=torch.float64) ** -self.zipf
+        possible = (odds >= (CHILDREN + 1) * odds[-1]).nonzero().flatten()  # so frequent that others are children of it
+        roots = possible[torch.randperm(len(possible), generator=generator)[: self.trees]].sort().values
+        free, children = torch.ones(self.features, dtype=torch.bool).index_fill(0, roots, False), []
+        for root in roots.flip(0):  # of the rarest root the fewest can be children
+            rare = (free & (odds <= odds[root] / (CHILDREN + 1))).nonzero().flatten()
+            children.insert(0, rare[torch.randperm(len(rare), generator=generator)[:CHILDREN]])
+            free[children[0]] = False
+        return [odds[roots], odds[torch.cat(children)], odds[free]]
+
+    def _deep_trees(self, generator: torch.Generator) -> list[Tensor]:
+        """The same of roots, children, grandchildren, and the rest."""
+        alone = self.features - self.trees * (CHILDREN + CHILDREN**2)  # roots among them
+        odds = torch.arange(1, alone + 1, dtype=torch.float64) ** -self.zipf
+        odds = odds[torch.randperm(alone, generator=generator)]
+        # Roots are drawn from the more frequent half, so that their grandchildren fire at all.
+        frequent = odds.argsort(descending=True)[: alone // 2]
+        roots = frequent[torch.randperm(len(frequent), generator=generator)[: self.trees]]
+        others = torch.ones(alone, dtype=torch.bool).index_fill(0, roots, False)
+        children = (CHILD_PROBABILITY * odds[roots]).repeat_interleave(CHILDREN)
+        return [odds[roots], children, (CHILD_PROBABILITY * children).repeat_interleave(CHILDREN), odds[others]]
+
     def tokens(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Activations `[count, d_in]`, scaled, and what each true feature adds to them in that unit, `[count, features]`."""
         causes = torch.randn(count, self.causes, generator=generator)
         own = torch.randn(count, self.features, generator=generator) * math.sqrt(1 - self.cause_share)
         fires = own.addmm_(causes, self._loadings.T) < self._cuts
-        start, nodes = 0, self.trees
-        for _ in range(2):  # children, then theirs: one of the siblings, or none, where the parent fires
-            parents = fires[:, start : start + nodes]
-            chosen = (torch.rand(count, nodes, generator=generator) / CHILD_PROBABILITY).long()
-            of_parent = torch.arange(CHILDREN) == chosen[:, :, None]
-            start, nodes = start + nodes, nodes * CHILDREN
-            fires[:, start : start + nodes] = (of_parent & parents[:, :, None]).reshape(count, nodes)
+        start = 0
+        for last in self._chances:  # one of the siblings, or none, where the parent fires
+            parents = fires[:, start : start + len(last), None]
+            drawn, first = torch.rand(*parents.shape, generator=generator), torch.nn.functional.pad(last, (1, 0))[:, :-1]
+            start += len(last)
+            fires[:, start : start + last.numel()] = (parents & (drawn >= first) & (drawn < last)).flatten(1)
         strength = fires * (1 + 0.3 * torch.randn(count, self.features, generator=generator)).clamp_min(0.1)
         strength *= self.scale
         return strength @ self.directions + self.scale * self._mean, strength
@@ -115,7 +136,7 @@ class World:
 _FEW_DEAD = {"auxk": 8}
 """Dead features that take part in AuxK on a token: of half of `d_in`, nearly all dead ones learn the same."""
 RECIPES: dict[str, tuple[dict[str, Any], float]] = {
-    "relu": ({"sparsity_coefficient": 3.0, "auxk_coefficient": 1 / 32}, 4e-3),
+    "relu": ({"sparsity_coefficient": 3.0, "auxk_coefficient": 1 / 32, **_FEW_DEAD}, 4e-3),
     "gated": ({"sparsity_coefficient": 3.0}, 4e-3),
     "jumprelu": ({"sparsity_coefficient": 2.0}, 4e-3),
     "topk": (_FEW_DEAD, 2e-3),
@@ -244,16 +265,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architectures", nargs="*", default=[])
     parser.add_argument("--large", action="store_true", help="16,384 features in 768 dimensions, L0 34: slow")
+    parser.add_argument("--deep", action="store_true", help="trees of three levels, at the end of which features are rare")
     parser.add_argument("--tokens", type=int, default=400_000)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--peers", type=Path, help="folder that pip has installed SAELens in: its own on the same data, too")
-    parser.add_argument("--dead-after", type=int, default=30_000, help="tokens without firing after which a feature is dead")
+    parser.add_argument("--dead-after", type=int, default=10_000, help="tokens without firing after which a feature is dead")
     parser.add_argument("--set", action="append", default=[], type=setting, metavar="FIELD=JSON")
     arguments = parser.parse_args()
     keep_freed_memory()
-    world = World(d_in=768, features=16_384, trees=128, mean_l0=34.0) if arguments.large else World()
+    size = {"d_in": 768, "features": 16_384, "trees": 128, "mean_l0": 34.0} if arguments.large else {}
+    world = World(**(size | ({"deep": True, "trees": 128 if arguments.large else 16} if arguments.deep else {})))
     names = arguments.architectures or list(RECIPES)
     for name, (trained, seconds) in train(world, names, arguments).items():
         show(name, measure(world, trained.coder, 50_000, seed=arguments.seed + 3), seconds)

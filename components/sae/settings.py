@@ -84,3 +84,18 @@ class CoderSettings(Bounded):
         changed = [name for name in self.decides_later if getattr(self, name) != fields[name].default]
         kept = {name: values[name] for name in (*self.decides, *changed)}
         return {**kept, "version": self.version, "d_sae": self.features(d_in)}
+
+
+class FromTokens(CoderSettings):
+    """Of architectures that begin at tokens where nothing else is said: at equal L0 they then leave less in short trainings."""
+
+    decoder_init_norm: float = Field(default=0.3, gt=0)
+    """Norm of each decoder row at the start."""
+
+    decoder_bias_init: Literal["zeros", "mean", "geometric_median"] = "mean"
+    """Where new weights put the decoder bias: at zero, or at the mean or the geometric median of what is written (the median
+    of the first tokens that are trained on). Elsewhere than at zero, features begin by reading the distance from that point."""
+
+    decoder_token_share: float = Field(default=0.5, ge=0, le=1)
+    """Of the direction in which each decoder row of new weights begins: the weight of a token's, as it lies from the decoder
+    bias, drawn from the first that are trained on; the rest is random. 0 is random alone."""

@@ -198,8 +198,9 @@ def test_a_wanted_l0_pushes_thresholds_towards_it(wanted: float):
 
 def test_the_frequency_penalty_has_the_gradient_of_its_formula_and_quietens_what_fires_everywhere():
     settings = JumpReLUSettings(
-        d_sae=20, bandwidth=0.5, sparsity="l0", sparsity_coefficient=0.2, frequency_coefficient=0.3, frequency_scale=0.1
-    )
+        d_sae=20, bandwidth=0.5, sparsity="l0", sparsity_coefficient=0.2, frequency_coefficient=0.3, frequency_scale=0.1,
+        decoder_init_norm=0.1,  # so short that thresholds are near what features have, where they have a gradient
+    )  # fmt: skip
     coder, x = JumpReLUSAE.autoencoder(settings, 6), inputs()
     coder.initialise(3)
     found = coder.losses(x, x, WHOLE)

@@ -13,10 +13,12 @@ from components.sae.coder import Coder, Exported, Losses, Progress, in_float32, 
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.sizes import LARGE
-from components.sae.settings import CoderSettings
+from components.sae.settings import CoderSettings, FromTokens
 
 
-class JumpReLUSettings(CoderSettings):
+class JumpReLUSettings(FromTokens):
+    version = 2  # of 1, decoder rows began random and a third as long, the bias at zero, and up to 38% of the features died
+
     decides = (
         *CoderSettings.decides, "sparsity", "sparsity_coefficient", "sparsity_warmup", "target_l0", "tanh_scale",
         "pre_activation_coefficient", "bandwidth", "threshold_init",

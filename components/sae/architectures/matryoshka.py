@@ -12,10 +12,12 @@ from torch import Tensor
 from components.sae.architectures.batchtopk import BatchTopKSAE, BatchTopKSettings
 from components.sae.architectures.topk import with_auxk
 from components.sae.coder import Losses, Progress, reconstruction_loss
-from components.sae.settings import CoderSettings
+from components.sae.settings import CoderSettings, FromTokens
 
 
-class MatryoshkaSettings(BatchTopKSettings):
+class MatryoshkaSettings(FromTokens, BatchTopKSettings):
+    version = 3  # of 2, decoder rows began random and of length 1, the bias at zero
+
     decides = (*BatchTopKSettings.decides, "levels")
 
     architecture: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from components.sae.features import SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.selection import strongest_of_rows
 from components.sae.kernels.sparse import Places, can_be_sparse, can_be_sparse_on_gpu, encoded
-from components.sae.settings import CoderSettings
+from components.sae.settings import CoderSettings, FromTokens
 
 _SAME_LENGTH = 1e-5
 """Relative difference that rounding to float32 leaves between equal lengths."""
@@ -52,7 +52,9 @@ class KSettings(CoderSettings):
         return round(self.k_start + (self.k - self.k_start) * progress.rise(self.k_anneal))
 
 
-class TopKSettings(KSettings):
+class TopKSettings(FromTokens, KSettings):
+    version = 3  # of 2, decoder rows began random and of length 1, the bias at zero
+
     decides = (*KSettings.decides, "rank_by")
 
     architecture: Literal["topk"] = "topk"
