@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import resources
 from typing import TYPE_CHECKING
@@ -50,6 +51,10 @@ def laws_table(laws: Scaling) -> list[tuple[str, str, str]]:
             row(f"best {title} = {power.coefficient:.3g} C^a: a", power.exponent)
     for name, estimate in laws.law.items():
         row(f"joint law, {name}", estimate)
+    if laws.trial is not None:
+        cheap, dear = laws.trial.fitted, laws.trial.foretold
+        title = f"measured over foretold: of the law of the {cheap} cheapest settings, for the other {dear}"
+        rows.append((title, f"{math.exp(laws.trial.mean):.3f}", f"misses by {laws.trial.spread:.1%}"))
     rate = laws.learning_rate
     if rate.coefficient is None or rate.exponent is None or rate.low is None or rate.high is None:
         rows.append(("best learning rate", ", ".join(f"{n}: {tried:g}" for n, tried in rate.tried.items()), rate.said))

@@ -14,7 +14,7 @@ from components.run.estimate import dense_flops, sparse_flops
 from components.run.specification import Specification
 from components.settings import Record, UserError
 from components.sweeps.laws import Array, interval
-from components.sweeps.scaling import Estimate, Fit, frontier_points
+from components.sweeps.scaling import TRIED_BEYOND, Estimate, Fit, frontier_points
 
 FURTHEST = 10.0
 """How many times the sweep's largest budget a recommendation may be for."""
@@ -108,10 +108,16 @@ def recommend(
 
 
 def predicted(fit: Fit, features: int, tokens: int, seed: int = 0) -> Estimate:
-    """The loss of one training: its interval holds the laws' uncertainty and the scatter of a training around them."""
+    """The loss of one training: its interval holds the laws' uncertainty, the scatter of a training around them and, beyond the
+    sweep's compute, what the laws of its cheaper settings miss the others by (`Trial`), in proportion to the logarithm."""
     generator = np.random.default_rng(seed)
     laws: Array = fit.log_loss(features, tokens, fit.law.draws)[..., 0]
-    drawn = np.exp(laws + generator.choice(fit.law.residuals, size=len(laws)))
+    scattered = laws + generator.choice(fit.law.residuals, size=len(laws))
+    if fit.trial is not None:
+        beyond = np.log(features * tokens / max(point.features * point.tokens for point in fit.points))
+        share = max(0.0, float(beyond / np.log(TRIED_BEYOND)))
+        scattered += fit.trial.spread * share * generator.standard_normal(len(laws))
+    drawn = np.exp(scattered)
     low, high = interval(drawn, fit.freedom)
     return Estimate(value=float(np.exp(fit.log_loss(features, tokens))[0]), low=low, high=high)
 

@@ -31,6 +31,10 @@ DRAWS = 400
 _LEAST_LEVELS = 3
 """Of features and of tokens: two would tell no floor from a slope."""
 _LEAST_FOR_FRONTIER = 6
+TRIED_BEYOND = 3.0
+"""How far the trial extrapolates: the law of what costs at most a third of the dearest setting is asked for the others."""
+_WHOLE_STEPS = 1.01
+"""Of compute that is as much but for lengths of whole steps."""
 
 
 class Estimate(Record):
@@ -56,6 +60,20 @@ class Frontier(Record):
     exponent: Estimate
 
 
+class Trial(Record):
+    """The law of a sweep's cheaper settings against its dearer ones, which it has not seen: how far to trust the law of all of
+    them beyond all of them."""
+
+    fitted: int
+    """Settings that cost at most a third of the dearest one."""
+    foretold: int
+    """The others."""
+    mean: float
+    """Of the log of measured over foretold loss: below zero, the law says too much."""
+    spread: float
+    """Root of the mean square of the same."""
+
+
 class Scaling(Record):
     """The laws of one sweep at one k, as they are printed and kept."""
 
@@ -66,6 +84,8 @@ class Scaling(Record):
     """Parameters of the joint law, term by term: `features.n` is beta_n, `features.kn` gamma, `steps.D` minus beta."""
     residual: float
     """Standard deviation of the log of measured over fitted loss."""
+    trial: Trial | None = None
+    """None where the cheaper settings are too few for a law of their own."""
     frontier: Frontier | None = None
     """That the joint law gives; None where the sweep varies features or tokens too little."""
     observed_frontier: Frontier | None = None
@@ -87,6 +107,7 @@ class Fit:
     law: Fitted
     k: int | None
     learning_rate: BestRate
+    trial: Trial | None = None
 
     @property
     def flops_per_feature(self) -> float:
@@ -144,6 +165,7 @@ class Fit:
             points=len(self.points),
             law={name: self._estimate(values[place], self.law.draws[:, place]) for place, name in enumerate(names)},
             residual=float(np.std(self.law.residuals)),
+            trial=self.trial,
             learning_rate=self.learning_rate,
             observed_frontier=_through(frontier_points(self.points)),
             **(self._optimal() if self.has_optimum else {}),
@@ -188,6 +210,13 @@ def fit_sweep(record: SweepRecord, config: RunConfig, draws: int = DRAWS) -> Fit
     for point in everything:
         by_setting.setdefault((point.features, point.tokens, point.k), []).append(point)
     settings = [by_setting[setting] for setting in sorted(by_setting, key=str)]
+    fitted = _fitted(settings, draws)
+    points = [min(setting, key=_loss) for setting in settings]
+    return Fit(points, everything, fitted, _chosen_k(points, config), best_learning_rate(everything, draws), _trial(settings))
+
+
+def _fitted(settings: Sequence[Sequence[SweepPoint]], draws: int) -> Fitted:
+    """settings: each with its trainings, which differ in the learning rate."""
     points = [min(setting, key=_loss) for setting in settings]
     law = _law(points)
     needed = len(law.names) + 1
@@ -196,9 +225,27 @@ def fit_sweep(record: SweepRecord, config: RunConfig, draws: int = DRAWS) -> Fit
             f"--sweep: {len(points)} of its settings have finished (of each size, length and k one counts); the law "
             f"that fits them has {len(law.names)} parameters and needs {needed}"
         )
-    fitted = fit(law, _logs(points), np.array([least_loss(setting) for setting in settings]), draws)
-    k = _chosen_k(points, config)
-    return Fit(points, everything, fitted, k, best_learning_rate(everything, draws))
+    return fit(law, _logs(points), np.array([least_loss(setting) for setting in settings]), draws)
+
+
+def _trial(settings: Sequence[Sequence[SweepPoint]]) -> Trial | None:
+    dearest = max(setting[0].flops_dense for setting in settings)
+    parts: tuple[list[Sequence[SweepPoint]], list[Sequence[SweepPoint]]] = [], []
+    for setting in settings:
+        parts[TRIED_BEYOND * setting[0].flops_dense > _WHOLE_STEPS * dearest].append(setting)
+    cheaper, dearer = parts
+    try:
+        fitted = _fitted(cheaper, draws=0)
+    except UserError:
+        return None
+    foretold = fitted.law.log_loss(fitted.parameters, _logs([setting[0] for setting in dearer]))
+    missed = np.log([least_loss(setting) for setting in dearer]) - foretold
+    return Trial(
+        fitted=len(cheaper),
+        foretold=len(dearer),
+        mean=float(np.mean(missed)),
+        spread=float(np.sqrt(np.mean(np.square(missed)))),
+    )
 
 
 def usable_points(record: SweepRecord, config: RunConfig) -> list[SweepPoint]:

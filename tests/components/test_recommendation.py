@@ -14,9 +14,9 @@ from components.run.estimate import dense_flops, sparse_flops
 from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.sweeps.grid import children
-from components.sweeps.recommendation import flops_of, recommend, with_values
+from components.sweeps.recommendation import flops_of, predicted, recommend, with_values
 from components.sweeps.record import SweepPoint, SweepRecord
-from components.sweeps.scaling import Fit, fit_sweep
+from components.sweeps.scaling import Fit, Trial, fit_sweep
 
 GRID = {
     "sae.d_sae": [64, 128, 256, 512],
@@ -99,6 +99,22 @@ def test_beyond_ten_times_the_largest_budget_it_is_refused(base: Specification, 
         recommend(base, fit, flops=12 * largest)
     with pytest.raises(UserError, match=r"--features: .* times the sweep's largest budget"):
         recommend(base, fit, features=100_000)
+
+
+def test_what_the_trial_missed_by_widens_what_is_said_beyond_the_sweep_and_nothing_within(base: Specification, fit: Fit):
+    missed = replace(fit, trial=Trial(fitted=13, foretold=3, mean=-0.1, spread=0.1))
+    trusted = replace(fit, trial=Trial(fitted=13, foretold=3, mean=0.0, spread=0.0))
+    assert (
+        predicted(missed, 200, 100_000) == predicted(trusted, 200, 100_000) == predicted(replace(fit, trial=None), 200, 100_000)
+    )
+    widths = {}
+    for times in (3, 9):
+        beyond = predicted(missed, 1024, times * 102_400)
+        assert beyond.value == predicted(trusted, 1024, times * 102_400).value
+        widths[times] = np.log(beyond.high / beyond.low) / 2
+    # of a normal with that deviation the 90% interval is 1.645 to each side, and a little more with the bootstrap's own
+    assert 0.164 < widths[3] < 0.24
+    assert widths[9] == pytest.approx(2 * widths[3], rel=0.15)  # twice as far, in logarithms
 
 
 def test_an_interval_wider_than_the_effect_is_refused(base: Specification, fit: Fit):

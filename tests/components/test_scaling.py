@@ -139,6 +139,25 @@ def test_the_optimum_of_a_budget_is_the_one_that_a_search_finds(truth: Callable,
     assert found.tokens_for(n) == pytest.approx(d)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.9])
+def test_the_law_of_the_cheaper_settings_is_tried_on_the_dearer_ones(factor: float):
+    sizes, lengths = [256, 512, 1024, 2048], [10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5]
+    dear = 2048 * 8 * 10**5 / 3
+
+    def loss(n, d, rate, k):
+        return chinchilla(n, d) * (factor if n * d > dear else 1.0)
+
+    found = fit_sweep(record(loss, sizes, lengths), config(), draws=20)
+    assert found.trial is not None
+    assert (found.trial.fitted, found.trial.foretold) == (13, 3)
+    assert found.trial.mean == pytest.approx(np.log(factor), abs=0.002)
+    assert found.trial.spread == pytest.approx(-np.log(factor), abs=0.002)
+    (said,) = [(value, error) for name, value, error in page.laws_table(found.summary()) if "13 cheapest" in name]
+    assert float(said[0]) == pytest.approx(factor, abs=0.002)
+    close = fit_sweep(record(loss, sizes[:3], [100_000, 120_000, 144_000]), config(), draws=20)
+    assert close.trial is None  # one size would be left to fit
+
+
 def test_with_k_in_the_sweep_the_laws_are_at_the_configurations_own():
     def loss(n, d, rate, k):
         return np.exp(-1.6 - 0.35 * np.log(k)) + np.exp(-0.2 + (-0.5 + 0.02 * np.log(k)) * np.log(n)) + 40 * d**-0.6
