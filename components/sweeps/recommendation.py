@@ -35,6 +35,8 @@ class Recommendation(Record):
     """Normalised MSE, `1 - explained_variance`, that one training will leave: the laws' interval and its own scatter."""
     extrapolates: dict[str, float]
     """What lies outside of the sweep, as a multiple of its nearest end; empty within it."""
+    law_alone: int | None = None
+    """Features that the law would have, where that is further beyond the sweep than the budget is."""
     learning_rate_said: str
     set: dict[str, Any]
     """Fields of the configuration to train, by their dotted names."""
@@ -57,7 +59,8 @@ def flops_of(gpu: str, hours: float, utilisation: float, autocast: str) -> tuple
 def recommend(
     base: Specification, fit: Fit, flops: float | None = None, features: int | None = None, assumed: str | None = None
 ) -> Recommendation:
-    """flops: dense ones, of which the best is made; or features, which are trained for as long as is best for so many.
+    """flops: dense ones, of which the best is made, with neither features nor tokens further beyond the sweep than the budget;
+    or features, which are trained for as long as is best for so many.
 
     A UserError where the fit does not carry it: beyond `FURTHEST` times the sweep's largest budget, or with an interval that is
     wider than all that the sweep's own compute has gained.
@@ -69,8 +72,10 @@ def recommend(
             "--flops: the sweep has one length of training; it says what features are worth, and not what steps are"
         )
     _require_falling(fit)
+    law_alone: float | None = None
     if flops is not None:
-        wanted, tokens = (float(found[()]) for found in fit.optimum(flops))
+        law_alone = float(fit.optimum(flops)[0])
+        wanted = _held(fit, law_alone, flops)
     elif fit.has_optimum:
         wanted, tokens = float(features or 0), fit.tokens_for(float(features or 0))
     else:
@@ -101,25 +106,38 @@ def recommend(
         flops_sparse=None if fit.k is None else sparse_flops(run, fit.k),
         loss=loss,
         extrapolates=beyond,
+        law_alone=None if law_alone in (None, wanted) else _rounded(law_alone),
         learning_rate_said=fit.learning_rate.said,
         set=chosen,
         assumed=assumed,
     )
 
 
+def _held(fit: Fit, features: float, flops: float) -> float:
+    """Features with which neither they nor the tokens are more times the sweep's largest than the budget is: what more of the
+    one in place of the other is worth, the law knows least where nothing near has been trained."""
+    most_features, most_tokens = (max(getattr(point, name) for point in fit.points) for name in ("features", "tokens"))
+    times = max(1.0, flops / fit.flops_per_feature / max(point.features * point.tokens for point in fit.points))
+    fewest = flops / fit.flops_per_feature / (times * most_tokens)
+    return min(max(features, fewest), times * most_features)
+
+
 def predicted(fit: Fit, features: int, tokens: int, seed: int = 0) -> Estimate:
-    """The loss of one training: its interval holds the laws' uncertainty, the scatter of a training around them and, beyond the
-    sweep's compute, what the laws of its cheaper settings miss the others by (`Trial`), in proportion to the logarithm."""
+    """The loss of one training: its interval holds the laws' uncertainty and the scatter of a training around them. Beyond the
+    sweep's compute the trial tells (`Trial`): its mean moves the loss, up to as far beyond as it went, and its spread, in
+    proportion to the logarithm, widens the interval."""
     generator = np.random.default_rng(seed)
     laws: Array = fit.log_loss(features, tokens, fit.law.draws)[..., 0]
     scattered = laws + generator.choice(fit.law.residuals, size=len(laws))
+    value = float(fit.log_loss(features, tokens)[0])
     if fit.trial is not None:
         beyond = np.log(features * tokens / max(point.features * point.tokens for point in fit.points))
         share = max(0.0, float(beyond / np.log(TRIED_BEYOND)))
-        scattered += fit.trial.spread * share * generator.standard_normal(len(laws))
-    drawn = np.exp(scattered)
-    low, high = interval(drawn, fit.freedom)
-    return Estimate(value=float(np.exp(fit.log_loss(features, tokens))[0]), low=low, high=high)
+        moved = min(1.0, share) * fit.trial.mean if fit.trial.corrects else 0.0
+        value += moved
+        scattered += moved + fit.trial.spread * share * generator.standard_normal(len(laws))
+    low, high = interval(np.exp(scattered), fit.freedom)
+    return Estimate(value=float(np.exp(value)), low=low, high=high)
 
 
 def with_values(base: Specification, values: Mapping[str, Any]) -> Specification:

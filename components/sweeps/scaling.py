@@ -31,6 +31,7 @@ DRAWS = 400
 _LEAST_LEVELS = 3
 """Of features and of tokens: two would tell no floor from a slope."""
 _LEAST_FOR_FRONTIER = 6
+_SETTINGS_PER_PARAMETER = 2
 TRIED_BEYOND = 3.0
 """How far the trial extrapolates: the law of what costs at most a third of the dearest setting is asked for the others."""
 _WHOLE_STEPS = 1.01
@@ -72,6 +73,9 @@ class Trial(Record):
     """Of the log of measured over foretold loss: below zero, the law says too much."""
     spread: float
     """Root of the mean square of the same."""
+    corrects: bool
+    """Whether what is foretold beyond the sweep is moved by the mean, as a forecast is by its bias in a backtest: where the
+    cheaper settings are at least two for each parameter of their law."""
 
 
 class Scaling(Record):
@@ -245,6 +249,7 @@ def _trial(settings: Sequence[Sequence[SweepPoint]]) -> Trial | None:
         foretold=len(dearer),
         mean=float(np.mean(missed)),
         spread=float(np.sqrt(np.mean(np.square(missed)))),
+        corrects=len(cheaper) >= _SETTINGS_PER_PARAMETER * len(fitted.law.names),
     )
 
 
@@ -276,7 +281,7 @@ def _law(points: Sequence[SweepPoint]) -> Law:
     if tokens > 1:
         terms["steps"] = ("1", "D")
         wider = Law({**terms, "steps": ("1", "D", "n")})
-        if len(points) >= 2 * len(wider.names):
+        if len(points) >= _SETTINGS_PER_PARAMETER * len(wider.names):
             return wider
     return Law(terms)
 

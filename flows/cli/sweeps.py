@@ -219,6 +219,9 @@ def print_recommendation(found: dict[str, Any]) -> None:
     table.add_row("learning rate", found["learning_rate_said"])
     beyond = ", ".join(f"{name} {times:g} times the sweep's nearest" for name, times in found["extrapolates"].items())
     table.add_row("extrapolates", beyond or "no: all within the sweep")
+    if found["law_alone"] is not None:
+        said = f"nothing further beyond the sweep than the budget; the law alone would have {found['law_alone']:,} features"
+        table.add_row("kept to", said)
     if found["assumed"]:
         table.add_row("assumed", found["assumed"])
     if found["written"]:

@@ -101,20 +101,41 @@ def test_beyond_ten_times_the_largest_budget_it_is_refused(base: Specification, 
         recommend(base, fit, features=100_000)
 
 
-def test_what_the_trial_missed_by_widens_what_is_said_beyond_the_sweep_and_nothing_within(base: Specification, fit: Fit):
-    missed = replace(fit, trial=Trial(fitted=13, foretold=3, mean=-0.1, spread=0.1))
-    trusted = replace(fit, trial=Trial(fitted=13, foretold=3, mean=0.0, spread=0.0))
-    assert (
-        predicted(missed, 200, 100_000) == predicted(trusted, 200, 100_000) == predicted(replace(fit, trial=None), 200, 100_000)
-    )
+def test_what_the_trial_missed_by_moves_and_widens_what_is_said_beyond_the_sweep_and_nothing_within(fit: Fit):
+    seen = Trial(fitted=13, foretold=3, mean=-0.1, spread=0.1, corrects=True)
+    missed, few = replace(fit, trial=seen), replace(fit, trial=seen.model_copy(update={"corrects": False}))
+    alone = replace(fit, trial=None)
+    assert predicted(missed, 200, 100_000) == predicted(few, 200, 100_000) == predicted(alone, 200, 100_000)
     widths = {}
     for times in (3, 9):
-        beyond = predicted(missed, 1024, times * 102_400)
-        assert beyond.value == predicted(trusted, 1024, times * 102_400).value
+        n, tokens = 1024, times * 102_400
+        beyond, law = predicted(missed, n, tokens), predicted(alone, n, tokens)
+        assert beyond.value == pytest.approx(law.value * np.exp(-0.1))  # no further than the trial went
+        assert predicted(few, n, tokens).value == law.value
+        assert beyond.low < beyond.value < beyond.high
         widths[times] = np.log(beyond.high / beyond.low) / 2
     # of a normal with that deviation the 90% interval is 1.645 to each side, and a little more with the bootstrap's own
     assert 0.164 < widths[3] < 0.24
     assert widths[9] == pytest.approx(2 * widths[3], rel=0.15)  # twice as far, in logarithms
+
+
+@pytest.mark.parametrize(
+    ("loss", "features", "tokens"),
+    [
+        (lambda n, d: 0.03 + 6.0 * n**-0.5 + 40.0 * d**-0.6, 3 * 512, 204_800),
+        (lambda n, d: 0.03 + 0.2 * n**-0.5 + 400.0 * d**-0.6, 512, 3 * 204_800),
+    ],
+    ids=["features", "tokens"],
+)
+def test_nothing_is_further_beyond_the_sweep_than_the_budget(base: Specification, loss: Callable, features: int, tokens: int):
+    fit = fit_sweep(sweep_of(base, loss, noise=0.0), base.config, draws=50)
+    found = recommend(base, fit, flops=3 * 512 * 204_800 * PER_FEATURE)
+    assert (found.features, found.tokens) == pytest.approx((features, tokens), rel=0.01)
+    assert found.law_alone is not None
+    assert (found.law_alone > features) == (features > 512)
+    within = recommend(base, fit, flops=512 * 204_800 * PER_FEATURE / 3)
+    assert within.features <= 512
+    assert within.tokens <= 204_800
 
 
 def test_an_interval_wider_than_the_effect_is_refused(base: Specification, fit: Fit):

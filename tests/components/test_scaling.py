@@ -149,7 +149,7 @@ def test_the_law_of_the_cheaper_settings_is_tried_on_the_dearer_ones(factor: flo
 
     found = fit_sweep(record(loss, sizes, lengths), config(), draws=20)
     assert found.trial is not None
-    assert (found.trial.fitted, found.trial.foretold) == (13, 3)
+    assert (found.trial.fitted, found.trial.foretold, found.trial.corrects) == (13, 3, True)
     assert found.trial.mean == pytest.approx(np.log(factor), abs=0.002)
     assert found.trial.spread == pytest.approx(-np.log(factor), abs=0.002)
     (said,) = [(value, error) for name, value, error in page.laws_table(found.summary()) if "13 cheapest" in name]
