@@ -112,7 +112,7 @@ class Work:
 
     def know(self, child: Child) -> None:
         """What an earlier call found of it, whatever that is."""
-        self.points[child.run.sae_digest] = self._known.get(child.run.sae_digest) or _point(child, "waiting")
+        self.points[child.run.sae_digest] = self._known.get(child.run.sae_digest) or point_of(child, "waiting")
 
     def add(self, children: Iterable[Child]) -> list[Child]:
         """Those of these that something is left to do of. What an earlier call found counts, unless it was a failure that is of
@@ -124,7 +124,7 @@ class Work:
                 known.status in ("diverged", "pruned")
                 or (known.status == "finished" and child.run.evaluation_record() is not None)
             )
-            self.points[child.run.sae_digest] = known if known is not None and settled else _point(child, "waiting")
+            self.points[child.run.sae_digest] = known if known is not None and settled else point_of(child, "waiting")
             if not settled:
                 waiting.append(child)
         return waiting
@@ -197,7 +197,7 @@ class Work:
         with self._child_run(child) as open_run:
             steps.log_results(child.run, open_run)
             cosine = decoder_cosine(own_sae(child.run.sae_url, child.run.device).W_dec.detach())
-            point = _point(child, "finished", measured, mlflow_run=open_run.run_id, decoder_cosine=cosine)
+            point = point_of(child, "finished", measured, mlflow_run=open_run.run_id, decoder_cosine=cosine)
             open_run.log_evaluation(_compared(point), "sweep")
             self._keep(child, point)
 
@@ -208,7 +208,7 @@ class Work:
             run_id = open_run.run_id
             if status != "pruned":
                 raise error  # which closes it as failed, with the reason
-        self._keep(child, _point(child, status, reason=f"{error}", mlflow_run=run_id))
+        self._keep(child, point_of(child, status, reason=f"{error}", mlflow_run=run_id))
 
     def _child_run(self, child: Child) -> Any:
         from components.tracking.runs import PARENT_TAG, tracked_run
@@ -260,13 +260,14 @@ def _compared(point: SweepPoint) -> dict[str, Any]:
     return {name: value for name, value in point.model_dump(include=set(kept)).items() if value is not None}
 
 
-def _point(
+def point_of(
     child: Child,
     status: Any,
     measured: EvaluationRecord | None = None,
     reason: str | None = None,
     **found: Any,
 ) -> SweepPoint:
+    """What stands of a child in the sweep's record; found: fields that neither its run nor `measured` knows."""
     run = child.run
     training, metrics = run.config.training, {} if measured is None else measured.metrics
     variance, l0 = metrics.get("explained_variance"), metrics.get("l0")

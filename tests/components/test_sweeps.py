@@ -19,7 +19,7 @@ from components.sweeps.grid import children, parse_grid
 from components.sweeps.groups import lockstep_groups
 from components.sweeps.record import load_sweep, read_sweep
 from components.sweeps.sparsity import advise, decoder_cosine
-from components.sweeps.work import _point, in_a_process
+from components.sweeps.work import in_a_process, point_of
 from components.tracking.runs import PARENT_TAG
 from components.tracking.store import connect
 from components.training.loop import train_together
@@ -257,7 +257,7 @@ def test_the_l0_to_choose_is_that_of_the_least_alike_rows(base: Specification, c
     for child in children(base, parse_grid(["sae.d_sae=32,64", "sae.k=2,4,8"])):
         cosine = 0.0 if child.run.d_sae == 32 else cosines[len(points) % 3]
         found = {"loss": 0.1, "l0": child.values["sae.k"] + 0.5, "decoder_cosine": cosine}
-        points.append(_point(child, "finished").model_copy(update=found))
+        points.append(point_of(child, "finished").model_copy(update=found))
     advice = advise(points)
     assert advice is not None
     assert (advice.features, advice.k, advice.l0, advice.at_the_end) == (64, k, k + 0.5, at_the_end)
