@@ -20,7 +20,9 @@ def groups(each: int) -> tuple[torch.Tensor, np.ndarray]:
 
 @pytest.mark.parametrize("most", [5_000, 10])
 def test_near_directions_lie_together_whatever_their_lengths(most: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MOST_BY_NEIGHBOURS", most)
+    """By t-SNE, and by principal components."""
+    monkeypatch.setattr(module, "MOST_BY_TSNE", most)
+    monkeypatch.setattr(module, "MOST_BY_UMAP", most)
     rows, number = groups(20)
     living = torch.ones(60, dtype=torch.bool)
     living[7] = False
