@@ -20,6 +20,15 @@ BUILTIN = Path(__file__).parent.parent / "components" / "language_model" / "buil
 WORDS = "the sparse feature of a model fires where tokens in the residual stream point along its decoder row".split()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to waking threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _migrated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """MLflow's tables are made once for all tests: its migrations take 5 to 30 s of every fresh SQLite file."""

@@ -21,22 +21,15 @@ from components.corpus.tokens import read_sequences
 from components.evaluation import kept
 from components.evaluation.record import EvaluationRecord
 from components.evaluation.results import finish
-from components.interpretation.examples import bin_edges
 from components.run.checks import check
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.settings import UserError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PROMPT = "the model <image> fires where"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -229,23 +222,29 @@ def test_examples_are_those_of_the_whole_matrix_whatever_the_spans(
     fired = 0
     for feature in range(run.d_sae):
         along = features[..., feature].numpy()
-        order = [one for one in np.argsort(-along.max(axis=1), kind="stable") if along[one].max() > 0][:3]
-        strongest = [row for row in rows if row["feature"] == feature and row["kind"] == "strongest"]
+        order = [one for one in np.argsort(-along.max(axis=1), kind="stable") if along[one].max() > 1e-5][:3]
+        strongest = [
+            row for row in rows if row["feature"] == feature and row["kind"] == "strongest" and row["activation"] > 1e-5
+        ]
         assert [row["document"] for row in strongest] == documents[order, 0].tolist()
         for row, image in zip(strongest, order, strict=True):
             assert row["position"] == along[image].argmax()
             assert row["activation"] == pytest.approx(along[image].max(), rel=1e-5)
             assert np.asarray(row["activations"][1:]) == pytest.approx(along[image], rel=1e-4, abs=1e-6)
-        counts = table[feature]["histogram"]
-        assert sum(counts) == (along > 0).sum() == table[feature]["fired"]
-        every = np.histogram(along[along > 0], bins=bin_edges().astype(np.float64))[0]
-        assert counts == np.trim_zeros(every).tolist()
+        counts, edges = (np.asarray(table[feature][name]) for name in ("histogram", "histogram_edges"))
+        assert counts.sum() == table[feature]["fired"]
+        # What is nothing but rounding, or at an edge, is elsewhere in a batch of another size.
+        slack = 1e-5 * (1 + along)
+        assert (along > slack).sum() <= counts.sum() <= (along > -slack).sum()
+        for edge, above in zip(edges[:-1], counts[::-1].cumsum()[::-1], strict=True):
+            if edge > 1e-5:
+                assert (along - slack >= edge).sum() <= above <= (along + slack >= edge).sum()
         drawn = [row for row in rows if row["feature"] == feature and row["kind"] == "sample"]
-        assert len(drawn) == min(8, (along > 0).sum())
+        assert len(drawn) == min(8, counts.sum())
         for row in drawn:
             image = int(np.flatnonzero(documents[:, 0] == row["document"])[0])
-            assert row["activation"] == pytest.approx(along[image, row["position"]], rel=1e-5)
-        fired += bool(counts)
+            assert row["activation"] == pytest.approx(along[image, row["position"]], rel=1e-5, abs=1e-5)
+        fired += bool(len(counts))
     assert fired > 10
 
 

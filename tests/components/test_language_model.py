@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,6 +26,8 @@ from components.language_model.loading import find_model, kept_model, load_encod
 from components.language_model.settings import LanguageModelSettings
 from components.language_model.source import ModelSource, _folder_digest
 from components.settings import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = 3
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
@@ -77,15 +78,6 @@ def random_model(entry: tuple[str, dict[str, Any]]) -> nn.Module:
         elif parameter.ndim > 1:
             parameter.mul_(5)
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to waking threads than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=CAUSAL)

