@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from components.sae.kernels.rows import uses_triton
-from components.sae.kernels.sizes import LARGE
+from components.sae.kernels.sizes import GROUP, LARGE
 from components.sae.kernels.sparse import Places, can_be_sparse, encoded, true_places
 
 MANY_ENTRIES = 1 << 26
@@ -32,7 +32,8 @@ def is_sparse(x: Tensor, W_enc: Tensor, bias: Tensor) -> bool:
 def without_gradient(x: Tensor, W_enc: Tensor, bias: Tensor | None = None) -> bool:
     """Whether features of x are to be found by tiles because `[n, d_sae]` would be large: where no gradient is wanted. bias: as
     in `is_sparse`, where it depends on it how many there are."""
-    if not (x.device.type == "cpu" or uses_triton(x)) or torch.is_grad_enabled() or len(x) * W_enc.shape[1] <= MANY_ENTRIES:
+    by_tiles = x.device.type == "cpu" or (uses_triton(x) and W_enc.shape[1] % GROUP == 0)
+    if not by_tiles or torch.is_grad_enabled() or len(x) * W_enc.shape[1] <= MANY_ENTRIES:
         return False
     return bias is None or _few(x, W_enc, bias)
 
