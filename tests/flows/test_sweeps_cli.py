@@ -60,7 +60,7 @@ def test_a_recommendation_is_printed_and_written_as_a_configuration_to_run(confi
     grid = {"sae.d_sae": [64, 128, 256, 512], "training.tokens": [25_600, 51_200, 102_400, 204_800]}
     points = []
     for child in children(base, grid):
-        point = work._point(child, "finished")
+        point = work.point_of(child, "finished")
         points.append(point.model_copy(update={"loss": 0.03 + point.features**-0.5 + 40 * point.tokens**-0.6}))
     record = SweepRecord(
         digest="0", name="known", grid=grid, dataset_digest="0", evaluation_tokens=1, mlflow_run="0", seconds=0, points=points
