@@ -32,7 +32,14 @@ LAYOUTS = ("features", "data")
 SAES: dict[str, dict[str, Any]] = {
     "batchtopk": {"architecture": "batchtopk", "k": 6, "decoder_init_norm": 0.3},
     "topk": {"architecture": "topk", "k": 6, "decoder_init_norm": 0.3},
-    "matryoshka": {"architecture": "matryoshka", "k": 6, "decoder_init_norm": 0.3},
+    # Begun at random: from tokens on, one choice of 200 steps is so near a tie that rounding decides it, and two others go on.
+    "matryoshka": {
+        "architecture": "matryoshka",
+        "k": 6,
+        "decoder_init_norm": 0.3,
+        "decoder_bias_init": "zeros",
+        "decoder_token_share": 0.0,
+    },
     "relu": {"architecture": "relu", "auxk_coefficient": 0.03, "sparsity_coefficient": 20.0},
     "jumprelu": {"architecture": "jumprelu", "sparsity": "target_l0", "target_l0": 6.0, "frequency_coefficient": 1.0},
     "gated": {"architecture": "gated", "sparsity_coefficient": 1.0},
