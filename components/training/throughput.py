@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from components.sae.coder import Coder
-from components.sae.kernels.rows import uses_triton
-from components.sae.kernels.sparse import can_be_sparse
+from components.sae.kernels.sparse import goes_by_the_chosen
 
 PEAK_AFTER_SECONDS = 20.0
 """Of training: before, it is not worth the time to measure the device's peak."""
@@ -25,7 +24,7 @@ def token_flops(coder: Coder, x: Tensor) -> float:
     Where a coder chooses k features and computes no others, as on x it would, all but the encoder's forward is over those;
     what else is left out because features are zero counts as done."""
     k = getattr(coder.settings, "k", None)
-    if k is not None and (can_be_sparse(x) or (coder.mesh is None and uses_triton(x))):
+    if k is not None and goes_by_the_chosen(x, coder.d_sae, coder.mesh is None):
         return float(2 * coder.d_in * coder.d_sae + k * (2 * coder.d_in + 6 * coder.d_out))
     return float((4 * coder.d_in + 6 * coder.d_out) * coder.d_sae)
 
@@ -79,7 +78,8 @@ class Throughput:
 
     def took(self, coder: Coder, x: Tensor) -> None:
         """A step of one of the coders on x `[n, d_in]`."""
-        self.flops += len(x) * token_flops(coder, x)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):  # as the step is
+            self.flops += len(x) * token_flops(coder, x)
 
     def since(self, place: int, tokens_left: int) -> dict[str, float]:
         """Since this was asked for that coder last: tokens in a second, the share of the time in which there was no data, the

@@ -19,7 +19,7 @@ from components import steps, storage
 from components.run.config import parse_config
 from components.run.specification import Specification, resolve
 from components.sae.architectures import batchtopk, topk
-from components.sae.kernels.sparse import can_be_sparse
+from components.sae.kernels.sparse import goes_by_the_chosen
 from components.sae.mesh import Mesh
 from components.training.checkpoint import checkpoint_folder
 from components.training.job import Training
@@ -121,11 +121,11 @@ def main(folder: Path) -> None:
         meshes = {"features": by_features, "data": Mesh.joined(2, 1, CPU)}
         for name, job in jobs.items():
             if name.endswith("-dense"):
-                topk.can_be_sparse = batchtopk.can_be_sparse = lambda x: False
+                topk.goes_by_the_chosen = batchtopk.goes_by_the_chosen = lambda *_: False
             for layout, mesh in meshes.items():
                 found[f"{name}-{layout}"] = train(elsewhere(job, layout), CPU, mesh=mesh).model_dump(mode="json")
 
-        topk.can_be_sparse = batchtopk.can_be_sparse = can_be_sparse
+        topk.goes_by_the_chosen = batchtopk.goes_by_the_chosen = goes_by_the_chosen
 
         # Stopped and continued by as many, and by one in between.
         job = jobs["batchtopk"]

@@ -60,12 +60,16 @@ def trained(config: dict[str, Any]) -> Specification:
     return run
 
 
-@pytest.fixture(scope="module")
-def of_vit(folder: Path) -> Specification:
-    run = trained(configured(folder, folder, "vit", "resid_post.1"))
+def interpreted(config: dict[str, Any]) -> Specification:
+    run = trained(config)
     steps.evaluate(run)
     steps.interpret(run)
     return run
+
+
+@pytest.fixture(scope="module")
+def of_vit(folder: Path) -> Specification:
+    return interpreted(configured(folder, folder, "vit", "resid_post.1"))
 
 
 def vit_states(run: Specification) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
@@ -327,10 +331,7 @@ def test_what_reads_text_is_refused_in_one_sentence(of_vit: Specification, tmp_p
 
 @pytest.fixture(scope="module")
 def of_llava(folder: Path) -> Specification:
-    run = trained(configured(folder, folder, "llava", "resid_post.1"))
-    steps.evaluate(run)
-    steps.interpret(run)
-    return run
+    return interpreted(configured(folder, folder, "llava", "resid_post.1"))
 
 
 def test_a_vision_language_model_is_measured_by_how_its_answers_change(of_llava: Specification):

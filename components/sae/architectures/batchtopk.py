@@ -18,7 +18,7 @@ from components.sae.coder import Coder, Exported, Losses, Progress
 from components.sae.features import DenseFeatures, Features, SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.selection import strongest_of_batch
-from components.sae.kernels.sparse import can_be_sparse, can_be_sparse_on_gpu
+from components.sae.kernels.sparse import goes_by_the_chosen
 from components.sae.settings import CoderSettings
 
 _SAME_LENGTH = 1e-5
@@ -93,7 +93,7 @@ class BatchTopKSAE(Coder):
 
     def _chosen(self, x: Tensor, k: int) -> tuple[Tensor | None, SparseFeatures]:
         """Pre-activations of all features, where they are at hand, and the `n k` strongest of the batch."""
-        if not can_be_sparse(x) and (self.mesh is not None or not can_be_sparse_on_gpu(x, self.d_sae)):
+        if not goes_by_the_chosen(x, self.d_sae, self.mesh is None):
             before = self.pre_activations(x)
             return before, self._strongest(before, k)
         norms = self.row_norms().detach()

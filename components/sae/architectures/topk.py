@@ -14,7 +14,7 @@ from components.sae.coder import Coder, Exported, Losses, Progress, reconstructi
 from components.sae.features import SparseFeatures
 from components.sae.kernels import rectified
 from components.sae.kernels.selection import strongest_of_rows
-from components.sae.kernels.sparse import Places, can_be_sparse, can_be_sparse_on_gpu, encoded
+from components.sae.kernels.sparse import Places, encoded, goes_by_the_chosen
 from components.sae.settings import CoderSettings, FromTokens
 
 _SAME_LENGTH = 1e-5
@@ -89,7 +89,7 @@ class TopKSAE(Coder):
 
     def losses(self, x: Tensor, y: Tensor, progress: Progress) -> Losses:
         k = self.settings.k_at(progress)
-        if can_be_sparse(x) or (self.mesh is None and can_be_sparse_on_gpu(x, self.d_sae)):
+        if goes_by_the_chosen(x, self.d_sae, self.mesh is None):
             before, features = None, self._chosen(x, k)
         else:
             before = self.pre_activations(x)

@@ -75,6 +75,11 @@ def can_be_sparse_on_gpu(x: Tensor, d_sae: int) -> bool:
     return uses_triton(x) and large and not x.requires_grad and d_sae % GROUP == 0
 
 
+def goes_by_the_chosen(x: Tensor, d_sae: int, alone: bool) -> bool:
+    """Whether a coder that chooses k features takes a sparse step on x. alone: in one process."""
+    return can_be_sparse(x) or (alone and can_be_sparse_on_gpu(x, d_sae))
+
+
 class _Encoded(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, before: Tensor, places: Places) -> Tensor:
