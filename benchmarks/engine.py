@@ -85,17 +85,23 @@ def saelens(name: str, batch: torch.Tensor, d_sae: int, k: int) -> Step:
     return lambda: trainer._train_step(sae=sae, sae_in=batch)
 
 
-def sparsify(batch: torch.Tensor, d_sae: int, k: int) -> Step:
+def sparsify(batch: torch.Tensor, d_sae: int, k: int, unit_rows: bool) -> Step:
+    """unit_rows: as its trainer has it by default, decoder rows are brought to length 1 before a step, and the gradient along
+    them is taken away after it."""
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(batch.shape[1], SparseCoderConfig(num_latents=d_sae, k=k, normalize_decoder=False))
+    sae = SparseCoder(batch.shape[1], SparseCoderConfig(num_latents=d_sae, k=k, normalize_decoder=unit_rows))
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4)
     silent = torch.zeros(d_sae, dtype=torch.long)
 
     def step() -> None:
+        if unit_rows:
+            sae.set_decoder_norm_to_unit_norm()
         dead = silent > 10_000_000
         found = sae(batch, dead_mask=dead if bool(dead.any()) else None)
         (found.fvu + found.auxk_loss / 32).backward()
+        if unit_rows:
+            sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step()
         optimizer.zero_grad()
         silent.add_(len(batch))
@@ -134,7 +140,8 @@ def main() -> None:
     if arguments.peers:
         sys.path.insert(1, str(arguments.peers))
         makers |= {f"saelens {name}": lambda name=name: saelens(name, batch, d_sae, k) for name in names}
-        makers["sparsify topk"] = lambda: sparsify(batch, d_sae, k)
+        makers["sparsify topk"] = lambda: sparsify(batch, d_sae, k, unit_rows=True)
+        makers["sparsify topk, free rows"] = lambda: sparsify(batch, d_sae, k, unit_rows=False)
     chosen = arguments.only or list(makers)
     before = peak()
     steps = {name: makers[name]() for name in chosen}
@@ -152,7 +159,7 @@ def main() -> None:
     for name in names:
         mine = seconds.get(f"ours {name}")
         if mine:
-            for other in ("encoder product", f"saelens {name}", f"sparsify {name}"):
+            for other in ("encoder product", f"saelens {name}", f"sparsify {name}", f"sparsify {name}, free rows"):
                 if other in seconds:
                     ratios = [theirs / own for theirs, own in zip(seconds[other], mine, strict=True)]
                     found[f"{other} / ours {name}"] = round(median(ratios), 3)
