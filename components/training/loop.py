@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,31 +21,24 @@ from components.activations.online.folder import WaitEnded
 from components.hardware import keep_freed_memory
 from components.progress import progress
 from components.sae.mesh import Mesh
+from components.training.abreast import Abreast
 from components.training.artifact import put_artifact
 from components.training.batches import (
-    Statistics,
     open_source,
     scaled_batches,
-    scaled_mean,
-    side_by_side,
-    statistics,
     training_manifest,
 )
-from components.training.beginning import begin_from_data
 from components.training.checkpoint import (
-    CheckpointWriter,
     Due,
     checkpoint_folder,
-    discard_incomplete,
     newest_checkpoint,
     restore_checkpoint,
 )
 from components.training.divergence import divergence_folder, keep_divergence
 from components.training.job import Outcome, Point, Pruned, Training, TrainingRecord, read_training_record
+from components.training.member import Member, member_of, step_of
 from components.training.parallel.ranks import claimed
-from components.training.parallel.shares import take_share
-from components.training.start import load_start
-from components.training.step import CoderInTraining, new_coder, take_step
+from components.training.step import new_coder
 from components.training.throughput import Throughput, said
 
 _WAITS = 0.05
@@ -110,7 +103,7 @@ def train_together(
                     training_manifest(job, should_stop, mesh is None or mesh.leads)
                 except WaitEnded:
                     raise Stopped("stopped before there was anything to train on", 0) from None
-                members.append(_member(place, job, claim.check, device, mesh))
+                members.append(member_of(place, job, claim.check, device, mesh))
             else:
                 on_points(place, record.curves)
                 outcomes[place] = record
@@ -124,60 +117,8 @@ def train_together(
     return [outcomes[place] for place in range(len(jobs))]
 
 
-@dataclass
-class _Member:
-    """One of the coders that are trained together."""
-
-    place: int
-    job: Training
-    training: CoderInTraining
-    reads: list[Statistics]
-    writes: list[Statistics]
-    mean: torch.Tensor
-    checkpoints: CheckpointWriter
-    still_owned: Callable[[], None]
-    started_step: int
-    checkpoint_steps: int
-    log_steps: int
-
-
-def _member(place: int, job: Training, still_owned: Callable[[], None], device: torch.device, mesh: Mesh | None) -> _Member:
-    manifest = training_manifest(job)
-    reads, writes = statistics(manifest, job.reads), statistics(manifest, job.writes)
-    columns = tuple(column.column for column in reads), tuple(column.column for column in writes)
-    training = new_coder(job, *columns, device, mesh)
-    if restore_checkpoint(training, job.url):
-        logger.info("train: continuing from step %s of %s", f"{training.step:,}", f"{job.steps:,}")
-    elif job.start is not None:
-        whole = training.coder if mesh is None else new_coder(job, *columns, torch.device("cpu")).coder
-        load_start(whole, job.start, [column.scale for column in reads], [column.scale for column in writes])
-        if mesh is not None:
-            take_share(training.coder, whole)
-        logger.info("train: starting from the coder whose weights have the SHA-256 %s", job.start.weights_sha256[:16])
-    else:
-        begin_from_data(training.coder, job, reads, writes)
-    if mesh is None or mesh.leads:
-        discard_incomplete(job.url)
-    if mesh is not None:
-        mesh.meet()  # nobody puts a file before that
-    settings = job.settings
-    return _Member(
-        place=place,
-        job=job,
-        training=training,
-        reads=reads,
-        writes=writes,
-        mean=scaled_mean(writes, device),
-        checkpoints=CheckpointWriter(job.url, still_owned, settings.checkpoints_kept),
-        still_owned=still_owned,
-        started_step=training.step,
-        checkpoint_steps=max(1, settings.checkpoint_tokens // settings.batch_size),
-        log_steps=max(1, settings.log_tokens // settings.batch_size),
-    )
-
-
 def _train(
-    members: Sequence[_Member],
+    members: Sequence[Member],
     device: torch.device,
     on_points: Callable[[int, list[Point]], bool | None],
     should_stop: Callable[[], bool],
@@ -206,6 +147,7 @@ def _train(
     try:
         with (
             closing(scaled_batches(reader, list(columns.values()), begin * size, device, mesh)) as batches,
+            Abreast([member.training.coder for member in members], device) as abreast,
             progress(logger, "train", (end - begin) * size, "tokens") as advance,
         ):
             for member in [one for one in going if one.training.step == one.job.steps]:  # but for the artifact
@@ -219,9 +161,10 @@ def _train(
                     raise Stopped(_stopped(going), going[0].training.step) from None
                 speed.waited += time.monotonic() - asked
                 speed.tokens += size
-                for member in [one for one in going if one.training.step == step]:
+                stepping = [one for one in going if one.training.step == step]
+                for member, taken in zip(stepping, abreast.each(partial(step_of, batch=batch), stepping), strict=True):
                     try:
-                        point = _take(member, batch, speed, on_points)
+                        point = _take(member, taken, speed, on_points)
                     except FloatingPointError as error:
                         going.remove(member)
                         outcomes[member.place] = keep_divergence(member.job, member.training, reader, error)
@@ -253,7 +196,7 @@ def _train(
     return outcomes
 
 
-def _lets_go(reader: Source, going: Sequence[_Member], row: int) -> bool:
+def _lets_go(reader: Source, going: Sequence[Member], row: int) -> bool:
     """Give back what of the data no coder will ask for again, whatever happens: what lies before everybody's last checkpoint.
     Whether a checkpoint is wanted for that."""
     end, size = reader.behind(row), going[0].job.settings.batch_size
@@ -263,7 +206,7 @@ def _lets_go(reader: Source, going: Sequence[_Member], row: int) -> bool:
     return any(max(member.started_step, member.checkpoints.begun or 0) * size < end for member in going)
 
 
-def _durable(member: _Member) -> int:
+def _durable(member: Member) -> int:
     """The step from which the training would go on if it were killed now."""
     mesh, complete = member.training.coder.mesh, member.checkpoints.complete
     if complete is None:
@@ -272,15 +215,14 @@ def _durable(member: _Member) -> int:
 
 
 def _take(
-    member: _Member, batch: dict[str, torch.Tensor], speed: Throughput, on_points: Callable[[int, list[Point]], bool | None]
+    member: Member,
+    taken: Callable[[], tuple[Point | None, torch.Tensor]],
+    speed: Throughput,
+    on_points: Callable[[int, list[Point]], bool | None],
 ) -> Point | None:
-    """One step of one coder, and what of it is due: a point, with how fast it goes; a checkpoint. Raises `Pruned` where it is
-    given up."""
+    """What of a coder's step is due: a point, with how fast it goes; a checkpoint. Raises `Pruned` where it is given up."""
     job, training = member.job, member.training
-    following = training.step + 1
-    measured = following % member.log_steps == 0 or following == job.steps
-    x, y = side_by_side(batch, job.reads), side_by_side(batch, job.writes)
-    point = take_step(training, job.settings, x, y, member.mean, measured)
+    point, x = taken()
     speed.took(training.coder, x)
     if point is not None:
         point = point | speed.since(member.place, (job.steps - training.step) * job.settings.batch_size)
@@ -291,14 +233,14 @@ def _take(
     return point
 
 
-def _save(member: _Member) -> None:
+def _save(member: Member) -> None:
     """Begin a checkpoint of this step, unless that has been done."""
     if member.checkpoints.begun != member.training.step:
         member.training.require_finite()
         member.checkpoints.save(member.training)
 
 
-def _finished(member: _Member, device: torch.device, seconds: float, waited: float) -> TrainingRecord:
+def _finished(member: Member, device: torch.device, seconds: float, waited: float) -> TrainingRecord:
     job, training, mesh = member.job, member.training, member.training.coder.mesh
     training.require_finite()
     steps = job.steps - member.started_step
@@ -329,7 +271,7 @@ def _finished(member: _Member, device: torch.device, seconds: float, waited: flo
     return record
 
 
-def _stopped(members: Sequence[_Member]) -> str:
+def _stopped(members: Sequence[Member]) -> str:
     """Put the last checkpoints, as far as the time suffices, and say from where training continues."""
     for member in members:
         _save(member)
