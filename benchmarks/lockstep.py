@@ -3,6 +3,9 @@
 Three ways to the same weights, measurements and MLflow runs: `sae sweep` with one child each; one `sae sweep` that trains and
 measures each child alone; and `sae sweep` as it is. Seconds of the clock and of the processor (all threads of all processes,
 their start included), in one run; the weights are compared bit for bit, the losses printed as far as they differ.
+
+`--steps [CONFIG...]`: the trainings alone, in this process: eight coders that differ in their learning rates together, and each
+alone, in turn, `ROUNDS` times.
 """
 
 from __future__ import annotations
@@ -16,7 +19,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from components import steps, storage
 from components.run.config import load_config
@@ -24,11 +30,13 @@ from components.run.specification import resolve
 from components.sweeps.grid import children, parse_grid
 from components.sweeps.sweep import sweep
 from components.sweeps.work import GiveUp, Group, one_after_another
+from components.training.loop import train_together
 
 GRID = ["sae.d_sae=128,1024", "training.tokens=75000,300000", "training.learning_rate=4e-3,8e-3"]
 SETTINGS = ["evaluation.tokens=20000", "evaluation.baselines=[]", "evaluation.neighbours=0"]
 """Of the sweeps in benchmarks/README.md."""
 _EACH = "--each-alone"
+ROUNDS, RATES = 3, "training.learning_rate=1e-3,1.5e-3,2e-3,2.5e-3,3e-3,3.5e-3,4e-3,5e-3"
 
 
 def each_alone(groups: Sequence[Group], give_up: GiveUp) -> Iterator[tuple[Group, Any]]:
@@ -36,7 +44,33 @@ def each_alone(groups: Sequence[Group], give_up: GiveUp) -> Iterator[tuple[Group
     return one_after_another([[child] for group in groups for child in group], give_up)
 
 
+def trainings(config: str, root: str) -> None:
+    settings = [f"storage.root={root}", "training.tokens=200000", "training.checkpoint_tokens=200000"]
+    base, ratios = resolve(load_config(config, settings)), []
+    steps.extract(base)
+    jobs, device = [child.run.training() for child in children(base, parse_grid([RATES]))], torch.device("cpu")
+    print("| | eight together, s | each alone, s | ratio |\n|---|---|---|---|")
+    for number in range(ROUNDS):
+        ways: dict[str, tuple[float, list[str]]] = {}
+        for way, groups in (("together", [jobs]), ("alone", [[job] for job in jobs])):
+            for job in jobs:
+                storage.delete(job.url)
+            started = time.monotonic()
+            records = [record for group in groups for record in train_together(group, device)]
+            ways[way] = time.monotonic() - started, [getattr(record, "weights_sha256", "") for record in records]
+        (together, weights), (alone, expected) = ways["together"], ways["alone"]
+        assert weights == expected, "lockstep gave other weights"
+        ratios.append(together / alone)
+        print(f"| {config}, round {number + 1} | {together:.1f} | {alone:.1f} | {ratios[-1]:.2f} |", flush=True)
+    print(f"| **{config}**, median | | | {median(ratios):.2f} |\n\nload {os.getloadavg()[0]:.1f}", flush=True)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--steps"]:
+        with tempfile.TemporaryDirectory(prefix="sae-lockstep-") as root:
+            for config in sys.argv[2:] or ("quickstart", "paper"):
+                trainings(config, root)
+        return
     if sys.argv[1:2] == [_EACH]:
         settings, grid = json.loads(sys.argv[2])
         sweep(resolve(load_config("quickstart", settings)), parse_grid(grid), train=each_alone)

@@ -96,7 +96,7 @@ def _of_a_run(environment: dict[str, str], scratch: Path, stack: ExitStack) -> d
     flow_run = next(tag["value"] for tag in found["data"]["tags"] if tag["key"] == "prefect.flow_run_id")
     prefect = environment["PREFECT_API_URL"].removesuffix("/api")
     return {
-        "feature-browser": Shot(f"file://{sae}/browser/index.html#12", "Where it fires most", 1100, 1000),
+        "feature-browser": Shot(f"file://{sae}/browser/index.html#612", "Where it fires most", 1100, 1000),
         "evaluation-report": Shot(f"file://{sae}/report.html", "What the language model loses", 1160, 2330),
         "mlflow-run": Shot(f"{mlflow}/#/experiments/{experiment}/runs/{run}", "Metrics", 1500, 1900, CLOSE_ASSISTANT),
         "prefect-run": Shot(f"{prefect}/runs/flow-run/{flow_run}", "register", 1400, 1100),

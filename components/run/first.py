@@ -69,7 +69,10 @@ sae:
   architecture: batchtopk
   expansion_factor: {expansion} # {features:,} features
   k: {k} # active features per token; compare some: sae sweep FILE --grid sae.k={max(4, k // 2)},{k},{2 * k}
-  decoder_init_norm: 0.3
+  # How features begin: half way to tokens, reading the distance from the middle of the data.
+  decoder_bias_init: geometric_median # which a few tokens of enormous norm do not move
+  decoder_token_share: 0.5
+  subtract_decoder_bias: true
 
 training:
   tokens: {tokens}

@@ -119,6 +119,8 @@ class Coder(nn.Module, ABC):
         were scaled differently in training differ in it afterwards."""
         self.mesh: Mesh | None = None
         """Where this holds a share of the features, or sees a share of every batch: the place among those that do."""
+        self.read_b_dec: Tensor | None = None
+        """Of a share of the features, the decoder bias as they read it since the last step: their part of its gradient is there."""
         self.W_skip: nn.Parameter | None = nn.Parameter(torch.zeros(d_out, d_in)) if settings.skip else None
 
     @classmethod
@@ -231,7 +233,13 @@ class Coder(nn.Module, ABC):
 
     def read_bias(self, bias: Tensor) -> Tensor:
         """What is added to `x W_enc` for an encoder bias `[d_sae]`: where `b_dec` is subtracted, `bias - b_dec W_enc`."""
-        return bias - self.b_dec @ self.W_enc if self.subtracts else bias
+        if not self.subtracts:
+            return bias
+        if self.mesh is None or self.mesh.features == 1:
+            return bias - self.b_dec @ self.W_enc
+        if self.read_b_dec is None:
+            self.read_b_dec = self.b_dec.detach().requires_grad_()
+        return bias - self.read_b_dec @ self.W_enc
 
     def moved_biases(self, tensors: Mapping[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
         """The encoder biases of a coder's tensors, so that it computes the same for `x W_enc` that is smaller by a shift

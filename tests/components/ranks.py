@@ -40,7 +40,7 @@ SAES: dict[str, dict[str, Any]] = {
         "decoder_bias_init": "zeros",
         "decoder_token_share": 0.0,
     },
-    "relu": {"architecture": "relu", "auxk_coefficient": 0.03, "sparsity_coefficient": 20.0},
+    "relu": {"architecture": "relu", "auxk_coefficient": 0.03, "sparsity_coefficient": 20.0, "subtract_decoder_bias": True},
     "jumprelu": {"architecture": "jumprelu", "sparsity": "target_l0", "target_l0": 6.0, "frequency_coefficient": 1.0},
     "gated": {"architecture": "gated", "sparsity_coefficient": 1.0},
 }

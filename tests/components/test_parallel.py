@@ -122,7 +122,6 @@ def test_shares_begin_from_data_as_the_whole_does():
     [
         ({"feature_parallel": 3}, {}, r"execution\.training\.feature_parallel: 128 features have no equal shares for 3"),
         ({"data_parallel": 3}, {}, r"execution\.training\.data_parallel: a batch of 128 tokens .* for 3 processes"),
-        ({"feature_parallel": 2}, {"subtract_decoder_bias": True}, r"sae\.subtract_decoder_bias: accepted with .* 1"),
         ({"data_parallel": 2}, {"resample_at": [0.5]}, r"sae\.resample_at: accepted with one process"),
     ],
 )

@@ -19,6 +19,7 @@ def gradient_norm(coder: Coder, losses: Tensor) -> tuple[Tensor, Tensor]:
     """
     if coder.mesh is None:
         return losses, torch.nn.utils.get_total_norm([one.grad for one in coder.parameters() if one.grad is not None])
+    _add_read(coder, coder.mesh)
     mesh, shared, own = coder.mesh, losses.new_zeros(()), losses.new_zeros(())
     for name, parameter in coder.named_parameters():
         if parameter.grad is None:
@@ -34,6 +35,16 @@ def gradient_norm(coder: Coder, losses: Tensor) -> tuple[Tensor, Tensor]:
     found = torch.cat([own[None] / mesh.data, losses / mesh.size])
     dist.all_reduce(found)
     return found[1:], (found[0] + shared).sqrt()
+
+
+def _add_read(coder: Coder, mesh: Mesh) -> None:
+    """To the gradient of the decoder bias what the features of all shares learn of it as they read the distance from it."""
+    if not coder.subtracts or mesh.features == 1:
+        return
+    read, coder.read_b_dec = coder.read_b_dec, None
+    own = None if read is None else read.grad
+    found = mesh.over_features(torch.zeros_like(coder.b_dec) if own is None else own).detach()
+    coder.b_dec.grad = found if coder.b_dec.grad is None else coder.b_dec.grad + found
 
 
 def _average(gradient: Tensor, mesh: Mesh) -> None:

@@ -44,11 +44,6 @@ def require_parallel(ranks: RankSettings, training: TrainingSettings, coder: Cod
         raise UserError(
             "sae.resample_at: accepted with one process, and execution.training asks for more; AuxK works with any number"
         )
-    if coder.subtract_decoder_bias and ranks.feature_parallel > 1:
-        raise UserError(
-            "sae.subtract_decoder_bias: accepted with execution.training.feature_parallel 1; every share of the features would "
-            "teach the decoder bias a part, and they do not exchange it"
-        )
     if training.batch_size % ranks.data_parallel:
         raise UserError(
             f"execution.training.data_parallel: a batch of {training.batch_size} tokens (training.batch_size) has no equal "
