@@ -120,7 +120,7 @@ class Coder(nn.Module, ABC):
         self.mesh: Mesh | None = None
         """Where this holds a share of the features, or sees a share of every batch: the place among those that do."""
         self.read_b_dec: Tensor | None = None
-        """Of a share of the features, the decoder bias as they read it since the last step: their part of its gradient is there."""
+        """Of a share of the features, the decoder bias as they have read it since the last step; its gradient is their part."""
         self.W_skip: nn.Parameter | None = nn.Parameter(torch.zeros(d_out, d_in)) if settings.skip else None
 
     @classmethod
