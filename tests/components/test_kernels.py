@@ -91,6 +91,28 @@ def test_the_strongest_of_a_batch_are_those_of_one_sort_however_they_are_spread(
         assert (places // 60 == 0).sum() > 8
 
 
+@pytest.mark.parametrize("case", ["even", "sample too weak", "sample too strong", "twins", "crowded"])
+def test_a_bound_from_a_sample_changes_no_bit_of_what_is_chosen(case: str, monkeypatch: pytest.MonkeyPatch):
+    coder, (x, _) = made("batchtopk").float(), batch(320)
+    x, asked = x.float(), []
+    if case == "sample too weak":
+        x[::16] *= 1e-3
+    elif case == "sample too strong":
+        x[::16] *= 1e3
+    elif case == "twins":  # of which some are chosen and some are not
+        x[:] = x[0]
+    elif case == "crowded":
+        x[5:9] *= 100
+    likely = selection._likely
+    monkeypatch.setattr(selection, "_likely", lambda *given: asked.append(likely(*given)) or asked[-1])
+    norms = coder.row_norms().detach()
+    found = strongest_of_batch(x, coder.W_enc, coder.b_enc, norms, 2)
+    monkeypatch.setattr(selection, "_likely", lambda *_: None)
+    expected = strongest_of_batch(x, coder.W_enc, coder.b_enc, norms, 2)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert (asked[0] is None) == (case in ("sample too weak", "sample too strong"))
+
+
 def test_all_negative_rows_and_features_that_write_nothing_give_nothing_that_is_not_finite():
     for name in NAMES:
         coder, (x, y) = made(name), batch()

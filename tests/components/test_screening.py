@@ -79,7 +79,7 @@ def test_the_product_is_off_by_no_more_than_is_said_and_the_usual_case_needs_no_
         products, error = next(rows.products(x, len(x)))
         exact = (x.double() @ W_enc.double() + b_enc) * norms
         assert ((products.double() - exact).abs() <= error[:, None] + 2.0**-8 * products.double().abs()).all(), kind
-    monkeypatch.setattr(selection._Products, "_tiles", lambda *_: pytest.fail("a product in float32"))
+    monkeypatch.setattr(selection._Products, "tiles", lambda *_: pytest.fail("a product in float32"))
     x, W_enc, b_enc, norms = inputs("plain")
     strongest_of_rows(x, W_enc, b_enc, norms, K)
     strongest_of_batch(x, W_enc, b_enc, norms, K)

@@ -11,6 +11,7 @@ from components.sae.kernels.asked import Asked
 from components.sae.kernels.lowered import in_bfloat16
 from components.sae.kernels.rows import uses_triton
 from components.sae.kernels.screening import Groups, Rows, exact, lowered, pays
+from components.sae.kernels.sparse import true_places
 
 _TILE_ENTRIES = 1 << 24
 """Of products that are held at once: 64 MB."""
@@ -18,8 +19,12 @@ _CANDIDATES = 4
 """Times k of each token, where those of a batch are looked for."""
 _CROWDED = 8
 """Times k: a token with more that may be among its strongest is looked at whole."""
+_SAMPLED, _SPARE = 16, 1.3
+"""One token of so many says over which bound the strongest of a batch are, so many times as many as are wanted."""
 _ALIGNED = 16
 """Columns of the product's operands are a multiple of it."""
+_ROUNDED = 1e-6
+"""More than a division and a product in float32 change a number by, relative."""
 _LEAST_NORM = 1e-20
 """So that the strength of a feature that writes nothing can be divided by it again."""
 
@@ -87,7 +92,12 @@ def strongest_of_batch(x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor, k
     count, most = min(k, d_sae) * len(x), min(d_sae, _CANDIDATES * k)
     products = _Products(x, W_enc, b_enc, norms.clamp_min(_LEAST_NORM))
     found = _screened_batch(products, count, most) if not uses_triton(x) and pays(x, d_sae, most) else None
-    values, where, flat = _candidates_of_batch(products, count, most) if found is None else found
+    likely = _likely(products, count, most) if found is None else None
+    if likely is not None:
+        found = _candidates_of_batch(products, count, *likely)
+        if _tied(found[2], count):
+            found = None
+    values, where, flat = found or _candidates_of_batch(products, count, *products.strongest(slice(None), most))
     flat = torch.relu(flat)
     chosen = flat.topk(min(count, len(flat)), sorted=False).indices
     chosen = chosen[where[chosen].argsort()]
@@ -100,9 +110,42 @@ _Candidates = tuple[Tensor, Tensor, Tensor]
 """Pre-activations, places and strengths, `[m]` each, among which are the strongest of a batch."""
 
 
-def _candidates_of_batch(products: _Products, count: int, most: int) -> _Candidates:
-    d_sae = products.W_enc.shape[1]
-    before, indices = products.strongest(slice(None), most)
+def _likely(products: _Products, count: int, most: int) -> tuple[Tensor, Tensor] | None:
+    """`products.strongest` of all tokens, -1 and feature 0 in place of what is no candidate because it is under a bound, over
+    which there are count. A sample of the tokens suggests it; None where it misleads, and where this does not pay."""
+    x, d_sae = products.x, products.W_enc.shape[1]
+    n = len(x)
+    if x.device.type != "cpu" or not _SAMPLED <= n <= _TILE_ENTRIES // d_sae:
+        return None
+    (strengths,) = products.tiles(x)
+    some = strengths[::_SAMPLED].flatten()
+    bound = some.topk(min(len(some), 1 + int(_SPARE * count * len(some) / strengths.numel())), sorted=False).values.amin()
+    flat = true_places((strengths > bound).flatten())
+    if not bound > 0 or len(flat) > n * most:
+        return None
+    tokens = flat // d_sae
+    counts = torch.bincount(tokens, minlength=n)
+    place = torch.arange(len(flat)) - (counts.cumsum(0) - counts)[tokens]
+    kept = place < most
+    tokens, place, flat = tokens[kept], place[kept], flat[kept]
+    values, indices = strengths.new_full((n, most), -1.0), torch.zeros(n, most, dtype=torch.long)
+    values[tokens, place], indices[tokens, place] = strengths.flatten()[flat], flat - tokens * d_sae
+    crowded = (counts > most).nonzero().flatten()
+    values[crowded], indices[crowded] = strengths[crowded].topk(most, dim=1, sorted=False)
+    if int((values > (1 + _ROUNDED) * bound).sum()) < count:
+        return None
+    return values / products.norms_of(indices), indices
+
+
+def _tied(strengths: Tensor, count: int) -> bool:
+    """Whether there is a choice which of these are the strongest, as of tokens that are the same: it is left to one way of
+    choosing, whose bits stay."""
+    return int((strengths >= strengths.topk(count, sorted=False).values.amin()).sum()) > count
+
+
+def _candidates_of_batch(products: _Products, count: int, before: Tensor, indices: Tensor) -> _Candidates:
+    """before, indices `[n, most]`: of each token its strongest."""
+    d_sae, most = products.W_enc.shape[1], indices.shape[1]
     strengths = torch.relu(before) * products.norms_of(indices)
     places = indices + d_sae * torch.arange(len(before), device=before.device)[:, None]
     least = strengths.flatten().topk(count, sorted=False).values.amin()
@@ -167,7 +210,7 @@ class _Products:
         for products, error in rows.products(self.x, tile):
             yield Groups.of(products), error
 
-    def _tiles(self, x: Tensor) -> Iterator[Tensor]:
+    def tiles(self, x: Tensor) -> Iterator[Tensor]:
         """One product for strengths, bias and norms included: no further pass over `[n, d_sae]`."""
         W_enc = self.W_enc
         d_in, d_sae = W_enc.shape
@@ -186,14 +229,14 @@ class _Products:
         """Pre-activations and indices of the k strongest features of these tokens, `[rows, k]` each."""
         if uses_triton(self.x):
             return strongest_of_rows(self.x[rows], self.W_enc, self.b_enc, self.norms, k)
-        found = [part.topk(k, dim=1, sorted=False) for part in self._tiles(self.x[rows])]
+        found = [part.topk(k, dim=1, sorted=False) for part in self.tiles(self.x[rows])]
         strengths, indices = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
         return strengths if self.norms is None else strengths / self.norms[indices], indices
 
     def over(self, rows: Tensor, bound: Tensor) -> _Candidates:
         """All of these tokens `[r]` whose strength is at least `bound`, and over zero."""
         found, start, d_sae = [], 0, self.W_enc.shape[1]
-        for part in self._tiles(self.x[rows]):
+        for part in self.tiles(self.x[rows]):
             tokens, features = ((part >= bound) & (part > 0)).nonzero(as_tuple=True)
             strengths = part[tokens, features]
             found.append((strengths / self.norms_of(features), rows[start + tokens] * d_sae + features, strengths))
