@@ -57,11 +57,12 @@ def open_source(
     if job.online:
         return GenerationReader(
             folder=OnlineFolder(job.dataset_url), manifest=manifest, columns=tuple(columns),
-            batch_size=job.settings.batch_size, seed=job.seed, device=device, cache=cache, leads=leads, should_stop=should_stop,
+            batch_size=job.settings.batch_size, parts=job.settings.gradient_accumulation_steps, seed=job.seed, device=device,
+            cache=cache, leads=leads, should_stop=should_stop,
         )  # fmt: skip
     return ActivationReader(
-        url=job.dataset_url, manifest=manifest, columns=tuple(columns), batch_size=job.settings.batch_size, seed=job.seed,
-        device=device, cache=cache,
+        url=job.dataset_url, manifest=manifest, columns=tuple(columns), batch_size=job.settings.batch_size,
+        parts=job.settings.gradient_accumulation_steps, seed=job.seed, device=device, cache=cache,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class TrainingSettings(Settings):
     """Micro-batches of equal size that a batch is taken in, one after the other: their gradients are averaged before the
     optimizer's step, and features are in memory of one of them at a time. Losses that are means over tokens are those of the
     whole batch up to rounding; what a coder ranks or relates within a batch (BatchTopK's choice, the unit of AuxK, an L0 that
-    is aimed at) is that of each micro-batch."""
+    is aimed at) is that of each micro-batch. Of several processes with `data_parallel` each has its share of every one."""
 
     learning_rate: float = Field(default=1e-3, gt=0)
     """Adam's step size, constant until the decay (the paper: 5e-5 at its scale)."""

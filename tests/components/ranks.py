@@ -135,6 +135,9 @@ def main(folder: Path) -> None:
         found["files"] = sorted(files)
         found["share"] = numbers(again, found["files"][1])
         found["again"] = train(again, CPU, mesh=by_features).model_dump(mode="json")
+        in_parts = elsewhere(jobs["batchtopk-in-parts"], "again")
+        assert stopped(in_parts, 20, meshes["data"]) == 20
+        found["in-parts-again"] = train(in_parts, CPU, mesh=meshes["data"]).model_dump(mode="json")
         by_one = elsewhere(job, "by-one")
         stopped(by_one, 20, by_features)
         if by_features.leads:

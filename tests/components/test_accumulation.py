@@ -130,7 +130,7 @@ def test_it_is_part_of_what_a_coder_is_only_where_it_is_used():
 def test_what_cannot_be_is_refused(tiny_tree: dict):
     with pytest.raises(UserError, match=r"gradient_accumulation_steps: a batch of 128 tokens .* has no 3 equal parts"):
         planned(tiny_tree, SAES["relu"], parts=3)
-    ranks = {"training": RankSettings(data_parallel=2).model_dump()}
-    with pytest.raises(UserError, match=r"gradient_accumulation_steps: 2 is accepted with execution.training.data_parallel 1"):
-        check(planned(tiny_tree, SAES["relu"], execution=ranks, parts=2))
+    ranks = {"training": RankSettings(data_parallel=4).model_dump()}
+    with pytest.raises(UserError, match=r"data_parallel: a batch of 128 tokens .* for 4 processes, each in 64 parts"):
+        check(planned(tiny_tree, SAES["relu"], execution=ranks, parts=64))
     assert parse_config(tiny_tree).training.gradient_accumulation_steps == 1

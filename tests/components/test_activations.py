@@ -304,18 +304,20 @@ def test_reading_resumes_at_any_batch_with_any_number_of_threads(plan: Specifica
     assert not torch.equal(take(reader(plan, window_groups=3, seed=1), 1)[0], whole[0])
 
 
-@pytest.mark.parametrize("start", [0, 300, 4_500, 5_997])
-def test_the_ranks_batches_side_by_side_are_those_of_one(plan: Specification, start: int):
+@pytest.mark.parametrize(("start", "parts"), [(0, 1), (300, 3), (4_500, 1), (5_997, 5)])
+def test_the_ranks_batches_side_by_side_are_those_of_one(plan: Specification, start: int, parts: int):
+    """Part by part: what several take together is what one takes, however it goes through its batch."""
     steps.extract(plan)
-    source = reader(plan, columns=("document", "position", "resid_post.1"))
+    source = reader(plan, columns=("document", "position", "resid_post.1"), parts=parts)
     for ranks in (1, 2, 4):
         streams = [source.batches(start, rank, ranks) for rank in range(ranks)]
         with closing(source.batches(start)) as whole:
             for _ in range(22):
-                one, parts = next(whole), [next(stream) for stream in streams]
+                one, shares = next(whole), [next(stream) for stream in streams]
                 for name in source.columns:
-                    assert torch.equal(one[name], torch.cat([part[name] for part in parts]))
-                    assert len(parts[0][name]) == 300 // ranks
+                    of_parts = zip(*(share[name].chunk(parts) for share in shares), strict=True)
+                    assert torch.equal(one[name], torch.cat([torch.cat(part) for part in of_parts]))
+                    assert len(shares[0][name]) == 300 // ranks
         for stream in streams:
             stream.close()
     for rank, ranks in ((0, 7), (2, 2), (-1, 2)):

@@ -26,7 +26,8 @@ NAMES = ("batchtopk", "relu")  # the others: tests/integration/test_parallel.py
 @pytest.fixture(scope="module")
 def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
     tree = tiny_tree_in(tmp_path_factory.mktemp("parallel"))
-    return extracted({name: planned(tree, SAES[name]) for name in NAMES})
+    runs = {name: planned(tree, SAES[name]) for name in NAMES}
+    return extracted(runs | {"batchtopk-in-parts": planned(tree, SAES["batchtopk"], parts=4)})
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def found(jobs: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "batchtopk-in-parts"])
 def test_two_processes_come_to_the_losses_and_weights_of_one(
     jobs: dict[str, Training], found: dict[str, Any], name: str, layout: str
 ):
@@ -54,8 +55,9 @@ def test_each_process_holds_half_of_parameters_optimizer_and_counters(found: dic
 
 def test_continued_by_as_many_it_ends_with_the_same_bits(found: dict[str, Any]):
     assert found["files"] == ["step-0000000020.0-of-2.safetensors", "step-0000000020.1-of-2.safetensors"]
-    assert found["again"]["weights_sha256"] == found["batchtopk-features"]["weights_sha256"]
-    assert found["again"]["curves"] == found["batchtopk-features"]["curves"]
+    for again, undisturbed in (("again", "batchtopk-features"), ("in-parts-again", "batchtopk-in-parts-data")):
+        assert found[again]["weights_sha256"] == found[undisturbed]["weights_sha256"]
+        assert found[again]["curves"] == found[undisturbed]["curves"]
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two_and_two_from_that_of_one(

@@ -30,6 +30,7 @@ from components.training.settings import RankSettings
 pytestmark = pytest.mark.integration
 CPU = torch.device("cpu")
 BY_FEATURES = RankSettings(feature_parallel=2)
+IN_PARTS = ("topk", "batchtopk", "jumprelu")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPath
     jobs = extracted({name: planned(tree, sae, steps=200) for name, sae in SAES.items()})
     # As on a GPU, where pre-activations of all features are at hand.
     dense = {f"{name}-dense": replace(jobs[name], url=f"{jobs[name].url}-dense") for name in ("batchtopk", "topk")}
-    parts = planned(tree, {**SAES["topk"], "auxk_coefficient": 0.0}, steps=200, parts=4)
-    return jobs | dense | {"topk-in-parts": parts.training()}
+    in_parts = {f"{name}-in-parts": planned(tree, SAES[name], steps=200, parts=4) for name in IN_PARTS}
+    return jobs | dense | {name: run.training() for name, run in in_parts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def found(jobs: dict[str, Training], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*SAES, "batchtopk-dense", "topk-dense", "topk-in-parts"])
+@pytest.mark.parametrize("name", [*SAES, "batchtopk-dense", "topk-dense", *(f"{name}-in-parts" for name in IN_PARTS)])
 def test_two_processes_come_to_the_losses_and_weights_of_one(
     jobs: dict[str, Training], found: dict[str, Any], name: str, layout: str
 ):

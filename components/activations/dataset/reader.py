@@ -44,6 +44,7 @@ class ActivationReader(Source):
     manifest: Manifest
     columns: tuple[str, ...]
     batch_size: int
+    parts: int = 1
     seed: int
     window_groups: int = WINDOW_GROUPS
     threads: int | None = None

@@ -20,6 +20,8 @@ class Source(ABC):
     batch_size: int
     manifest: Manifest
     """Whose columns, means and scales hold for all of it."""
+    parts: int = 1
+    """Equal parts that a trainer takes a batch in, one after the other."""
 
     @property
     @abstractmethod
@@ -33,19 +35,27 @@ class Source(ABC):
     def batches(self, start: int = 0, rank: int = 0, ranks: int = 1) -> Generator[dict[str, Tensor]]:
         """Batches from row `start` of the stream on, without end; `[batch_size, d_in]` for a hook point.
 
-        With `ranks`, each `rank` gets its slice of every batch, `[batch_size / ranks, d_in]`: the batches of all side by
-        side are those of one, and `start` counts the rows of all. Raises a DamagedDatasetError that names the shard
+        With `ranks`, each `rank` gets its slice of every part of every batch, `[batch_size / ranks, d_in]`: the parts of all
+        side by side are those of one, and `start` counts the rows of all. Raises a DamagedDatasetError that names the shard
         where one is not what the manifest says.
         """
         for column in self.columns:
             if column not in self.manifest.layout.column_bytes:
                 self.manifest.column(column)  # says which there are
-        size, rest = divmod(self.batch_size, ranks)
-        if rest or not 0 <= rank < ranks:
-            raise ValueError(f"a batch of {self.batch_size} rows has no equal slice for rank {rank} of {ranks}")
+        if self.batch_size % (self.parts * ranks) or not 0 <= rank < ranks:
+            raise ValueError(f"{self.parts} parts of {self.batch_size} rows have no equal slice for rank {rank} of {ranks}")
         with closing(self._batches(start)) as batches:
             for batch in batches:
-                yield batch if ranks == 1 else {name: rows[rank * size : (rank + 1) * size] for name, rows in batch.items()}
+                yield batch if ranks == 1 else {name: self._slice(rows, rank, ranks) for name, rows in batch.items()}
+
+    def _slice(self, rows: Tensor, rank: int, ranks: int) -> Tensor:
+        """What a rank gets of a batch `[batch_size, ...]`; from several parts a copy, from which copies to a GPU wait as little
+        as from the rows."""
+        parts = rows.unflatten(0, (self.parts, ranks, -1))[:, rank]
+        if self.parts == 1:
+            return parts[0]
+        found = torch.empty(parts.shape, dtype=parts.dtype, pin_memory=rows.is_pinned())
+        return found.copy_(parts).flatten(0, 1)
 
     def _batches(self, start: int) -> Generator[dict[str, Tensor]]:
         held: dict[str, Tensor] = {}

@@ -31,6 +31,7 @@ class GenerationReader(Source):
     """Of the first generation."""
     columns: tuple[str, ...]
     batch_size: int
+    parts: int = 1
     seed: int
     device: torch.device | None = None
     cache: DiskCache | None = None

@@ -44,15 +44,12 @@ def require_parallel(ranks: RankSettings, training: TrainingSettings, coder: Cod
         raise UserError(
             "sae.resample_at: accepted with one process, and execution.training asks for more; AuxK works with any number"
         )
-    if training.batch_size % ranks.data_parallel:
+    parts = training.gradient_accumulation_steps
+    if training.batch_size % (ranks.data_parallel * parts):
+        of_parts = "" if parts == 1 else f", each in {parts} parts (training.gradient_accumulation_steps)"
         raise UserError(
             f"execution.training.data_parallel: a batch of {training.batch_size} tokens (training.batch_size) has no equal "
-            f"shares for {ranks.data_parallel} processes"
-        )
-    if training.gradient_accumulation_steps > 1 and ranks.data_parallel > 1:
-        raise UserError(
-            f"training.gradient_accumulation_steps: {training.gradient_accumulation_steps} is accepted with "
-            "execution.training.data_parallel 1, whose processes take parts of a batch already; give one of the two"
+            f"shares for {ranks.data_parallel} processes{of_parts}"
         )
     if d_sae % ranks.feature_parallel:
         raise UserError(
