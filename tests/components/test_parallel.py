@@ -18,7 +18,9 @@ from components.sae.mesh import Mesh, _kept
 from components.settings import UserError
 from components.training.beginning import begin
 from components.training.job import Training
+from components.training.parallel.ranks import joined
 from components.training.parallel.shares import take_share
+from components.training.settings import RankSettings
 
 NAMES = ("batchtopk", "relu")  # the others: tests/integration/test_parallel.py
 
@@ -117,6 +119,17 @@ def test_shares_begin_from_data_as_the_whole_does():
         take_share(taken, whole)
         for key, value in taken.state_dict().items():
             torch.testing.assert_close(begun(share).state_dict()[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_more_processes_than_gpus_are_a_sentence(monkeypatch: pytest.MonkeyPatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "16")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with (
+        pytest.raises(UserError, match=r"execution\.training: 16 processes on this machine want a GPU each, and it has 8"),
+        joined(RankSettings(data_parallel=16), torch.device("cuda")),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

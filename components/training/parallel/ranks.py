@@ -67,13 +67,15 @@ def joined(ranks: RankSettings, device: torch.device) -> Iterator[tuple[Mesh, to
             f"{ranks.size} processes, and torchrun started {started}"
         )
     if device.type == "cuda":
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"execution.training: {here} processes on this machine want a GPU each, and it has {gpus}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    try:
-        yield Mesh.joined(ranks.data_parallel, ranks.feature_parallel, device), device
-    finally:
-        dist.destroy_process_group()
+    yield Mesh.joined(ranks.data_parallel, ranks.feature_parallel, device), device
+    # Not after an error: NCCL would wait here for processes that wait in an exchange for this one. It ends, and they are ended.
+    dist.destroy_process_group()
 
 
 @contextmanager
