@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +25,7 @@ from components.activations.dataset import extraction, shuffle
 from components.activations.dataset.forward import run_chunk
 from components.activations.dataset.job import Extraction, chunk_sequences
 from components.activations.dataset.manifest import read_manifest
-from components.activations.dataset.reader import ActivationReader
+from components.activations.dataset.reader import ActivationReader, _Buffers
 from components.activations.dataset.shuffle import Scattered, bucket_of, order_of, plan_shuffle
 from components.corpus.manifest import TokenShard
 from components.corpus.tokens import read_sequences
@@ -323,6 +324,24 @@ def test_the_ranks_batches_side_by_side_are_those_of_one(plan: Specification, st
     for rank, ranks in ((0, 7), (2, 2), (-1, 2)):
         with pytest.raises(ValueError, match="no equal slice"):
             next(source.batches(0, rank, ranks))
+
+
+def test_the_thread_that_takes_memory_for_a_gpu_is_on_that_gpu(plan: Specification, monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU: on the first one, where threads are by default, each process would take half a gigabyte for itself."""
+    steps.extract(plan)
+    on: dict[int, torch.device] = {}
+    took = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: on.update({threading.get_ident(): device}))
+    take_memory = _Buffers.take
+
+    def taken(self: _Buffers, rows: int, width: int) -> np.ndarray:
+        took.append(on.get(threading.get_ident()))
+        self.gpu = None  # there is none
+        return take_memory(self, rows, width)
+
+    monkeypatch.setattr(_Buffers, "take", taken)
+    take(reader(plan, device=torch.device("cuda:1")), 2)
+    assert set(took) == {torch.device("cuda:1")}
 
 
 def test_a_copy_is_waited_for_on_the_gpu_that_it_goes_to(monkeypatch: pytest.MonkeyPatch):

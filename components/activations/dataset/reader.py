@@ -70,7 +70,7 @@ class ActivationReader(Source):
         readers = ThreadPoolExecutor(self.threads or (2 if storage.is_local(self.url) else 8), thread_name_prefix="activations")
         # A thread of its own for all that comes before reading: in the trainer's thread it would wait for the interpreter
         # lock at every window (measured: 2 to 9 ms).
-        planner = ThreadPoolExecutor(1, thread_name_prefix="activations-plan")
+        planner = ThreadPoolExecutor(1, thread_name_prefix="activations-plan", initializer=_go_to, initargs=(self.device,))
 
         def prepare() -> tuple[_Window, dict[str, np.ndarray], list[Future[None]], int] | None:
             plan, skip = next(plans, (None, 0))
@@ -173,6 +173,12 @@ def _window(groups: list[tuple[Shard, int, int]], mixing: np.random.Generator) -
     for own, begin, rows in zip(owner_of.tolist(), first.tolist(), length.tolist(), strict=True):
         pieces[own].append((begin, begin + rows))
     return _Window([(shard, group) for shard, group, _ in groups], pieces, int(length.sum()))
+
+
+def _go_to(device: torch.device | None) -> None:
+    """Have what this thread asks of CUDA go to the GPU of the batches: the first one would give it memory for that."""
+    if device is not None and device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 class _Buffers:
