@@ -134,7 +134,10 @@ def _launched(
             process.stdin.flush()
         with _stopped_at(process, deadline, seconds) as overdue:
             for line in process.stdout:
-                last = json.loads(line)
+                message = _read(line)
+                if message is None:
+                    continue
+                last = message
                 if "points" in last and on_points(last["place"], last["points"]):
                     with suppress(BrokenPipeError):
                         process.stdin.write(json.dumps({"give_up": last["place"]}) + "\n")
@@ -153,6 +156,15 @@ def _launched(
 
 
 _TRAINING: TypeAdapter[Training] = TypeAdapter(Training)
+
+
+def _read(line: str) -> dict[str, Any] | None:
+    """A message; None for a line that is cut off where its process was killed."""
+    try:
+        message: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return message
 
 
 def _outcome(found: dict[str, Any]) -> Outcome:
@@ -295,7 +307,8 @@ def _run_ranks(order: dict[str, Any]) -> int:
     try:
         return run_ranks(_MODULE, json.dumps(order), size, CONTINUE, seconds)
     except RankFailed as failure:
-        print(json.dumps({"error": type(failure).__name__, "text": str(failure)}), flush=True)
+        # On a line of its own: who was killed may have been in the middle of one.
+        print("\n" + json.dumps({"error": type(failure).__name__, "text": str(failure)}), flush=True)
         return 1
 
 

@@ -21,6 +21,7 @@ from components.run.specification import Specification, resolve
 from components.settings import UserError
 from components.training import process
 from components.training.checkpoint import checkpoint_folder
+from components.training.parallel.launch import RankFailed
 from components.training.process import TrainingTimeout, launch
 from components.training.settings import TrainingSettings
 
@@ -116,6 +117,32 @@ def test_a_process_that_is_killed_is_said_to_be_and_the_next_one_continues(tiny_
     record = launch(work_of(longer), CPU)
     storage.delete(longer.sae_url)
     assert steps.train(longer).weights_sha256 == record.weights_sha256
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_process_that_is_killed_in_the_middle_of_a_message_is_said_to_be(
+    tiny_tree: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], several: bool
+):
+    """A message of many points is longer than what a pipe holds."""
+    work, after = work_of(resolve(parse_config(tiny_tree))), ""
+    if several:
+
+        def killed(*_: object) -> int:
+            raise RankFailed("process 1 of 2 was killed (SIGKILL), by hand or because memory ran out")
+
+        monkeypatch.setattr("components.training.parallel.launch.run_ranks", killed)
+        order = {"works": [{"settings": {"stop_seconds": 1}}], "ranks": {"feature_parallel": 2}}
+        assert process._run_ranks(order) == 1
+        after = capsys.readouterr().out
+    end = "sys.exit(1)" if several else "os.kill(os.getpid(), signal.SIGKILL)"
+    text = '{"outcomes": [{"curves": [{"loss": 6.05' + after
+    (tmp_path / "cut_off.py").write_text(
+        f"import os, signal, sys\nsys.stdin.readline()\nprint({text!r}, end='', flush=True)\n{end}\n"
+    )
+    monkeypatch.setattr(process, "_MODULE", "cut_off")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"was killed \(SIGKILL\)"):
+        launch(work, CPU)
 
 
 def test_a_process_that_somebody_asks_to_stop_leaves_a_checkpoint_and_another_goes_on(tiny_tree: dict, plan: Specification):
