@@ -29,7 +29,8 @@ NAMES = ("batchtopk", "relu")  # the others: tests/integration/test_parallel.py
 def jobs(tiny_tree_in: Callable[[Path], dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
     tree = tiny_tree_in(tmp_path_factory.mktemp("parallel"))
     runs = {name: planned(tree, SAES[name]) for name in NAMES}
-    return extracted(runs | {"batchtopk-in-parts": planned(tree, SAES["batchtopk"], parts=4)})
+    in_parts = planned(tree, {**SAES["batchtopk"], "subtract_decoder_bias": True}, parts=4)
+    return extracted(runs | {"batchtopk-in-parts": in_parts})
 
 
 @pytest.fixture(scope="module")
