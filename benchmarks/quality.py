@@ -110,7 +110,7 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
             )
     if kept:
         jobs = {key: job for key, job in jobs.items() if read_training_record(job.url)}
-    else:
+    elif jobs:
         train_together(list(jobs.values()), torch.device("cpu"))
     return {key: job.url for key, job in jobs.items()}
 

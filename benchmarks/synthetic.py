@@ -225,7 +225,8 @@ def measure(world: World, coder: Coder, tokens: int, seed: int) -> dict[str, Any
     norms = coder.W_dec.norm(dim=1)
     cosine = world.directions @ torch.nn.functional.normalize(coder.W_dec, dim=1).T
     best = cosine.amax(dim=1)
-    truth, found = (torch.from_numpy(side) for side in linear_sum_assignment(cosine.numpy(), maximize=True))
+    # In place, as that copies to float64: 2 GiB of the large world.
+    truth, found = (torch.from_numpy(side) for side in linear_sum_assignment(cosine.neg_().numpy()))
     assigned = torch.empty(world.features, dtype=torch.long).index_copy_(0, truth, found)
     generator = torch.Generator().manual_seed(seed)
     both, ours, theirs, written, added = torch.zeros(5, world.features, dtype=torch.float64)
@@ -256,7 +257,7 @@ def measure(world: World, coder: Coder, tokens: int, seed: int) -> dict[str, Any
         "mean_max_cosine": best.mean().item(),
         "mean_max_cosine_by_frequency": [round(best[part].mean().item(), 3) for part in quarters],
         "mean_max_cosine_weighted": ((best * world.probability).sum() / world.probability.sum()).item(),
-        "mcc": cosine[truth, found].mean().item(),
+        "mcc": -cosine[truth, found].mean().item(),
         "f1": f1.mean().item(),
         "f1_by_frequency": [round(f1[part].mean().item(), 3) for part in quarters],
         "shrinkage": (1 - written[hit].sum() / added[hit].sum()).item() if bool(hit.any()) else None,
