@@ -39,17 +39,16 @@ SPARSITIES: dict[str, tuple[str, tuple[float, ...], float, dict[str, Any]]] = {
     "gated": ("sparsity_coefficient", (2.5, 4.0, 6.0), 4e-3, {}),
     "jumprelu": ("sparsity_coefficient", (0.7, 1.2, 3.0), 4e-3, {}),
     "topk": ("k", (7, 12, 20), 4e-3, {}),
-    "batchtopk at 512": (
+    "batchtopk": (
         "k",
         (7, 12, 20),
         4e-3,
-        {"decoder_init_norm": 0.3, "decoder_bias_init": "mean", "decoder_token_share": 0.5, "batch_size": 512},
+        {"decoder_bias_init": "mean", "decoder_token_share": 0.5, "subtract_decoder_bias": True},
     ),
-    "batchtopk": ("k", (7, 12, 20), 4e-3, {"decoder_init_norm": 0.3}),
     "matryoshka": ("k", (7, 12, 20), 4e-3, {}),
 }
-"""Of ours: the field that decides sparsity, its values, the learning rate, other settings that are not the defaults, and
-`batch_size` where it is not 1,024. `batchtopk` is the quickstart's; `batchtopk at 512` is what is best in short trainings."""
+"""Of ours: the field that decides sparsity, its values, the learning rate, and settings that are not the defaults. `batchtopk`
+is the quickstart's."""
 
 _K = ("k", (7, 12, 20))
 _ANTHROPIC = {
@@ -79,19 +78,14 @@ RATES: dict[str, dict[str, dict[str, Any]]] = {
         "dictionary_learning": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0},
         "sparsify": {"learning_rate": 4e-3, "batch_size": 1_024, "warmup": 0.0, "optimizer": "adam", "auxk_alpha": 1 / 32},
     },
-    "ours at 512": {
-        "saelens": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0},
-        "dictionary_learning": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0},
-        "sparsify": {"learning_rate": 4e-3, "batch_size": 512, "warmup": 0.0, "optimizer": "adam", "auxk_alpha": 1 / 32},
-    },
     "theirs": {
         "saelens": {"learning_rate": 3e-4, "batch_size": 4_096, "warmup": 0.0},
         "dictionary_learning": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.05},
         "sparsify": {"learning_rate": None, "batch_size": 2_048, "warmup": 0.0},
     },
 }
-"""How peers are trained: as ours are, in batches of 512, and by the defaults of their libraries. (None: they choose it,
-by kind and `d_sae`. Of sparsify all but the batch, which would be 65,536 tokens.)"""
+"""How peers are trained: as ours are, and by the defaults of their libraries. (None: they choose it, by kind and `d_sae`. Of
+sparsify all but the batch, which would be 65,536 tokens.)"""
 
 AT_L0 = (8.0, 12.0, 16.0)
 MEASURED = ("l0", "explained_variance", "loss_recovered", "dead_fraction")
@@ -104,9 +98,9 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
     base = plan.training()
     for name in names:
         field, values, rate, more = SPARSITIES[name]
-        kind, more = architectures()[name.partition(" ")[0]].Settings, dict(more)
+        kind = architectures()[name].Settings
         changed = {"tokens": tokens, "learning_rate": rate, "checkpoint_tokens": tokens, "dead_after_tokens": tokens // 10}
-        settings = base.settings.model_copy(update={**changed, "batch_size": more.pop("batch_size", 1_024)})
+        settings = base.settings.model_copy(update={**changed, "batch_size": 1_024})
         for value in values:
             coder = kind.model_validate({"d_sae": plan.d_sae, field: value, **more})
             identity = {"coder": coder.identity(plan.d_in), "training": settings.model_dump(), "seed": seed}
@@ -116,9 +110,8 @@ def ours(plan: Specification, root: str, names: list[str], seed: int, tokens: in
             )
     if kept:
         jobs = {key: job for key, job in jobs.items() if read_training_record(job.url)}
-    else:
-        for size in {job.settings.batch_size for job in jobs.values()}:
-            train_together([job for job in jobs.values() if job.settings.batch_size == size], torch.device("cpu"))
+    elif jobs:
+        train_together(list(jobs.values()), torch.device("cpu"))
     return {key: job.url for key, job in jobs.items()}
 
 
@@ -224,7 +217,7 @@ def margins(runs: Runs, default: str) -> str:
     return "\n".join(lines)
 
 
-_COLOURS = ("tab:gray", "tab:green", "tab:orange", "tab:blue", "tab:red", "tab:pink", "tab:purple")
+_COLOURS = ("tab:gray", "tab:green", "tab:orange", "tab:blue", "tab:red", "tab:purple")
 COLOURS = dict(zip(SPARSITIES, _COLOURS, strict=True))
 MARKERS = {"": "o", "saelens": "s", "dictionary_learning": "^", "sparsify": "D"}
 
@@ -273,12 +266,16 @@ def main() -> None:
     parser.add_argument("--theirs", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--peers", type=Path, help="folder that pip has installed them in; without it, ours alone")
     parser.add_argument("--rates", nargs="*", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--at", action="append", default=[], metavar="NAME=VALUE,VALUE,VALUE", help="other sparsities of one")
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--evaluation-tokens", type=int, default=50_000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--kept", action="store_true", help="train nothing: a table of what is there")
     parser.add_argument("--picture", default="quality.png")
     arguments = parser.parse_args()
+    for name, _, values in (text.partition("=") for text in arguments.at):
+        known: dict[str, Any] = SPARSITIES if name in SPARSITIES else PEERS
+        known[name] = (known[name][0], tuple(json.loads(f"[{values}]")), *known[name][2:])
     plan = resolve(load_config(arguments.config, arguments.overrides))
     assert plan.dataset_manifest() is not None, "run `sae extract` first"
     root = storage.join(plan.config.storage.root, "quality")
@@ -295,8 +292,7 @@ def main() -> None:
         for seed in [seed for seed, points in seeds.items() if len(points) < complete]:
             del seeds[seed]
     print(table(runs))
-    for name in ("batchtopk", "batchtopk at 512"):
-        print(margins(runs, name))
+    print(margins(runs, "batchtopk"))
     picture(runs, arguments.picture)
 
 

@@ -90,7 +90,7 @@ class World:
             "scale": 1.0,
         }.items():
             object.__setattr__(self, name, value)
-        x, _ = self.tokens(16_384, torch.Generator().manual_seed(self.seed + 1))
+        x = self.sample(torch.Generator().manual_seed(self.seed + 1))
         object.__setattr__(self, "scale", math.sqrt(self.d_in / x.square().sum(dim=1).mean().item()))
 
     def _trees(self, generator: torch.Generator) -> list[Tensor]:
@@ -132,6 +132,11 @@ class World:
         strength *= self.scale
         return strength @ self.directions + self.scale * self._mean, strength
 
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """16,384 activations, made in parts: of the large world, what adds to them is 1 GiB for each tensor of it."""
+        part = min(16_384, 2**24 // self.features)
+        return torch.cat([self.tokens(part, generator)[0] for _ in range(16_384 // part)])
+
 
 _FEW_DEAD = {"auxk": 8}
 """Dead features that take part in AuxK on a token: of half of `d_in`, nearly all dead ones learn the same."""
@@ -171,7 +176,7 @@ def train(world: World, names: list[str], arguments: argparse.Namespace) -> dict
         )  # fmt: skip
         members[name] = (new_coder(job, column, column, torch.device("cpu")), settings)
     generator, mean = torch.Generator().manual_seed(arguments.seed + 2), torch.zeros(world.d_in)
-    first, _ = world.tokens(16_384, torch.Generator().manual_seed(arguments.seed + 4))
+    first = world.sample(torch.Generator().manual_seed(arguments.seed + 4))
     for member, _ in members.values():
         begin(member.coder, arguments.seed, lambda: (first, first), (first.mean(dim=0), first.mean(dim=0)))
     for _ in range(-(-arguments.tokens // arguments.batch)):
@@ -220,14 +225,15 @@ def measure(world: World, coder: Coder, tokens: int, seed: int) -> dict[str, Any
     norms = coder.W_dec.norm(dim=1)
     cosine = world.directions @ torch.nn.functional.normalize(coder.W_dec, dim=1).T
     best = cosine.amax(dim=1)
-    truth, found = (torch.from_numpy(side) for side in linear_sum_assignment(-cosine.numpy()))
+    # In place, as that copies to float64: 2 GiB of the large world.
+    truth, found = (torch.from_numpy(side) for side in linear_sum_assignment(cosine.neg_().numpy()))
     assigned = torch.empty(world.features, dtype=torch.long).index_copy_(0, truth, found)
     generator = torch.Generator().manual_seed(seed)
     both, ours, theirs, written, added = torch.zeros(5, world.features, dtype=torch.float64)
     fired = torch.zeros(coder.d_sae, dtype=torch.long)
     errors, total, square, active, left = 0.0, torch.zeros(world.d_in, dtype=torch.float64), 0.0, 0, tokens
     while left > 0:
-        count = min(left, 4_096)
+        count = min(left, 2**22 // world.features)
         x, strength = world.tokens(count, generator)
         features, y = coder.reconstruct(x)
         values = features.dense()
@@ -251,7 +257,7 @@ def measure(world: World, coder: Coder, tokens: int, seed: int) -> dict[str, Any
         "mean_max_cosine": best.mean().item(),
         "mean_max_cosine_by_frequency": [round(best[part].mean().item(), 3) for part in quarters],
         "mean_max_cosine_weighted": ((best * world.probability).sum() / world.probability.sum()).item(),
-        "mcc": cosine[truth, found].mean().item(),
+        "mcc": -cosine[truth, found].mean().item(),
         "f1": f1.mean().item(),
         "f1_by_frequency": [round(f1[part].mean().item(), 3) for part in quarters],
         "shrinkage": (1 - written[hit].sum() / added[hit].sum()).item() if bool(hit.any()) else None,
@@ -267,6 +273,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="16,384 features in 768 dimensions, L0 34: slow")
     parser.add_argument("--deep", action="store_true", help="trees of three levels, at the end of which features are rare")
     parser.add_argument("--tokens", type=int, default=400_000)
+    parser.add_argument("--measured", type=int, default=50_000, help="tokens, of those that nothing was trained on")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float)
@@ -279,13 +286,13 @@ def main() -> None:
     world = World(**(size | ({"deep": True, "trees": 128 if arguments.large else 16} if arguments.deep else {})))
     names = arguments.architectures or list(RECIPES)
     for name, (trained, seconds) in train(world, names, arguments).items():
-        show(name, measure(world, trained.coder, 50_000, seed=arguments.seed + 3), seconds)
+        show(name, measure(world, trained.coder, arguments.measured, seed=arguments.seed + 3), seconds)
     if arguments.peers:
         sys.path.append(str(arguments.peers))
         for name in PEERS:
             if ("relu" if name == "standard" else name) in names:
                 coder, seconds = by_saelens(world, name, arguments)
-                show(f"saelens {name}", measure(world, coder, 50_000, seed=arguments.seed + 3), seconds)
+                show(f"saelens {name}", measure(world, coder, arguments.measured, seed=arguments.seed + 3), seconds)
 
 
 def show(name: str, found: dict[str, Any], seconds: float) -> None:
