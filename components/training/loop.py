@@ -23,17 +23,8 @@ from components.progress import progress
 from components.sae.mesh import Mesh
 from components.training.abreast import Abreast
 from components.training.artifact import put_artifact
-from components.training.batches import (
-    open_source,
-    scaled_batches,
-    training_manifest,
-)
-from components.training.checkpoint import (
-    Due,
-    checkpoint_folder,
-    newest_checkpoint,
-    restore_checkpoint,
-)
+from components.training.batches import open_source, scaled_batches, training_manifest
+from components.training.checkpoint import Due, checkpoint_folder, newest_checkpoint, restore_checkpoint
 from components.training.divergence import divergence_folder, keep_divergence
 from components.training.job import Outcome, Point, Pruned, Training, TrainingRecord, read_training_record
 from components.training.member import Member, member_of, step_of

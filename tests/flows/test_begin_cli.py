@@ -32,6 +32,12 @@ def test_a_first_configuration_fits_its_model_and_says_what_it_takes(
     run = resolve(config)
     assert run.hook_point == "resid_post.1"  # of two blocks
     assert run.d_sae == 8 * 32
+    ours, best = (
+        one.sae.model_dump(exclude={"k", "expansion_factor", "decoder_bias_init"})
+        for one in (config, load_config("quickstart"))
+    )
+    assert ours == best  # how features begin, above all
+    assert config.sae.decoder_bias_init == "geometric_median"
     assert config.corpus.context_length <= (run.model.longest_text or 256)
     assert "there already" in called(capfd, "init", str(file), "--model", tiny_model, "--corpus", text_corpus, code=2)
 

@@ -117,7 +117,7 @@ def _likely(products: _Products, count: int, most: int) -> tuple[Tensor, Tensor]
     n = len(x)
     if x.device.type != "cpu" or not _SAMPLED <= n <= _TILE_ENTRIES // d_sae:
         return None
-    (strengths,) = products.tiles(x)
+    strengths = products.hold()
     some = strengths[::_SAMPLED].flatten()
     bound = some.topk(min(len(some), 1 + int(_SPARE * count * len(some) / strengths.numel())), sorted=False).values.amin()
     flat = true_places((strengths > bound).flatten())
@@ -200,6 +200,12 @@ class _Products:
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, norms: Tensor | None) -> None:
         self.x, self.W_enc, self.b_enc, self.norms = x, W_enc, b_enc, norms
         self._rows: Tensor | None = None
+        self._held: Tensor | None = None
+
+    def hold(self) -> Tensor:
+        """The products of all tokens, of which there is one tile, for this and for `strongest`."""
+        (self._held,) = self.tiles(self.x)
+        return self._held
 
     def norms_of(self, features: Tensor) -> Tensor:
         assert self.norms is not None
@@ -229,7 +235,8 @@ class _Products:
         """Pre-activations and indices of the k strongest features of these tokens, `[rows, k]` each."""
         if uses_triton(self.x):
             return strongest_of_rows(self.x[rows], self.W_enc, self.b_enc, self.norms, k)
-        found = [part.topk(k, dim=1, sorted=False) for part in self.tiles(self.x[rows])]
+        tiles = self.tiles(self.x[rows]) if self._held is None else [self._held[rows]]
+        found = [part.topk(k, dim=1, sorted=False) for part in tiles]
         strengths, indices = torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
         return strengths if self.norms is None else strengths / self.norms[indices], indices
 
